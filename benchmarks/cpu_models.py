@@ -1,0 +1,164 @@
+"""Whole models on the CPU, eager float32, against timm and torchvision, in one interleaved run.
+
+    python benchmarks/cpu_models.py --rounds 15 --json benchmarks/results/cpu_models.json
+
+Every round times each model once, in an order that rotates, so that a busy machine slows all of them alike; the ratios come from the
+medians over rounds. The same random images for all. A training step is forward, cross entropy, backward and an AdamW update.
+Peak memory is the highest resident size of a process of its own that does training steps of that model alone.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import SwinTransformer, SwinTransformerV2
+from models.attention import AttentionSpec
+
+
+
+def without_drop_path(model: torch.nn.Module) -> torch.nn.Module:
+    """torchvision fixes the rate of its Swin models; it is set to 0 afterwards, as for the others."""
+    for module in model.modules():
+        if isinstance(module, torchvision.ops.StochasticDepth):
+            module.p = 0.0
+    return model
+
+
+IDENTITY = AttentionSpec(("qk_residual", "crpw"))
+FAMILIES = {
+    "swin_t": (224, {
+        "ours": lambda: SwinTransformer(drop_path_rate=0.0),
+        "ours + qk_residual + crpw": lambda: SwinTransformer(drop_path_rate=0.0, attention=IDENTITY),
+        "timm": lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0),
+        "torchvision": lambda: without_drop_path(torchvision.models.swin_t()),
+    }),
+    "swinv2_t": (256, {
+        "ours": lambda: SwinTransformerV2(256, window_size=8, drop_path_rate=0.0),
+        "ours + qk_residual + crpw": lambda: SwinTransformerV2(256, window_size=8, drop_path_rate=0.0, attention=IDENTITY),
+        "timm": lambda: timm.create_model("swinv2_tiny_window8_256", drop_path_rate=0.0),
+        "torchvision": lambda: without_drop_path(torchvision.models.swin_v2_t()),
+    }),
+}
+
+
+def make_steps(model: torch.nn.Module, images: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """The two things that are timed."""
+    targets = torch.arange(len(images)) % 1000
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def infer() -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(images)
+
+    def train() -> None:
+        model.train()
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+
+    return {"inference": infer, "training step": train}
+
+
+def interleaved(steps: dict[str, Callable[[], None]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each step in each round; the order rotates from round to round."""
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warm_up, rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            steps[name]()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(family: str, name: str, batch: int) -> float:
+    """MiB of resident memory that three training steps add at most, in a fresh process."""
+    command = [sys.executable, __file__, "--family", family, "--only", name, "--batch", str(batch)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def run_alone(family: str, name: str, batch: int) -> None:
+    """Prints the memory that three training steps need, in MiB."""
+    size, makers = FAMILIES[family]
+    step = make_steps(makers[name](), torch.randn(batch, 3, size, size))["training step"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def measure(family: str, arguments: argparse.Namespace) -> list[dict]:
+    """One row per model and kind of step."""
+    size, makers = FAMILIES[family]
+    images = torch.randn(arguments.batch, 3, size, size)
+    steps = {name: make_steps(make(), images) for name, make in makers.items()}
+    rows = []
+    for kind in ("inference", "training step"):
+        seconds = interleaved({name: step[kind] for name, step in steps.items()}, arguments.rounds)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        for name, values in seconds.items():
+            # the ratio of each round is the fairest comparison: both models met the same load
+            ratios = [other / own for other, own in zip(seconds["ours"], values, strict=True)]
+            rows.append({"family": family, "kind": kind, "model": name, "ms": 1e3 * medians[name], "least ms": 1e3 * min(values),
+                         "speed relative to ours": statistics.median(ratios)})
+    if arguments.memory:
+        for name in makers:
+            rows.append({"family": family, "kind": "peak memory of a training step", "model": name,
+                         "MiB": peak_memory(family, name, arguments.batch)})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table."""
+    lines = ["| model | what | by | median | relative to ours |", "|---|---|---|---|---|"]
+    for row in rows:
+        value = f"{row['ms']:.0f} ms" if "ms" in row else f"{row['MiB']:.0f} MiB"
+        lines.append(f"| {row['family']} | {row['kind']} | {row['model']} | {value} | "
+                     + (f"{row['speed relative to ours']:.3f}x |" if "ms" in row else "|"))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, each model in a process of its own")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.only:
+        run_alone(arguments.family, arguments.only, arguments.batch)
+        return
+    rows = [row for family in (FAMILIES if arguments.family == "all" else [arguments.family]) for row in measure(family, arguments)]
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "torchvision": torchvision.__version__,
+                "threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine(), "batch": arguments.batch,
+                "rounds": arguments.rounds}
+    print(table(rows), "\n", versions, sep="")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Window attention in eager PyTorch with a hand-written backward: few passes, few copies, little memory.
+
+Same result as `reference.py` up to rounding. What is saved over letting autograd do it:
+- one gather does padding-free shift, partition and split into heads, one more brings the result back;
+- images are handled in chunks whose logits stay in the cache; weight, bias and mask are applied to them in one pass, in place;
+- only q, k, v and the softmaxed map are kept for the backward; the logits are formed again where their gradient needs them.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .layout import WindowLayout, crop_grid, pad_grid
+from .terms import OffsetTerms
+
+# Bytes of logits worked on at a time on the CPU: about what the second-level cache of one or two cores holds.
+CHUNK_BYTES = 4 << 20
+
+
+def window_attention_eager(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,
+                           dropout: float = 0.0) -> Tensor:
+    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. No dropout, no `post` term."""
+    if dropout or terms.post is not None:
+        raise ValueError("window_attention: the eager backend has no dropout and no post-softmax weight; use backend 'reference'")
+    weight, bias = terms.dense("weight"), terms.dense("bias")
+    padded = pad_grid(qkv, layout)
+    with torch.autocast(qkv.device.type, enabled=False):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, weight, bias)):
+            y = _Attention.apply(padded, weight, bias, layout, num_heads, cosine)
+        else:
+            y = _forward(padded, weight, terms.masked_bias(layout), layout, num_heads, cosine)[0]
+    return crop_grid(y, layout)
+
+
+def _split(x: Tensor, layout: WindowLayout, parts: int, heads: int) -> Tensor:
+    """(B, H, W, parts*C) -> (parts, B, nW*heads, N, D), contiguous."""
+    there, _ = layout.head_rows(x.shape[0], parts, heads)
+    rows = x.reshape(there.numel(), -1).index_select(0, there)
+    return rows.view(parts, x.shape[0], layout.num_windows * heads, layout.area, -1)
+
+
+def _merge(x: Tensor, layout: WindowLayout, parts: int, heads: int) -> Tensor:
+    """Undoes `_split`."""
+    batch = x.shape[1]
+    _, back = layout.head_rows(batch, parts, heads)
+    return x.view(back.numel(), -1).index_select(0, back).view(batch, *layout.padded, -1)
+
+
+def _chunks(batch: int, logits: int, device: torch.device) -> range:
+    """First images of the chunks; all at once on an accelerator, whose caches a loop from Python cannot use."""
+    step = max(1, CHUNK_BYTES // (4 * logits)) if device.type == "cpu" else batch
+    return range(0, batch, min(step, batch) or 1)
+
+
+def _normalise(x: Tensor) -> Tensor:
+    """Divides the vectors of (..., D) by their norms (at least 1e-12) in place; returns 1 / norm, (..., 1)."""
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    inverse = inverse.clamp_(min=1e-12).reciprocal_()
+    x.mul_(inverse)
+    return inverse
+
+
+def _forward(qkv: Tensor, weight: Tensor, bias: Tensor | None, layout: WindowLayout, heads: int, cosine: bool, keep: bool = False):
+    """Returns (y, packed, inverse norms, map); the last three are for the backward, the map only if `keep`.
+
+    bias: (nW or 1, heads, N, N), the mask included, or None.
+    """
+    packed = _split(qkv, layout, 3, heads)  # (3, B, nW*heads, N, D)
+    inverse = _normalise(packed[:2]) if cosine else None
+    _, batch, windows, area, _ = packed.shape
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    y = torch.empty_like(packed[0])
+    attn = packed.new_empty((batch, windows, area, area)) if keep else None
+    steps = _chunks(batch, windows * area * area, qkv.device)
+    for start in steps:
+        q, k, v = (part.flatten(0, 1) for part in packed[:, start:start + steps.step])
+        logits = torch.bmm(q, k.mT).to(wide)
+        view = logits.view(-1, layout.num_windows, heads, area, area)
+        torch.mul(view, weight, out=view) if bias is None else torch.addcmul(bias, view, weight, out=view)
+        if keep and wide == packed.dtype:
+            chunk = attn[start:start + steps.step].view_as(logits)
+            torch.softmax(logits, -1, out=chunk)
+        else:
+            chunk = torch.softmax(logits, -1).to(packed.dtype)
+            if keep:
+                attn[start:start + steps.step] = chunk.view(-1, windows, area, area)
+        torch.bmm(chunk, v, out=y[start:start + steps.step].flatten(0, 1))
+    return _merge(y[None], layout, 1, heads), packed, inverse, attn
+
+
+class _Attention(torch.autograd.Function):
+    """Gradients of qkv, weight (heads, 1 or N, 1 or N) and bias (heads, N, N)."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, weight: Tensor, bias: Tensor | None, layout: WindowLayout, heads: int, cosine: bool) -> Tensor:
+        terms = OffsetTerms(layout.window, weight, bias)
+        y, packed, inverse, attn = _forward(qkv, weight, terms.masked_bias(layout), layout, heads, cosine, keep=True)
+        ctx.save_for_backward(packed, inverse, attn, weight)
+        ctx.layout, ctx.heads, ctx.bias_shape = layout, heads, None if bias is None else bias.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        packed, inverse, attn, weight = ctx.saved_tensors
+        layout, heads = ctx.layout, ctx.heads
+        grads = torch.empty_like(packed)
+        grad = _split(grad.contiguous(), layout, 1, heads)[0]
+        sums = _Sums(weight, ctx.needs_input_grad[1], ctx.bias_shape if ctx.needs_input_grad[2] else None)
+        _, batch, windows, area, _ = packed.shape
+        steps = _chunks(batch, windows * area * area, grad.device)
+        for start in steps:
+            part = slice(start, start + steps.step)
+            _backward_chunk(packed[:, part].flatten(1, 2), attn[part].flatten(0, 1), grad[part].flatten(0, 1),
+                            grads[:, part].flatten(1, 2), weight, sums, heads)
+        if inverse is not None:  # through x / |x|
+            unit, through = packed[:2], grads[:2]
+            along = (unit * through).sum(-1, keepdim=True)
+            through.addcmul_(unit, along, value=-1).mul_(inverse)
+        return _merge(grads, layout, 3, heads), sums.weight, sums.bias, None, None, None
+
+
+class _Sums:
+    """The gradients of weight and bias, summed over images and windows."""
+
+    def __init__(self, weight: Tensor, weight_needed: bool, bias_shape: torch.Size | None):
+        self.weight = torch.zeros_like(weight) if weight_needed else None
+        self.bias = None if bias_shape is None else weight.new_zeros(bias_shape)
+        self.weight_is_uniform = weight.shape[-1] == 1
+
+
+def _backward_chunk(packed: Tensor, attn: Tensor, grad: Tensor, grads: Tensor, weight: Tensor, sums: _Sums, heads: int) -> None:
+    """Adds one chunk's part to `sums` and writes its dq, dk, dv into `grads`.
+
+    packed, grads: (3, n, N, D) with n = images * nW * heads. attn: (n, N, N). grad: (n, N, D).
+    """
+    q, k, v = packed
+    area = attn.shape[-1]
+    torch.bmm(attn.mT, grad, out=grads[2])
+    dlogits = torch.bmm(grad, v.mT)
+    dlogits = torch._softmax_backward_data(dlogits, attn, -1, dlogits.dtype)
+    by_head = dlogits.view(-1, heads, area, area)
+    if sums.bias is not None:
+        sums.bias += by_head.sum(0, dtype=sums.bias.dtype)
+    if sums.weight is not None and not sums.weight_is_uniform:
+        products = torch.bmm(q, k.mT).mul_(dlogits).view(-1, heads, area, area)
+        sums.weight += products.sum(0, dtype=sums.weight.dtype)
+    if not sums.weight_is_uniform:
+        by_head.mul_(weight)
+    torch.bmm(dlogits, k, out=grads[0])
+    torch.bmm(dlogits.mT, q, out=grads[1])
+    if sums.weight_is_uniform:
+        dq, dk = grads[0].view(-1, heads, *q.shape[1:]), grads[1].view(-1, heads, *q.shape[1:])
+        if sums.weight is not None:
+            sums.weight += (q.view_as(dq) * dq).sum((0, 2, 3), dtype=sums.weight.dtype).view_as(sums.weight)
+        dq.mul_(weight)
+        dk.mul_(weight)

@@ -1,0 +1,151 @@
+"""Where the tokens of an image sit when it is cut into windows: partition, cyclic shift, padding, mask, relative index.
+
+Shapes: B images of H x W tokens, nW windows of N = Mh * Mw tokens, C channels. Windows are numbered row by row within an image.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+def kept(function: Callable) -> Callable:
+    """lru_cache for functions that make small constant tensors; under torch.compile the compiler traces the function itself."""
+    cached = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
+
+    return call
+
+
+def to_pair(size: int | tuple[int, int] | list[int]) -> Size:
+    """An int is both sides of a square; a pair is (rows, columns)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def window_partition(x: Tensor, window_size: int | Size) -> Tensor:
+    """(B, H, W, C) -> (B*nW, Mh, Mw, C); H and W must be multiples of the window."""
+    rows, columns = to_pair(window_size)
+    batch, height, width, channels = x.shape
+    x = x.view(batch, height // rows, rows, width // columns, columns, channels)
+    return x.transpose(2, 3).reshape(-1, rows, columns, channels)
+
+
+def window_reverse(windows: Tensor, window_size: int | Size, height: int, width: int) -> Tensor:
+    """(B*nW, Mh, Mw, C) -> (B, H, W, C): undoes `window_partition`."""
+    rows, columns = to_pair(window_size)
+    x = windows.view(-1, height // rows, width // columns, rows, columns, windows.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
+
+
+def relative_position_index(window_size: int | Size, device: torch.device | None = None) -> Tensor:
+    """(N, N) int64: row of the offset table for query i and key j, (yi - yj + Mh - 1) * (2 Mw - 1) + xi - xj + Mw - 1."""
+    rows, columns = to_pair(window_size)
+    y = torch.arange(rows, device=device).repeat_interleave(columns)
+    x = torch.arange(columns, device=device).repeat(rows)
+    return (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
+
+
+def _regions(length: int, padded: int, window: int, shift: int) -> Tensor:
+    """(padded,) region of each coordinate after the roll: the last window of a shifted axis holds two that were not neighbours."""
+    region = torch.zeros(padded, dtype=torch.long)
+    if shift:
+        region[padded - window:] = 1
+        region[padded - shift:] = 2
+    return region
+
+
+def _padding(length: int, padded: int, shift: int) -> Tensor:
+    """(padded,) bool: which coordinates are padding after the roll."""
+    return (torch.arange(padded) >= length).roll(-shift)
+
+
+def _pair_mask(grid: Size, padded: Size, window: Size, shift: Size, mask_value: float) -> Tensor | None:
+    """(nW, N, N) float32: 0 or `mask_value` between regions of the shifted map, -inf between an image token and padding."""
+    if shift == (0, 0) and grid == padded:
+        return None
+    by_axis = [_regions(*axis) for axis in zip(grid, padded, window, shift, strict=True)]
+    region = (by_axis[0][:, None] * 3 + by_axis[1])[None, :, :, None]
+    region = window_partition(region, window).flatten(1)
+    mask = (region[:, :, None] != region[:, None, :]) * torch.tensor(mask_value)
+    if grid != padded:
+        rows, columns = (_padding(*axis) for axis in zip(grid, padded, shift, strict=True))
+        outside = window_partition((rows[:, None] | columns)[None, :, :, None], window).flatten(1)
+        mask = mask.masked_fill(outside[:, :, None] != outside[:, None, :], float("-inf"))
+    return mask
+
+
+@dataclass(frozen=True, eq=False)
+class WindowLayout:
+    """How one grid is cut into windows; made by `window_layout`, which keeps it for the next forward.
+
+    grid, padded: tokens (rows, columns) before and after padding. tokens: (nW*N,) the padded grid's token behind each
+    window position. mask: (nW, N, N) float32 or None.
+    """
+
+    grid: Size
+    padded: Size
+    window: Size
+    shift: Size
+    tokens: Tensor
+    mask: Tensor | None
+
+    @property
+    def num_windows(self) -> int:
+        """Windows per image, nW."""
+        return self.tokens.numel() // (self.window[0] * self.window[1])
+
+    @property
+    def area(self) -> int:
+        """Tokens per window, N."""
+        return self.window[0] * self.window[1]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - layouts live as long as the process
+    def head_rows(self, batch: int, parts: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Row numbers that turn a token-major matrix into a head-major one, and back.
+
+        The matrix (B*H*W*parts*heads, D) of a padded grid becomes (parts, B, nW, heads, N, D). One gather does the cyclic shift,
+        the partition and the split into heads. Returns (there, back), int64, each as long as the matrix.
+        """
+        device = self.tokens.device
+        tokens = self.tokens.view(self.num_windows, 1, self.area)
+        image = torch.arange(batch, device=device).view(batch, 1, 1, 1) * self.tokens.numel()
+        part = torch.arange(parts, device=device).view(parts, 1, 1, 1, 1)
+        head = torch.arange(heads, device=device).view(heads, 1)
+        there = (((image + tokens) * parts + part) * heads + head).flatten()
+        back = torch.empty_like(there)
+        back[there] = torch.arange(there.numel(), device=device)
+        return there, back
+
+
+@kept
+def window_layout(grid: Size, window: Size, shift: Size = (0, 0), mask_value: float = -100.0,
+                  device: torch.device | None = None) -> WindowLayout:
+    """The layout of a grid that is padded to whole windows (at its end) and rolled up and left by `shift` tokens.
+
+    Pairs that the roll brought together are masked by `mask_value` (the reference uses -100, not -inf); padding and image
+    tokens never see each other. An axis that one window covers is not shifted by more than its length.
+    """
+    padded = tuple(-(-length // side) * side for length, side in zip(grid, window, strict=True))
+    tokens = torch.arange(padded[0] * padded[1]).view(1, *padded, 1).roll((-shift[0], -shift[1]), (1, 2))
+    mask = _pair_mask(grid, padded, window, shift, mask_value)
+    return WindowLayout(grid, padded, window, shift, window_partition(tokens, window).flatten().to(device),
+                        None if mask is None else mask.to(device))
+
+
+def pad_grid(x: Tensor, layout: WindowLayout) -> Tensor:
+    """(B, H, W, C) -> (B, padded H, padded W, C), zeros at the end of each axis."""
+    rows, columns = (after - before for after, before in zip(layout.padded, layout.grid, strict=True))
+    return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
+
+
+def crop_grid(x: Tensor, layout: WindowLayout) -> Tensor:
+    """Undoes `pad_grid`."""
+    return x if layout.grid == layout.padded else x[:, :layout.grid[0], :layout.grid[1]]

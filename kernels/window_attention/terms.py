@@ -1,0 +1,56 @@
+"""What multiplies and what is added to the logits, held as tables over relative offsets.
+
+A table has one row per offset between two tokens of a window, T = (2 Mh - 1)(2 Mw - 1), and one column per head. A fused kernel
+reads the tables; the open path gathers them to N x N. Terms that are no function of the offset are given dense, (heads, N, N).
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import Size, WindowLayout, relative_position_index
+
+
+class OffsetTerms:
+    """`weight`, `bias` and `post` of softmax(q kᵀ * weight + bias + mask) * post.
+
+    Args:
+        weight: (T, heads), or (1, heads) when it is the same for all offsets, or dense (heads, N, N).
+        bias: (T, heads), dense (heads, N, N), or None.
+        post: multiplies the softmaxed map; shapes as `bias`.
+        renormalise: divide the rows of the map by their sum after `post`.
+    Gathered forms are kept on the object: it is made once per step in training and once per set of weights in evaluation.
+    """
+
+    def __init__(self, window: Size, weight: Tensor, bias: Tensor | None = None, post: Tensor | None = None, renormalise: bool = False):
+        self.window, self.weight, self.bias, self.post, self.renormalise = window, weight, bias, post, renormalise
+        self._kept: dict = {}
+
+    def replace(self, **changes) -> "OffsetTerms":
+        """A copy with some of weight, bias, post and renormalise exchanged."""
+        fields = {name: getattr(self, name) for name in ("weight", "bias", "post", "renormalise")}
+        return OffsetTerms(self.window, **{**fields, **changes})
+
+    def dense(self, name: str) -> Tensor | None:
+        """The term `name` gathered over pairs: (heads, N, N), or (heads, 1, 1) for one that is the same everywhere."""
+        if name not in self._kept:
+            self._kept[name] = gather_offsets(getattr(self, name), self.window)
+        return self._kept[name]
+
+    def masked_bias(self, layout: WindowLayout) -> Tensor | None:
+        """bias + mask: (nW, heads, N, N), or (1, heads, N, N) without a mask, or None; kept per layout."""
+        if layout not in self._kept:
+            bias, mask = self.dense("bias"), layout.mask
+            mask = mask if mask is None else mask[:, None].to(self.weight.dtype)
+            self._kept[layout] = mask if bias is None else bias[None] if mask is None else bias + mask
+        return self._kept[layout]
+
+
+def gather_offsets(table: Tensor | None, window: Size) -> Tensor | None:
+    """(T, heads) -> (heads, N, N); (1, heads) -> (heads, 1, 1); dense terms and None pass."""
+    if table is None or table.dim() == 3:
+        return table
+    if table.shape[0] == 1 and window != (1, 1):
+        return table.t()[:, :, None]
+    area = window[0] * window[1]
+    index = relative_position_index(window, table.device).flatten()
+    return table.t().contiguous().gather(1, index.expand(table.shape[1], -1)).view(-1, area, area)

@@ -1,0 +1,68 @@
+"""The places at which attention can be modified: A = softmax((q kᵀ) * weight + bias + mask), y = map(A) v."""
+
+from torch import Tensor, nn
+
+from kernels.window_attention import OffsetTerms
+from models.attention.geometry import Geometry
+from models.registry import Registry
+
+MODIFIERS = Registry("attention modifier")
+
+
+class Modifier(nn.Module):
+    """Built as `cls(geometry, **options)`. Its parameters appear in the state dict under `attn.modifiers.<name>`."""
+
+    def __init__(self, geometry: Geometry):
+        super().__init__()
+        self.geometry = geometry
+
+    def initialise(self, attention: nn.Module) -> None:
+        """Called once after the backbone has initialised `attention`, with random numbers of its own."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of own parameters that weight decay leaves alone; by default none."""
+        return set()
+
+
+class WeightModifier(Modifier):
+    """Changes the projections q, k, v = x Wᵀ + b before the head split, in one of two equal ways.
+
+    `fold` works on the weight: no pass over the tokens. `add` works on the projected tokens: exact where the weight would be
+    rounded to 16 bits first. `fold_bias` serves both.
+    """
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """(3C, C) -> (3C, C)."""
+        return weight
+
+    def fold_bias(self, bias: Tensor | None) -> Tensor | None:
+        """(3C,) -> (3C,), or None where there is no bias."""
+        return bias
+
+    def add(self, x: Tensor, qkv: Tensor) -> Tensor:
+        """x (..., C), qkv (..., 3C) of the unfolded weight -> (..., 3C); may work in place on `qkv`."""
+        return qkv
+
+
+class TermModifier(Modifier):
+    """Changes what multiplies and what is added to the logits: tables over relative offsets, fused kernels included."""
+
+    def forward(self, terms: OffsetTerms) -> OffsetTerms:
+        """terms.weight (T or 1, H), terms.bias (T, H) or None -> the same."""
+        raise NotImplementedError
+
+
+class LogitMixer(Modifier):
+    """Changes the logits before the mask is added; takes the open path."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(B*nW, H, N, N) -> (B*nW, H, N, N)."""
+        raise NotImplementedError
+
+
+class MapModifier(Modifier):
+    """Changes the softmaxed map itself; takes the open path."""
+
+    def forward(self, attn: Tensor) -> Tensor:
+        """(B*nW, H, N, N) -> (B*nW, H, N, N); masked pairs are set to zero again afterwards."""
+        raise NotImplementedError

@@ -1,0 +1,211 @@
+"""Softmax attention within windows, y = map(softmax((q kᵀ) * weight + bias + mask)) v, and its Swin and SwinV2 forms."""
+
+import math
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.window_attention import OffsetTerms, WindowLayout, relative_position_index, window_attention
+from kernels.window_attention.reference import add_mask, merge_windows, split_windows
+from models.layers.cache import EvalCache
+from models.layers.init import own_random_numbers, trunc_normal
+
+from .geometry import Geometry, relative_coords_table
+from .modifiers import MODIFIERS, LogitMixer, MapModifier, TermModifier, WeightModifier
+from .modifiers.base import Modifier
+from .spec import AttentionSpec
+
+MAX_LOGIT_SCALE = 100.0
+
+
+class SoftmaxAttention(nn.Module):
+    """What all forms share: projections, modifiers and the choice between the fast path and the open one.
+
+    A subclass creates its parameters under the released names, then calls `_finish`, and says its `base_terms` and `packed_bias`.
+    Shapes: x (B, H, W, C) -> (B, H, W, C).
+    """
+
+    cosine = False
+
+    def __init__(self, geometry: Geometry, spec: AttentionSpec):
+        super().__init__()
+        self.geometry, self.spec = geometry, spec
+        self.dim, self.num_heads, self.window_size = geometry.dim, geometry.num_heads, geometry.window
+        if geometry.dim % geometry.num_heads:
+            raise ValueError(f"attention: {geometry.dim} channels cannot be split into {geometry.num_heads} heads; "
+                             "choose NUM_HEADS that divides EMBED_DIM * 2^stage")
+        self.cache = EvalCache()
+
+    def _finish(self, qkv_bias: bool, proj_drop: float) -> None:
+        """Creates the projections and the modifiers, last so that the state dict keeps the released order."""
+        self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=qkv_bias)
+        self.proj = nn.Linear(self.dim, self.dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.modifiers = nn.ModuleDict()
+        for text in self.spec.modifiers:
+            with own_random_numbers(text):
+                modifier = MODIFIERS.create(text, self.geometry)
+            name = text.partition("(")[0].strip()
+            if name in self.modifiers:
+                raise ValueError(f"attention modifier {name!r} is listed twice in {list(self.spec.modifiers)}")
+            self.modifiers[name] = modifier
+        self.logit_tap, self.map_tap = nn.Identity(), nn.Identity()
+
+    def initialise_modifiers(self, name: str) -> None:
+        """Lets each modifier draw its initial values; `name` tells the layers of a model apart."""
+        for key, modifier in self.modifiers.items():
+            with own_random_numbers(f"{name}.{key}"):
+                modifier.initialise(self)
+
+    def base_terms(self) -> OffsetTerms:
+        """The unmodified weight and bias, float32 tables (1, heads) and (T, heads)."""
+        raise NotImplementedError
+
+    def term_parameters(self) -> list[Tensor]:
+        """The parameters that `base_terms` reads."""
+        raise NotImplementedError
+
+    def packed_bias(self) -> Tensor | None:
+        """(3C,) bias of q, k and v, or None."""
+        raise NotImplementedError
+
+    def _stage(self, kind: type[Modifier]) -> list[Modifier]:
+        return [modifier for modifier in self.modifiers.values() if isinstance(modifier, kind)]
+
+    def terms(self) -> OffsetTerms:
+        """Weight and bias with all term modifiers applied, in float32; kept in evaluation while the parameters stay the same."""
+        sources = [*self.term_parameters(), *chain.from_iterable(modifier.parameters() for modifier in self._stage(TermModifier))]
+        return self.cache.get("terms", sources, self._modified_terms)
+
+    def _modified_terms(self) -> OffsetTerms:
+        with torch.autocast(self.qkv.weight.device.type, enabled=False):
+            terms = self.base_terms()
+            for modifier in self._stage(TermModifier):
+                terms = modifier(terms)
+        return terms
+
+    def _projection(self, fold: bool) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.qkv.weight, self.packed_bias()
+        for modifier in self._stage(WeightModifier):
+            weight, bias = modifier.fold(weight) if fold else weight, modifier.fold_bias(bias)
+        return weight, bias
+
+    def project(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 3C): q, then k, then v."""
+        fold = not torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float64)
+        sources = [parameter for parameter in self._parameters.values() if parameter is not None]
+        sources += [parameter for parameter in self.qkv.parameters()]
+        qkv = F.linear(x, *self.cache.get(f"projection {fold}", sources, lambda: self._projection(fold)))
+        for modifier in [] if fold else self._stage(WeightModifier):
+            qkv = modifier.add(x, qkv)
+        return qkv
+
+    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
+        """x: (B, H, W, C) with the grid of `layout` -> (B, H, W, C)."""
+        qkv, terms = self.project(x), self.terms()
+        dropout = self.spec.drop if self.training else 0.0
+        if self.is_open():
+            y = self._open(qkv, terms, layout, dropout)
+        else:
+            y = window_attention(qkv, terms, layout, self.num_heads, self.cosine, dropout, self.spec.backend)
+        return self.proj_drop(self.proj(y))
+
+    def is_open(self) -> bool:
+        """Whether the N x N matrix is formed in the open: a modifier needs it, or a hook looks at it through a tap."""
+        hooked = self.logit_tap._forward_hooks or self.map_tap._forward_hooks
+        return bool(hooked or self._stage(LogitMixer) or self._stage(MapModifier))
+
+    def _open(self, qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, dropout: float) -> Tensor:
+        """The same with the N x N matrix in the open, for modifiers of the matrix itself and for hooks on the two taps."""
+        q, k, v = split_windows(qkv, layout, self.num_heads)
+        q, k = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if self.cosine else (q, k)
+        logits = (q @ k.mT).float() * terms.dense("weight")
+        logits = logits if terms.bias is None else logits + terms.dense("bias")
+        for modifier in self._stage(LogitMixer):
+            logits = modifier(logits)
+        attn = self.logit_tap(add_mask(logits, layout.mask)).softmax(-1)
+        if terms.post is not None:
+            attn = attn * terms.dense("post")
+            attn = attn / attn.sum(-1, keepdim=True) if terms.renormalise else attn
+        for modifier in self._stage(MapModifier):
+            attn = _zero_masked(modifier(attn), layout.mask)
+        return merge_windows(F.dropout(self.map_tap(attn), dropout).to(v.dtype) @ v, layout)
+
+    def flops(self, tokens: int) -> int:
+        """Multiply-accumulates for one window of `tokens` tokens, by the reference's count: projections and the two products."""
+        return tokens * self.dim * 3 * self.dim + 2 * tokens * tokens * self.dim + tokens * self.dim * self.dim
+
+
+def _zero_masked(attn: Tensor, mask: Tensor | None) -> Tensor:
+    """Sets the pairs that the mask forbids to zero: attn (B*nW, H, N, N), mask (nW, N, N)."""
+    if mask is None:
+        return attn
+    return (attn.unflatten(0, (-1, len(mask))) * (mask == 0)[:, None]).flatten(0, 1)
+
+
+class WindowAttention(SoftmaxAttention):
+    """Swin's attention: logits (q kᵀ) * scale plus a learned bias per relative offset.
+
+    Args:
+        qk_scale: the scale; None is head_dim^-0.5.
+    State dict: relative_position_bias_table (T, heads), relative_position_index (N, N), qkv, proj.
+    Source: Swin Transformer, arXiv:2103.14030, eq. 4.
+    """
+
+    def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, qk_scale: float | None = None, proj_drop: float = 0.0):
+        super().__init__(geometry, spec)
+        self.scale = qk_scale or (geometry.dim // geometry.num_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(trunc_normal(torch.empty(geometry.num_offsets, geometry.num_heads), 0.02))
+        self.register_buffer("relative_position_index", relative_position_index(geometry.window))
+        self.register_buffer("uniform_scale", torch.full((1, geometry.num_heads), self.scale), persistent=False)
+        self._finish(qkv_bias, proj_drop)
+
+    def term_parameters(self) -> list[Tensor]:
+        """The bias table."""
+        return [self.relative_position_bias_table]
+
+    def base_terms(self) -> OffsetTerms:
+        """weight (1, heads) the scale, bias (T, heads)."""
+        return OffsetTerms(self.window_size, self.uniform_scale, self.relative_position_bias_table)
+
+    def packed_bias(self) -> Tensor | None:
+        """(3C,) or None."""
+        return self.qkv.bias
+
+
+class WindowAttentionV2(SoftmaxAttention):
+    """SwinV2's attention: cosine of q and k times a learned scale, plus a bias that an MLP reads off log-spaced offsets.
+
+    State dict: logit_scale (heads, 1, 1), q_bias and v_bias (C,), relative_coords_table, relative_position_index, cpb_mlp, qkv, proj.
+    Source: Swin Transformer V2, arXiv:2111.09883, eq. 2 to 4; the scale is at most 100, the bias 16 sigmoid(mlp).
+    """
+
+    cosine = True
+
+    def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, proj_drop: float = 0.0):
+        super().__init__(geometry, spec)
+        if not 0 < spec.logit_scale_init <= MAX_LOGIT_SCALE:
+            raise ValueError(f"logit_scale_init is {spec.logit_scale_init}; it must be above 0 and at most {MAX_LOGIT_SCALE:g}")
+        self.logit_scale = nn.Parameter(torch.full((geometry.num_heads, 1, 1), math.log(spec.logit_scale_init)))
+        self.q_bias = nn.Parameter(torch.zeros(geometry.dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(geometry.dim)) if qkv_bias else None
+        self.register_buffer("relative_coords_table", relative_coords_table(geometry.window, geometry.pretrained_window))
+        self.register_buffer("relative_position_index", relative_position_index(geometry.window))
+        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, geometry.num_heads, bias=False))
+        self._finish(False, proj_drop)
+
+    def term_parameters(self) -> list[Tensor]:
+        """The scale and the bias MLP."""
+        return [self.logit_scale, *self.cpb_mlp.parameters()]
+
+    def base_terms(self) -> OffsetTerms:
+        """weight (1, heads) in (0, 100], bias (T, heads) in (0, 16), or unbounded without the sigmoid."""
+        weight = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp().view(1, -1)
+        bias = self.cpb_mlp(self.relative_coords_table.flatten(0, 2))
+        return OffsetTerms(self.window_size, weight, 16 * torch.sigmoid(bias) if self.spec.bias_sigmoid else bias)
+
+    def packed_bias(self) -> Tensor | None:
+        """(3C,): k has no bias."""
+        return None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])

@@ -1,0 +1,1 @@
+"""Parts that every backbone uses, one idea a file."""

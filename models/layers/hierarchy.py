@@ -1,0 +1,216 @@
+"""The pyramid that Swin, SwinV2 and Swin-MLP share: patch embedding, stages of blocks with patch merging between them, a head."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.window_attention.layout import Size
+from models.attention import AttentionSpec, SoftmaxAttention
+
+from .init import init_linear_and_norm, own_random_numbers, trunc_normal
+from .patch_embed import PatchEmbed, PatchMerging, resize_positions
+from .pre_mlp import PLACES, PreMlp
+
+Block = Callable[..., nn.Module]
+
+
+@dataclass
+class PyramidOptions:
+    """Arguments of the constructors of all three families; `extra` holds those that a caller passed and nobody knows."""
+
+    img_size: int | Size = 224
+    patch_size: int | Size = 4
+    in_chans: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 96
+    depths: Sequence[int] = (2, 2, 6, 2)
+    num_heads: Sequence[int] = (3, 6, 12, 24)
+    window_size: int | Size = 7
+    mlp_ratio: float = 4.0
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.1
+    norm_layer: type[nn.Module] = nn.LayerNorm
+    ape: bool = False
+    patch_norm: bool = True
+    use_checkpoint: bool = False
+    attention: AttentionSpec = field(default_factory=AttentionSpec)
+    pre_mlp: str = "off"
+    pre_mlp_ratio: float = 4.0
+    pre_mlp_drop_path: bool = False
+    sw_mlp: str = "off"
+    dynamic_img_size: bool = False
+    extra: dict = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ValueError for lengths and words that cannot be; warns of arguments without effect."""
+        if len(self.depths) != len(self.num_heads):
+            raise ValueError(f"depths {list(self.depths)} and num_heads {list(self.num_heads)} must have one entry per stage each")
+        if self.pre_mlp not in PLACES:
+            raise ValueError(f"pre_mlp is {self.pre_mlp!r}; allowed are {', '.join(PLACES)}")
+        if self.extra:
+            warnings.warn(f"these arguments have no effect here: {', '.join(sorted(self.extra))}", stacklevel=4)
+
+
+class Stage(nn.Module):
+    """An optional pre-MLP, some blocks, and patch merging after all but the last stage.
+
+    Shapes: (B, L, C) on a grid -> (B, L, C), or (B, L/4, 2C) after merging.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None, pre_mlp: PreMlp | None, input_resolution: Size, dim: int,
+                 use_checkpoint: bool):
+        super().__init__()
+        self.dim, self.input_resolution, self.use_checkpoint = dim, input_resolution, use_checkpoint
+        self.blocks = nn.ModuleList(blocks)
+        self.depth = len(self.blocks)
+        self.downsample = downsample
+        self.pre_mlp = pre_mlp
+
+    def forward_blocks(self, x: Tensor, grid: Size) -> Tensor:
+        """Everything before the merging: (B, L, C) -> (B, L, C)."""
+        x = x if self.pre_mlp is None else self.pre_mlp(x)
+        for block in self.blocks:
+            checkpointed = self.use_checkpoint and torch.is_grad_enabled()
+            x = checkpoint(block, x, grid, use_reentrant=False) if checkpointed else block(x, grid)
+        return x
+
+    def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
+        """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
+        grid = grid or self.input_resolution
+        x = self.forward_blocks(x, grid)
+        return x if self.downsample is None else self.downsample(x, grid)
+
+    def next_grid(self, grid: Size) -> Size:
+        """The grid after this stage."""
+        return grid if self.downsample is None else PatchMerging.merged(grid)
+
+    def flops(self) -> float:
+        """Multiply-accumulates for one image."""
+        macs = sum(block.flops() for block in self.blocks)
+        macs += 0 if self.downsample is None else self.downsample.flops()
+        return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(self.input_resolution[0] * self.input_resolution[1]))
+
+
+class PyramidTransformer(nn.Module):
+    """Base of the three families. A subclass sets `norm_first` and gives `make_block`.
+
+    Shapes: (B, in_chans, H, W) -> logits (B, num_classes), or pooled features (B, 8 embed_dim) where num_classes is 0.
+    """
+
+    norm_first = True  # where the norm of the patch merging stands
+
+    def __init__(self, options: PyramidOptions):
+        super().__init__()
+        options.check()
+        self.num_classes, self.embed_dim, self.ape, self.patch_norm = options.num_classes, options.embed_dim, options.ape, options.patch_norm
+        self.num_layers, self.mlp_ratio = len(options.depths), options.mlp_ratio
+        self.num_features = options.embed_dim * 2 ** (self.num_layers - 1)
+        self.patch_embed = PatchEmbed(options.img_size, options.patch_size, options.in_chans, options.embed_dim, options.norm_layer if options.patch_norm else None, options.dynamic_img_size)
+        self.patches_resolution = self.patch_embed.patches_resolution
+        if options.ape:
+            self.absolute_pos_embed = nn.Parameter(trunc_normal(torch.empty(1, self.patch_embed.num_patches, options.embed_dim), 0.02))
+        self.pos_drop = nn.Dropout(options.drop_rate)
+        self.layers = nn.ModuleList(self._make_stages(options))
+        self.norm = options.norm_layer(self.num_features)
+        self.head = nn.Linear(self.num_features, options.num_classes) if options.num_classes else nn.Identity()
+        self.pre_mlp = self._make_pre_mlp("stem", options, self.embed_dim, 0.0)
+        self._initialise()
+
+    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int, drop_path: nn.Module) -> nn.Module:
+        """Block number `block` of stage number `stage`, both from 0."""
+        raise NotImplementedError
+
+    def _make_stages(self, options: PyramidOptions) -> Iterable[Stage]:
+        rates = iter(torch.linspace(0, options.drop_path_rate, sum(options.depths)).tolist())
+        resolution = self.patches_resolution
+        for stage, depth in enumerate(options.depths):
+            dim = options.embed_dim * 2**stage
+            paths = [next(rates) for _ in range(depth)]
+            blocks = [self.make_block(options, dim, resolution, stage, block, DropPath(path) if path else nn.Identity())
+                      for block, path in enumerate(paths)]
+            last = stage == self.num_layers - 1
+            pre_mlp = self._make_pre_mlp("stage", options, dim, paths[0] if paths else 0.0)
+            yield Stage(blocks, None if last else PatchMerging(resolution, dim, self.norm_first, options.norm_layer), pre_mlp, resolution, dim,
+                        options.use_checkpoint)
+            resolution = PatchMerging.merged(resolution)
+
+    @staticmethod
+    def _make_pre_mlp(place: str, options: PyramidOptions, dim: int, drop_path: float) -> PreMlp | None:
+        if options.pre_mlp != place:
+            return None
+        with own_random_numbers(f"pre_mlp {dim}"):
+            pre_mlp = PreMlp(dim, options.pre_mlp_ratio, options.drop_rate, drop_path if options.pre_mlp_drop_path else 0.0)
+            return pre_mlp.apply(init_linear_and_norm)
+
+    def _initialise(self) -> None:
+        own = [name for name, module in self.named_modules() if isinstance(module, PreMlp) or name.endswith(".modifiers")]
+        for name, module in self.named_modules():
+            if not any(name.startswith(prefix) for prefix in own):
+                init_linear_and_norm(module)
+        self.initialise_norms()
+        for name, module in self.named_modules():
+            if isinstance(module, SoftmaxAttention):
+                module.initialise_modifiers(name)
+
+    def initialise_norms(self) -> None:
+        """Called after the general rule; SwinV2 sets its post-norms here."""
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
+        """(B, in_chans, H, W) -> tokens (B, L, embed_dim) and their grid."""
+        grid = self.patch_embed.grid(tuple(x.shape[-2:]))
+        x = self.patch_embed(x)
+        if self.ape:
+            x = x + resize_positions(self.absolute_pos_embed, self.patches_resolution, grid)
+        x = self.pos_drop(x)
+        return (x if self.pre_mlp is None else self.pre_mlp(x)), grid
+
+    def forward_features(self, x: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
+        """(B, in_chans, H, W) -> pooled features (B, num_features).
+
+        With `return_stages`: the map of each stage before its merging, (B, embed_dim * 2^stage, H / (patch * 2^stage), W / ...), the
+        last one normalised; for detection and segmentation heads.
+        """
+        x, grid = self._embed(x)
+        if return_stages:
+            return self._stage_maps(x, grid)
+        for layer in self.layers:
+            x = layer(x, grid)
+            grid = layer.next_grid(grid)
+        return self.norm(x).mean(1)
+
+    def _stage_maps(self, x: Tensor, grid: Size) -> list[Tensor]:
+        maps = []
+        for layer in self.layers:
+            x = layer.forward_blocks(x, grid)
+            last = layer.downsample is None
+            maps.append((self.norm(x) if last else x).transpose(1, 2).unflatten(2, grid))
+            x, grid = x if last else layer.downsample(x, grid), layer.next_grid(grid)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.head(self.forward_features(x))
+
+    def flops(self) -> float:
+        """Multiply-accumulates for one image by the reference's count, whose last norm is counted on L / 2^stages tokens."""
+        tokens = self.patches_resolution[0] * self.patches_resolution[1]
+        macs = self.patch_embed.flops() + sum(layer.flops() for layer in self.layers)
+        macs += self.num_features * tokens // 2**self.num_layers + self.num_features * self.num_classes
+        return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(tokens))
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of parameters without weight decay: position embeddings, and what the attention modifiers name."""
+        names = {"absolute_pos_embed"}
+        for module_name, module in self.named_modules():
+            if isinstance(module, SoftmaxAttention):
+                names |= {f"{module_name}.modifiers.{key}.{own}" for key, modifier in module.modifiers.items() for own in modifier.no_weight_decay()}
+        return names
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of names without weight decay."""
+        return {"relative_position_bias_table"}

@@ -1,0 +1,34 @@
+"""Initial values of parameters, and random numbers that leave everybody else's untouched."""
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def trunc_normal(tensor: Tensor, std: float) -> Tensor:
+    """Normal(0, std) cut at +-2 (not at 2 std: the reference's rule); exactly 0 where std is 0."""
+    return nn.init.trunc_normal_(tensor, std=std) if std else nn.init.zeros_(tensor)
+
+
+def init_linear_and_norm(module: nn.Module) -> None:
+    """The reference's rule: Linear and Conv1d weights trunc_normal 0.02 and biases 0, LayerNorm 1 and 0; convolutions keep PyTorch's."""
+    if isinstance(module, (nn.Linear, nn.Conv1d)):
+        trunc_normal(module.weight, 0.02)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.LayerNorm)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def own_random_numbers(name: str) -> Iterator[None]:
+    """Inside, numbers follow from the global seed and `name`; outside, the stream goes on as if nothing had happened.
+
+    An addition that is built inside leaves all other initial weights of the model as they were without it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+        yield

@@ -1,0 +1,25 @@
+"""The channel MLP of a transformer block."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fused_mlp import fused_mlp
+
+
+class Mlp(nn.Module):
+    """fc2(drop(gelu(fc1(x)))), then drop; the exact GELU.
+
+    Shapes: (..., C) -> (..., C); hidden = the width between the layers.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        if self.drop.p and self.training:
+            return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return fused_mlp(x, self.fc1, self.fc2)

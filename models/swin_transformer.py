@@ -1,0 +1,70 @@
+"""Swin Transformer (arXiv:2103.14030): pre-norm blocks, scaled dot product with a bias per relative offset."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from kernels.window_attention import window_partition, window_reverse
+from kernels.window_attention.layout import Size
+from models.attention import AttentionSpec, WindowAttention
+from models.layers.hierarchy import PyramidOptions, PyramidTransformer
+from models.layers.window_block import AttentionBlock, block_geometry
+
+__all__ = ["SwinTransformer", "SwinTransformerBlock", "window_partition", "window_reverse"]
+
+
+class SwinTransformerBlock(AttentionBlock):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)).
+
+    Shapes: (B, L, C) -> (B, L, C).
+    """
+
+    def __init__(self, *args, attention: AttentionSpec, qkv_bias: bool, qk_scale: float | None, drop: float, **kwargs):
+        self.attention_options = dict(spec=attention, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop)
+        super().__init__(*args, drop=drop, **kwargs)
+
+    def make_attention(self) -> WindowAttention:
+        """The attention of this block."""
+        return WindowAttention(block_geometry(self), **self.attention_options)
+
+    def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
+        """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
+        grid = grid or self.input_resolution
+        x = x + self.drop_path(self.attend(self.norm1(x), grid))
+        return x + self.drop_path(self.mix(self.norm2(x), grid))
+
+
+class SwinTransformer(PyramidTransformer):
+    """The reference's arguments in the reference's order, then this project's.
+
+    Args:
+        img_size, patch_size, window_size: an int or (rows, columns). qk_scale: None is head_dim^-0.5.
+        attn_drop_rate: the same as AttentionSpec.drop, kept for the reference's callers. fused_window_process: has no effect; the
+            window attention of this project folds shift and partition into its gathers anyway.
+        attention: what is modified. pre_mlp: off, stem (once) or stage (before each). sw_mlp: off, token_mix or shift.
+        dynamic_img_size: accept other image sizes than img_size.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes).
+    """
+
+    def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 4, in_chans: int = 3, num_classes: int = 1000,
+                 embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2), num_heads: Sequence[int] = (3, 6, 12, 24),
+                 window_size: int | Size = 7, mlp_ratio: float = 4.0, qkv_bias: bool = True, qk_scale: float | None = None,
+                 drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1,
+                 norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False, patch_norm: bool = True, use_checkpoint: bool = False,
+                 fused_window_process: bool = False, *, attention: AttentionSpec | None = None, pre_mlp: str = "off",
+                 pre_mlp_ratio: float = 4.0, pre_mlp_drop_path: bool = False, sw_mlp: str = "off", dynamic_img_size: bool = False, **extra):
+        self.qkv_bias, self.qk_scale = qkv_bias, qk_scale
+        attention = attention or AttentionSpec()
+        super().__init__(PyramidOptions(
+            img_size, patch_size, in_chans, num_classes, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_rate, drop_path_rate,
+            norm_layer, ape, patch_norm, use_checkpoint, replace(attention, drop=attn_drop_rate or attention.drop), pre_mlp, pre_mlp_ratio,
+            pre_mlp_drop_path, sw_mlp, dynamic_img_size, extra))
+
+    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int,
+                   drop_path: nn.Module) -> SwinTransformerBlock:
+        """Odd blocks are shifted."""
+        return SwinTransformerBlock(
+            dim, resolution, options.num_heads[stage], options.window_size, block % 2 == 1, options.mlp_ratio, drop_path=drop_path,
+            norm_layer=options.norm_layer, sw_mlp=options.sw_mlp, attention=options.attention, qkv_bias=self.qkv_bias,
+            qk_scale=self.qk_scale, drop=options.drop_rate)

@@ -1,0 +1,83 @@
+"""Swin Transformer V2 (arXiv:2111.09883): norms after the branches, cosine attention, a bias from log-spaced offsets."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from kernels.window_attention import window_partition, window_reverse
+from kernels.window_attention.layout import Size, to_pair
+from models.attention import AttentionSpec, WindowAttentionV2
+from models.layers.hierarchy import PyramidOptions, PyramidTransformer
+from models.layers.window_block import AttentionBlock, block_geometry
+
+__all__ = ["SwinTransformerBlockV2", "SwinTransformerV2", "window_partition", "window_reverse"]
+
+
+class SwinTransformerBlockV2(AttentionBlock):
+    """x + norm1(attention(x)), then x + norm2(mlp(x)); both norms start at 0, so that the block starts as the identity.
+
+    Shapes: (B, L, C) -> (B, L, C).
+    """
+
+    def __init__(self, *args, attention: AttentionSpec, qkv_bias: bool, pretrained_window: Size, drop: float, **kwargs):
+        self.attention_options = dict(spec=attention, qkv_bias=qkv_bias, proj_drop=drop)
+        self.pretrained_window = pretrained_window
+        super().__init__(*args, drop=drop, **kwargs)
+
+    def make_attention(self) -> WindowAttentionV2:
+        """The attention of this block."""
+        return WindowAttentionV2(block_geometry(self, self.pretrained_window), **self.attention_options)
+
+    def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
+        """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
+        grid = grid or self.input_resolution
+        x = x + self.drop_path(self.norm1(self.attend(x, grid)))
+        return x + self.drop_path(self.norm2(self.mix(x, grid)))
+
+
+class SwinTransformerV2(PyramidTransformer):
+    """The reference's arguments in the reference's order, then this project's; see `SwinTransformer` for those both share.
+
+    Args:
+        pretrained_window_sizes: per stage, the window the weights were trained with, where it differs; 0 where it does not.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes).
+    """
+
+    norm_first = False
+
+    def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 4, in_chans: int = 3, num_classes: int = 1000,
+                 embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2), num_heads: Sequence[int] = (3, 6, 12, 24),
+                 window_size: int | Size = 7, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_rate: float = 0.0,
+                 attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1, norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False,
+                 patch_norm: bool = True, use_checkpoint: bool = False, pretrained_window_sizes: Sequence[int | Size] = (0, 0, 0, 0), *,
+                 attention: AttentionSpec | None = None, pre_mlp: str = "off", pre_mlp_ratio: float = 4.0, pre_mlp_drop_path: bool = False,
+                 sw_mlp: str = "off", dynamic_img_size: bool = False, **extra):
+        if len(pretrained_window_sizes) < len(depths):
+            raise ValueError(f"pretrained_window_sizes {list(pretrained_window_sizes)} must have an entry for each of the {len(depths)} stages")
+        self.qkv_bias, self.pretrained_window_sizes = qkv_bias, pretrained_window_sizes
+        attention = attention or AttentionSpec()
+        super().__init__(PyramidOptions(
+            img_size, patch_size, in_chans, num_classes, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_rate, drop_path_rate,
+            norm_layer, ape, patch_norm, use_checkpoint, replace(attention, drop=attn_drop_rate or attention.drop), pre_mlp, pre_mlp_ratio,
+            pre_mlp_drop_path, sw_mlp, dynamic_img_size, extra))
+
+    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int,
+                   drop_path: nn.Module) -> SwinTransformerBlockV2:
+        """Odd blocks are shifted."""
+        return SwinTransformerBlockV2(
+            dim, resolution, options.num_heads[stage], options.window_size, block % 2 == 1, options.mlp_ratio, drop_path=drop_path,
+            norm_layer=options.norm_layer, sw_mlp=options.sw_mlp, attention=options.attention, qkv_bias=self.qkv_bias,
+            pretrained_window=to_pair(self.pretrained_window_sizes[stage]), drop=options.drop_rate)
+
+    def initialise_norms(self) -> None:
+        """The norms after the branches start at 0, weight and bias."""
+        for layer in self.layers:
+            for block in layer.blocks:
+                for norm in (block.norm1, block.norm2):
+                    nn.init.zeros_(norm.weight)
+                    nn.init.zeros_(norm.bias)
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of names without weight decay."""
+        return {"cpb_mlp", "logit_scale", "relative_position_bias_table"}
