@@ -28,7 +28,6 @@ from models import SwinTransformer, SwinTransformerV2
 from models.attention import AttentionSpec
 
 
-
 def without_drop_path(model: torch.nn.Module) -> torch.nn.Module:
     """torchvision fixes the rate of its Swin models; it is set to 0 afterwards, as for the others."""
     for module in model.modules():

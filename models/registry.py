@@ -43,7 +43,8 @@ class Registry:
         try:
             return cls(*args, **options)
         except TypeError as error:
-            raise ValueError(f"{self.kind} {text!r}: {error}; its options are in the docstring of {cls.__module__}.{cls.__qualname__}") from error
+            where = f"{cls.__module__}.{cls.__qualname__}"
+            raise ValueError(f"{self.kind} {text!r}: {error}; its options are in the docstring of {where}") from error
 
 
 def parse_call(text: str) -> tuple[str, dict]:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size
-from models.layers.hierarchy import PyramidOptions, PyramidTransformer
+from models.layers.hierarchy import PyramidOptions, PyramidTransformer, pyramid_options
 from models.layers.mlp import Mlp
 from models.layers.window_block import WindowBlock
 
@@ -55,12 +55,13 @@ class SwinMLPBlock(WindowBlock):
     def flops(self) -> float:
         """Multiply-accumulates for one image by the reference's count."""
         padding = self._padding(self.input_resolution)
-        rows, columns = ((length + sum(zeros)) // side for length, zeros, side in zip(self.input_resolution, padding, self.window, strict=True))
+        axes = zip(self.input_resolution, padding, self.window, strict=True)
+        rows, columns = ((length + sum(zeros)) // side for length, zeros, side in axes)
         return self.mlp_flops() + rows * columns * self.dim * (self.window[0] * self.window[1]) ** 2
 
 
 class SwinMLP(PyramidTransformer):
-    """The reference's arguments in the reference's order; see `SwinTransformer`. There is no attention to modify.
+    """The reference's arguments in the reference's order; `others` are further `PyramidOptions`. There is no attention to modify.
 
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
@@ -68,12 +69,12 @@ class SwinMLP(PyramidTransformer):
     def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 4, in_chans: int = 3, num_classes: int = 1000,
                  embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2), num_heads: Sequence[int] = (3, 6, 12, 24),
                  window_size: int | Size = 7, mlp_ratio: float = 4.0, drop_rate: float = 0.0, drop_path_rate: float = 0.1,
-                 norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False, patch_norm: bool = True, use_checkpoint: bool = False, *,
-                 pre_mlp: str = "off", pre_mlp_ratio: float = 4.0, pre_mlp_drop_path: bool = False, dynamic_img_size: bool = False, **extra):
-        super().__init__(PyramidOptions(
-            img_size, patch_size, in_chans, num_classes, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_rate, drop_path_rate,
-            norm_layer, ape, patch_norm, use_checkpoint, pre_mlp=pre_mlp, pre_mlp_ratio=pre_mlp_ratio,
-            pre_mlp_drop_path=pre_mlp_drop_path, dynamic_img_size=dynamic_img_size, extra=extra))
+                 norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False, patch_norm: bool = True, use_checkpoint: bool = False,
+                 **others):
+        super().__init__(pyramid_options(
+            None, 0.0, others, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim,
+            depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate, norm_layer=norm_layer, ape=ape, patch_norm=patch_norm, use_checkpoint=use_checkpoint))
 
     def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int, drop_path: nn.Module) -> SwinMLPBlock:
         """Odd blocks are shifted."""

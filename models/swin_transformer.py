@@ -1,14 +1,13 @@
 """Swin Transformer (arXiv:2103.14030): pre-norm blocks, scaled dot product with a bias per relative offset."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor, nn
 
 from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, WindowAttention
-from models.layers.hierarchy import PyramidOptions, PyramidTransformer
+from models.layers.hierarchy import PyramidOptions, PyramidTransformer, pyramid_options
 from models.layers.window_block import AttentionBlock, block_geometry
 
 __all__ = ["SwinTransformer", "SwinTransformerBlock", "window_partition", "window_reverse"]
@@ -42,8 +41,7 @@ class SwinTransformer(PyramidTransformer):
         img_size, patch_size, window_size: an int or (rows, columns). qk_scale: None is head_dim^-0.5.
         attn_drop_rate: the same as AttentionSpec.drop, kept for the reference's callers. fused_window_process: has no effect; the
             window attention of this project folds shift and partition into its gathers anyway.
-        attention: what is modified. pre_mlp: off, stem (once) or stage (before each). sw_mlp: off, token_mix or shift.
-        dynamic_img_size: accept other image sizes than img_size.
+        attention: what is modified. others: further `PyramidOptions` (pre_mlp, sw_mlp, dynamic_img_size ...).
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
 
@@ -52,14 +50,12 @@ class SwinTransformer(PyramidTransformer):
                  window_size: int | Size = 7, mlp_ratio: float = 4.0, qkv_bias: bool = True, qk_scale: float | None = None,
                  drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1,
                  norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False, patch_norm: bool = True, use_checkpoint: bool = False,
-                 fused_window_process: bool = False, *, attention: AttentionSpec | None = None, pre_mlp: str = "off",
-                 pre_mlp_ratio: float = 4.0, pre_mlp_drop_path: bool = False, sw_mlp: str = "off", dynamic_img_size: bool = False, **extra):
+                 fused_window_process: bool = False, *, attention: AttentionSpec | None = None, **others):
         self.qkv_bias, self.qk_scale = qkv_bias, qk_scale
-        attention = attention or AttentionSpec()
-        super().__init__(PyramidOptions(
-            img_size, patch_size, in_chans, num_classes, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_rate, drop_path_rate,
-            norm_layer, ape, patch_norm, use_checkpoint, replace(attention, drop=attn_drop_rate or attention.drop), pre_mlp, pre_mlp_ratio,
-            pre_mlp_drop_path, sw_mlp, dynamic_img_size, extra))
+        super().__init__(pyramid_options(
+            attention, attn_drop_rate, others, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+            embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate, norm_layer=norm_layer, ape=ape, patch_norm=patch_norm, use_checkpoint=use_checkpoint))
 
     def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int,
                    drop_path: nn.Module) -> SwinTransformerBlock:

@@ -1,14 +1,13 @@
 """Swin Transformer V2 (arXiv:2111.09883): norms after the branches, cosine attention, a bias from log-spaced offsets."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor, nn
 
 from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec, WindowAttentionV2
-from models.layers.hierarchy import PyramidOptions, PyramidTransformer
+from models.layers.hierarchy import PyramidOptions, PyramidTransformer, pyramid_options
 from models.layers.window_block import AttentionBlock, block_geometry
 
 __all__ = ["SwinTransformerBlockV2", "SwinTransformerV2", "window_partition", "window_reverse"]
@@ -51,16 +50,14 @@ class SwinTransformerV2(PyramidTransformer):
                  window_size: int | Size = 7, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_rate: float = 0.0,
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1, norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False,
                  patch_norm: bool = True, use_checkpoint: bool = False, pretrained_window_sizes: Sequence[int | Size] = (0, 0, 0, 0), *,
-                 attention: AttentionSpec | None = None, pre_mlp: str = "off", pre_mlp_ratio: float = 4.0, pre_mlp_drop_path: bool = False,
-                 sw_mlp: str = "off", dynamic_img_size: bool = False, **extra):
+                 attention: AttentionSpec | None = None, **others):
         if len(pretrained_window_sizes) < len(depths):
-            raise ValueError(f"pretrained_window_sizes {list(pretrained_window_sizes)} must have an entry for each of the {len(depths)} stages")
+            raise ValueError(f"pretrained_window_sizes {list(pretrained_window_sizes)} must have an entry for each of {len(depths)} stages")
         self.qkv_bias, self.pretrained_window_sizes = qkv_bias, pretrained_window_sizes
-        attention = attention or AttentionSpec()
-        super().__init__(PyramidOptions(
-            img_size, patch_size, in_chans, num_classes, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_rate, drop_path_rate,
-            norm_layer, ape, patch_norm, use_checkpoint, replace(attention, drop=attn_drop_rate or attention.drop), pre_mlp, pre_mlp_ratio,
-            pre_mlp_drop_path, sw_mlp, dynamic_img_size, extra))
+        super().__init__(pyramid_options(
+            attention, attn_drop_rate, others, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+            embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate, norm_layer=norm_layer, ape=ape, patch_norm=patch_norm, use_checkpoint=use_checkpoint))
 
     def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int,
                    drop_path: nn.Module) -> SwinTransformerBlockV2:

@@ -37,4 +37,5 @@ def run_main(*argv: str, env: dict[str, str] | None = None, nproc: int = 1, time
     launcher = [sys.executable, "main.py"] if nproc == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "main.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **(env or {})}
-    return subprocess.run([*launcher, *map(str, argv)], cwd=ROOT, env=environment, timeout=timeout, text=True, capture_output=True, check=False)
+    command = [*launcher, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, text=True, capture_output=True, check=False)

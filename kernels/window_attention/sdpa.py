@@ -1,6 +1,5 @@
 """Window attention through PyTorch's scaled_dot_product_attention: only where the weight is one number per head."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

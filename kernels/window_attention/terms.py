@@ -4,7 +4,6 @@ A table has one row per offset between two tokens of a window, T = (2 Mh - 1)(2 
 reads the tables; the open path gathers them to N x N. Terms that are no function of the offset are given dense, (heads, N, N).
 """
 
-import torch
 from torch import Tensor
 
 from .layout import Size, WindowLayout, relative_position_index

@@ -154,7 +154,8 @@ class WindowAttention(SoftmaxAttention):
     Source: Swin Transformer, arXiv:2103.14030, eq. 4.
     """
 
-    def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, qk_scale: float | None = None, proj_drop: float = 0.0):
+    def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, qk_scale: float | None = None,
+                 proj_drop: float = 0.0):
         super().__init__(geometry, spec)
         self.scale = qk_scale or (geometry.dim // geometry.num_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(trunc_normal(torch.empty(geometry.num_offsets, geometry.num_heads), 0.02))

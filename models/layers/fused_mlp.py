@@ -27,7 +27,8 @@ def fused_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
 
 
 def _is_hooked(*layers: nn.Linear) -> bool:
-    return any(type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in layers)
+    return any(type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+               for layer in layers)
 
 
 def _rows(hidden: int, x: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from timm.layers import DropPath
@@ -21,7 +21,12 @@ Block = Callable[..., nn.Module]
 
 @dataclass
 class PyramidOptions:
-    """Arguments of the constructors of all three families; `extra` holds those that a caller passed and nobody knows."""
+    """Arguments of the constructors of all three families.
+
+    pre_mlp: off, stem (once) or stage (before each), with its hidden ratio and whether it has the drop path of the stage's first
+    block. sw_mlp: off, token_mix or shift. dynamic_img_size: accept other image sizes than img_size. extra: what a caller passed
+    and nobody reads; named in a warning.
+    """
 
     img_size: int | Size = 224
     patch_size: int | Size = 4
@@ -54,6 +59,15 @@ class PyramidOptions:
             raise ValueError(f"pre_mlp is {self.pre_mlp!r}; allowed are {', '.join(PLACES)}")
         if self.extra:
             warnings.warn(f"these arguments have no effect here: {', '.join(sorted(self.extra))}", stacklevel=4)
+
+
+def pyramid_options(attention: AttentionSpec | None, attn_drop_rate: float, others: dict, **named) -> PyramidOptions:
+    """Options from a constructor's named arguments and its `others`, of which those that are no option end up in `extra`."""
+    attention = attention or AttentionSpec()
+    attention = replace(attention, drop=attn_drop_rate or attention.drop)
+    known = {name: others[name] for name in others if name in {option.name for option in fields(PyramidOptions)} - {"extra"}}
+    extra = {name: value for name, value in others.items() if name not in known}
+    return PyramidOptions(**named, **known, attention=attention, extra=extra)
 
 
 class Stage(nn.Module):
@@ -107,10 +121,12 @@ class PyramidTransformer(nn.Module):
     def __init__(self, options: PyramidOptions):
         super().__init__()
         options.check()
-        self.num_classes, self.embed_dim, self.ape, self.patch_norm = options.num_classes, options.embed_dim, options.ape, options.patch_norm
+        self.num_classes, self.embed_dim = options.num_classes, options.embed_dim
+        self.ape, self.patch_norm = options.ape, options.patch_norm
         self.num_layers, self.mlp_ratio = len(options.depths), options.mlp_ratio
         self.num_features = options.embed_dim * 2 ** (self.num_layers - 1)
-        self.patch_embed = PatchEmbed(options.img_size, options.patch_size, options.in_chans, options.embed_dim, options.norm_layer if options.patch_norm else None, options.dynamic_img_size)
+        self.patch_embed = PatchEmbed(options.img_size, options.patch_size, options.in_chans, options.embed_dim,
+                                      options.norm_layer if options.patch_norm else None, options.dynamic_img_size)
         self.patches_resolution = self.patch_embed.patches_resolution
         if options.ape:
             self.absolute_pos_embed = nn.Parameter(trunc_normal(torch.empty(1, self.patch_embed.num_patches, options.embed_dim), 0.02))
@@ -134,9 +150,9 @@ class PyramidTransformer(nn.Module):
             blocks = [self.make_block(options, dim, resolution, stage, block, DropPath(path) if path else nn.Identity())
                       for block, path in enumerate(paths)]
             last = stage == self.num_layers - 1
+            merging = None if last else PatchMerging(resolution, dim, self.norm_first, options.norm_layer)
             pre_mlp = self._make_pre_mlp("stage", options, dim, paths[0] if paths else 0.0)
-            yield Stage(blocks, None if last else PatchMerging(resolution, dim, self.norm_first, options.norm_layer), pre_mlp, resolution, dim,
-                        options.use_checkpoint)
+            yield Stage(blocks, merging, pre_mlp, resolution, dim, options.use_checkpoint)
             resolution = PatchMerging.merged(resolution)
 
     @staticmethod
@@ -208,7 +224,8 @@ class PyramidTransformer(nn.Module):
         names = {"absolute_pos_embed"}
         for module_name, module in self.named_modules():
             if isinstance(module, SoftmaxAttention):
-                names |= {f"{module_name}.modifiers.{key}.{own}" for key, modifier in module.modifiers.items() for own in modifier.no_weight_decay()}
+                for key, modifier in module.modifiers.items():
+                    names |= {f"{module_name}.modifiers.{key}.{own}" for own in modifier.no_weight_decay()}
         return names
 
     def no_weight_decay_keywords(self) -> set[str]:

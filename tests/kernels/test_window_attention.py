@@ -5,9 +5,18 @@ import itertools
 import pytest
 import torch
 
-from kernels.window_attention import (BACKENDS, OffsetTerms, explain, relative_position_index, window_attention,
-                                      window_attention_reference, window_layout, window_partition, window_reverse)
-from kernels.window_attention import eager
+from kernels.window_attention import (
+    BACKENDS,
+    OffsetTerms,
+    eager,
+    explain,
+    relative_position_index,
+    window_attention,
+    window_attention_reference,
+    window_layout,
+    window_partition,
+    window_reverse,
+)
 from tests.helpers import golden
 
 GRIDS = [((8, 8), (4, 4), (0, 0)), ((8, 8), (4, 4), (2, 2)), ((6, 9), (2, 3), (1, 1)), ((7, 10), (4, 4), (2, 2)), ((5, 3), (4, 4), (0, 0)),
@@ -34,7 +43,10 @@ def run(function, layout, qkv, tables, cosine, heads=3):
     return [y.detach(), *torch.autograd.grad((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum(), leaves)]
 
 
-@pytest.mark.parametrize(("grid", "weight", "bias", "cosine"), list(itertools.product(GRIDS, ("table", "uniform"), (True, False), (True, False))))
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("weight", ["table", "uniform"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cosine", [True, False])
 def test_eager_attention_and_its_gradients_equal_the_reference(grid, weight, bias, cosine, monkeypatch):
     monkeypatch.setattr(eager, "CHUNK_BYTES", 1)  # one image a chunk, so that sums over chunks are exercised
     torch.manual_seed(0)

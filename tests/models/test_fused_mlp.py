@@ -24,7 +24,8 @@ def test_values_and_gradients_equal_the_plain_layers(tokens, frozen):
     y, plain = mlp(x), mlp.fc2(F.gelu(mlp.fc1(x)))
     torch.testing.assert_close(y, plain)
     weight = torch.randn_like(y)
-    for ours, theirs in zip(torch.autograd.grad((y * weight).sum(), leaves), torch.autograd.grad((plain * weight).sum(), leaves), strict=True):
+    gradients = [torch.autograd.grad((value * weight).sum(), leaves) for value in (y, plain)]
+    for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), plain)

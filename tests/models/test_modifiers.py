@@ -109,7 +109,7 @@ def test_adding_x_to_the_projections_is_the_same_as_adding_the_identity_to_the_w
 
 @both_families
 def test_in_bfloat16_autocast_the_residual_is_added_to_the_tokens_and_costs_no_precision(family):
-    """The identity folded into a bfloat16 weight would round w to steps of 2^-8; added to the tokens the error stays at the plain model's."""
+    """The identity folded into a bfloat16 weight would round w to steps of 2^-8; added to the tokens the error is the plain model's."""
     model = with_modifiers(family, "qk_residual", embed_dim=32)
     for block in (b for layer in model.layers for b in layer.blocks):
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.003)

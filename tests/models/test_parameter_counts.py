@@ -24,7 +24,7 @@ COUNTS = {
     "Swin-T + pre-MLP": (SwinTransformer, dict(pre_mlp="stem"), 28_362_754, 4.7256),
     "Swin-T + QK residual + CRPW": (SwinTransformer, dict(attention=MLP), 28_377_442, 4.4944),
     "SwinV2-T + QK residual + CRPW": (SwinTransformerV2, {**V2_256, "attention": MLP}, 28_436_242, 5.9257),
-    "SwinV2-T + QK residual + CRPW + pre-MLP per stage": (SwinTransformerV2, {**V2_256, "attention": MLP, "pre_mlp": "stage"}, 34_713_202, 7.1337),
+    "SwinV2-T + QK residual + CRPW + pre-MLP": (SwinTransformerV2, {**V2_256, "attention": MLP, "pre_mlp": "stage"}, 34_713_202, 7.1337),
 }
 BUILD_UP = {(True, 0): 997_096, (False, 1): 1_604_212, (True, 1): 2_195_956, (False, 2): 2_803_072, (True, 2): 3_394_816,
             (False, 3): 4_001_932, (True, 3): 4_593_676, (False, 4): 5_200_792}

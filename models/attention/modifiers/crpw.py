@@ -1,7 +1,7 @@
 """Continuous relative position weight: a learned function of the relative offset multiplies the logits."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kernels.window_attention import OffsetTerms
 from models.attention.geometry import Geometry
