@@ -1,0 +1,511 @@
+"""Every setting: its default, its meaning, what it may be; how YAML, --opts and flags are merged; the frozen result.
+
+Later wins: defaults, the YAML's BASE files (depth first, in list order), the YAML (--cfg), --opts, named flags. After reading, OUTPUT is
+OUTPUT/MODEL.NAME/TAG, MODEL.NUM_CLASSES is that of a known data set, LOCAL_RANK is the launcher's, and nothing may be written any more.
+The rates under TRAIN hold for 512 images per update; the program scales its own copies, never these.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from yacs.config import CfgNode
+
+from config_check import (
+    CLASSES, ConfigError, Kind, check_combinations, choice, integer, nearest, number, optional, pair, sequence,
+    show, size, specifications, switch, text,
+)
+
+__all__ = ["ConfigError", "dump_config", "get_config", "load_config", "notes", "parse_args", "to_dict"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A setting: its default, the values it takes (quoted by errors), and what it means, with its unit."""
+
+    default: Any
+    kind: Kind
+    meaning: str
+
+
+RATE = number(0, 1, "[)")            # a probability below 1
+SHARE = number(0, 1)                 # a probability
+FROM_0 = number(0)
+ABOVE_0 = number(0, ends="(]")
+COUNT = integer(0)
+AT_LEAST_1 = integer(1)
+FOLDER = text(r"(?!/)(?!.*(^|/)\.\.(/|$)).+", "text without a leading / and without ..", empty=None)   # a part of the output path
+POLICY = text(r"none|3a|(rand|augmix|originalr?|v0r?)(-[\w.]+)*",
+              "'none', or a policy of timm: rand-m9-mstd0.5-inc1 and the like, augmix-..., original, v0, 3a", empty="none")
+OPTIMIZER = choice("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb", pattern=r"timm:\w+", also="timm:<name>")
+NO_MOE = {"swin_moe": "mixture-of-experts models (Tutel) are not part of this project"}
+
+
+def _backbone(name: str, heads_note: str = "", **more: Key) -> dict[str, Key]:
+    """The keys of one family's section; `more` holds those that only this family has."""
+    keys = {
+        "PATCH_SIZE": Key(4, AT_LEAST_1, "side of a patch, pixels"),
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "EMBED_DIM": Key(96, AT_LEAST_1, "channels of the first stage; each later stage doubles them"),
+        "DEPTHS": Key([2, 2, 6, 2], sequence(COUNT), "blocks per stage"),
+        "NUM_HEADS": Key([3, 6, 12, 24], sequence(AT_LEAST_1), "heads per stage; each divides its stage's channels" + heads_note),
+        "WINDOW_SIZE": Key(7, size(), "side of a window, tokens, or (height, width); a smaller map makes the window smaller"),
+        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "APE": Key(False, switch(), "add a learned absolute position embedding after the patch embedding"),
+        "PATCH_NORM": Key(True, switch(), "LayerNorm after the patch embedding"),
+        **more,
+    }
+    return {f"MODEL.{name}.{leaf}": key for leaf, key in keys.items()}
+
+
+KEYS: dict[str, Key] = {
+    # data
+    "DATA.BATCH_SIZE": Key(128, AT_LEAST_1, "images per process and step, in training and validation"),
+    "DATA.DATA_PATH": Key("", text(), "root of the data set; digits needs none"),
+    "DATA.DATASET": Key("imagenet", choice("folder", *CLASSES), "imagenet: DATA_PATH/{train,val}/<class>/*; folder: the same, any classes; "
+                        "imagenet22K: JSON lists; digits: comes along; the others through torchvision or in their published layout"),
+    "DATA.DOWNLOAD": Key(False, switch(), "let torchvision fetch its data sets into DATA_PATH"),
+    "DATA.IMG_SIZE": Key(224, size(), "side of the model's input, pixels, or (height, width)"),
+    "DATA.INTERPOLATION": Key("bicubic", choice("random", "bilinear", "bicubic", "lanczos", "hamming"),
+                              "resampling of images; random: drawn per image in training, bilinear in validation"),
+    "DATA.CROP_RATIO": Key(0.875, number(0, 1, "(]"), "share of the resized validation image's side that TEST.CROP keeps (224 of 256)"),
+    "DATA.MEAN": Key((), sequence(number(), tuple), "mean per channel, of pixels in [0, 1]; () = the data set's own"),
+    "DATA.STD": Key((), sequence(ABOVE_0, tuple), "standard deviation per channel, of pixels in [0, 1]; () = the data set's own"),
+    "DATA.ZIP_MODE": Key(False, switch(), "read DATA_PATH/{train,val}.zip with {train,val}_map.txt; imagenet only"),
+    "DATA.CACHE_MODE": Key("part", choice("no", "full", "part"), "zip mode, images in memory: none; all; this process' share"),
+    "DATA.PIN_MEMORY": Key(True, switch(), "page-locked host memory, for faster copies to a GPU"),
+    "DATA.NUM_WORKERS": Key(8, COUNT, "loading processes per process; 0 = load in the training process"),
+    "DATA.TIMEOUT": Key(0.0, FROM_0, "seconds to wait for a loading process before giving up; 0 = for ever"),
+    "DATA.REPEATED_AUG": Key(1, AT_LEAST_1, "differently augmented views of each sampled training image (repeated augmentation); 1 = off"),
+    "DATA.CORRUPT_LIMIT": Key(10, COUNT, "unreadable training images replaced before the run stops; in validation none is tolerated"),
+    # model
+    "MODEL.TYPE": Key("swin", choice("swin", "swinv2", "swin_mlp", refused=NO_MOE), "family; its own section below describes the network"),
+    "MODEL.NAME": Key("swin_tiny_patch4_window7_224", FOLDER, "names the output folder and the logger, nothing else"),
+    "MODEL.PRETRAINED": Key("", text(), "weights to start from: file or https URL; '' = none"),
+    "MODEL.RESUME": Key("", text(), "training checkpoint to continue or evaluate: file or https URL; '' = none"),
+    "MODEL.HEAD_RESET": Key(False, switch(), "start the head anew with MODEL.PRETRAINED, even where its shape agrees"),
+    "MODEL.PARTIAL_LOAD": Key(False, switch(), "accept MODEL.PRETRAINED weights that do not cover the whole model"),
+    "MODEL.NUM_CLASSES": Key(1000, COUNT, "outputs; if not given, the data set's; 0 = inferred from the class folders (folder only)"),
+    "MODEL.DROP_RATE": Key(0.0, RATE, "dropout after the embedding, the attention's projection and in the MLPs"),
+    "MODEL.DROP_PATH_RATE": Key(0.1, RATE, "stochastic depth of the last block; rises linearly from 0 at the first"),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, RATE, "share of the target spread over all classes, with and without mixup"),
+    "MODEL.DYNAMIC_IMG_SIZE": Key(False, switch(), "accept inputs of any size, not DATA.IMG_SIZE alone"),
+    "MODEL.CHANNELS_LAST": Key(False, switch(), "images and convolutions in channels-last memory order"),
+    "MODEL.COMPILE": Key(False, switch(), "torch.compile the model"),
+    # model: identity sharpening; everything is off by default
+    "MODEL.ATTENTION.MODIFIERS": Key([], specifications(), "in the order they apply; files of models/attention/modifiers"),
+    "MODEL.ATTENTION.DROP": Key(0.0, RATE, "dropout of the softmaxed map while training; above 0, training takes the open path"),
+    "MODEL.ATTENTION.LOGIT_SCALE_INIT": Key(10.0, number(0, 100, "(]"), "swinv2: initial factor of the cosines; the reference's is 10"),
+    "MODEL.ATTENTION.BIAS_SIGMOID": Key(True, switch(), "swinv2: bias = 16 sigmoid(MLP), as released; False = the MLP itself"),
+    "MODEL.ATTENTION.BACKEND": Key("auto", choice("auto", "reference", "eager", "sdpa"), "how attention is computed; auto = the fastest"),
+    "MODEL.PRE_MLP.WHERE": Key("off", choice("off", "stem", "stage"), "an MLP before attention: after the embedding, or before each stage"),
+    "MODEL.PRE_MLP.RATIO": Key(4.0, ABOVE_0, "hidden channels of the pre-MLP per channel"),
+    "MODEL.PRE_MLP.DROP_PATH": Key(False, switch(), "stochastic depth on the pre-MLP, at the rate of the stage's first block"),
+    "MODEL.SW_MLP": Key("off", choice("off", "token_mix", "shift"), "experimental sliding-window MLP per block; our reading of the idea"),
+    # model: parameter averaging
+    "MODEL.EMA.ENABLE": Key(False, switch(), "keep an exponential moving average of the parameters"),
+    "MODEL.EMA.DECAY": Key(0.9999, RATE, "of the average, per update"),
+    "MODEL.EMA.EVAL": Key(True, switch(), "evaluate the average too; the best checkpoint is chosen by it"),
+    # model: families
+    **_backbone("SWIN",
+                QKV_BIAS=Key(True, switch(), "bias of the query, key and value projection"),
+                QK_SCALE=Key(None, optional(ABOVE_0), "factor of the logits; None = 1 / sqrt(channels per head)")),
+    **_backbone("SWINV2",
+                QKV_BIAS=Key(True, switch(), "bias of the query and value projections (the key has none)"),
+                PRETRAINED_WINDOW_SIZES=Key([0, 0, 0, 0], sequence(COUNT), "window per stage, tokens, of the weights loaded, to which the "
+                                            "bias' coordinates are normalised; 0 = this model's own")),
+    **_backbone("SWIN_MLP", heads_note="; here: groups of the spatial MLP"),
+    # training
+    "TRAIN.START_EPOCH": Key(0, COUNT, "first epoch, counted from 0; a resumed run continues at its own"),
+    "TRAIN.EPOCHS": Key(300, AT_LEAST_1, "epochs in all, the warm-up included"),
+    "TRAIN.WARMUP_EPOCHS": Key(20, COUNT, "epochs over which the rate rises linearly from WARMUP_LR to BASE_LR"),
+    "TRAIN.WEIGHT_DECAY": Key(0.05, FROM_0, "decoupled in AdamW; none on biases, norms and position parameters"),
+    "TRAIN.QK_WEIGHT_DECAY": Key(1.0, FROM_0, "factor of WEIGHT_DECAY on the query and key rows of every qkv weight"),
+    "TRAIN.LAYER_DECAY": Key(1.0, number(0, 1, "(]"), "factor of the rate per layer, counted from the head towards the input; 1 = off"),
+    "TRAIN.BASE_LR": Key(5e-4, FROM_0, "peak rate per 512 images of an update: BASE_LR * batch * processes * accumulation / 512"),
+    "TRAIN.WARMUP_LR": Key(5e-7, FROM_0, "rate at update 0, per 512 images"),
+    "TRAIN.MIN_LR": Key(5e-6, FROM_0, "rate the cosine ends at, per 512 images"),
+    "TRAIN.CLIP_GRAD": Key(5.0, optional(FROM_0), "gradient clipping threshold; 0 and None = off"),
+    "TRAIN.CLIP_MODE": Key("norm", choice("norm", "value", "agc"), "clip the global norm, each entry, or by the parameter's norm"),
+    "TRAIN.AUTO_RESUME": Key(True, switch(), "continue from the newest valid checkpoint of the output folder; never in evaluation"),
+    "TRAIN.ACCUMULATION_STEPS": Key(1, AT_LEAST_1, "batches per update"),
+    "TRAIN.USE_CHECKPOINT": Key(False, switch(), "recompute activations in the backward pass: less memory, more time"),
+    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", choice("cosine", "linear", "step", "multistep"), "after the warm-up; linear: to 0.01 BASE_LR"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, AT_LEAST_1, "step: epochs between two falls"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, ABOVE_0, "step: factor per fall"),
+    "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": Key(True, switch(), "cosine begins after the warm-up; False: spans it, as for released weights"),
+    "TRAIN.LR_SCHEDULER.GAMMA": Key(0.1, ABOVE_0, "multistep: factor per fall"),
+    "TRAIN.LR_SCHEDULER.MULTISTEPS": Key([], sequence(COUNT, ascending=True), "multistep: epochs of the falls"),
+    "TRAIN.OPTIMIZER.NAME": Key("adamw", OPTIMIZER,
+                                "sgd is Nesterov's; fused_adam = torch's fused adamw; fused_lamb = lamb"),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, ABOVE_0, "added to the denominator"),
+    "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), pair(RATE), "decay of the first and second moment"),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, RATE, "of sgd"),
+    "TRAIN.DISTILL.KIND": Key("none", choice("none", "hard", "soft"), "learn from a teacher's decision (hard) or distribution (soft)"),
+    "TRAIN.DISTILL.TEACHER": Key("", text(), "a model of timm by name, or a YAML of this repository"),
+    "TRAIN.DISTILL.TEACHER_WEIGHTS": Key("", text(), "the teacher's weights: file or https URL; '' = timm's released ones"),
+    "TRAIN.DISTILL.ALPHA": Key(0.5, SHARE, "share of the distillation loss"),
+    "TRAIN.DISTILL.TAU": Key(1.0, ABOVE_0, "soft: temperature"),
+    "TRAIN.DETERMINISTIC": Key(False, switch(), "deterministic kernels only, slower; errors where there is none"),
+    "TRAIN.MAX_NONFINITE": Key(20, AT_LEAST_1, "consecutive updates skipped for non-finite gradients before the run stops"),
+    "TRAIN.SAVE_STEPS": Key(0, COUNT, "updates between two checkpoints inside an epoch; 0 = none"),
+    "TRAIN.KEEP": Key(3, COUNT, "epoch checkpoints kept, besides last and best; 0 = all"),
+    "TRAIN.MAX_STEPS": Key(0, COUNT, "stop after so many updates in all; 0 = no limit"),
+    "TRAIN.THREADS": Key(0, COUNT, "CPU threads of torch per process; 0 = torch's choice"),
+    # augmentation, in training
+    "AUG.COLOR_JITTER": Key(0.4, FROM_0, "strength of brightness, contrast and saturation jitter; acts only where AUTO_AUGMENT is 'none'"),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", POLICY, "policy of timm; 'none' = off"),
+    "AUG.SCALE": Key((0.08, 1.0), pair(number(0, 1, "(]"), ascending=True), "share of the image's area that a random crop takes"),
+    "AUG.RATIO": Key((0.75, 1.3333), pair(ABOVE_0, ascending=True), "width / height of a random crop"),
+    "AUG.RANDOM_CROP_PADDING": Key(-1, integer(-1), "pixels of padding around a same-size random crop, instead of the resized crop; "
+                                   "-1 = 4 for images of at most 32 pixels, else resized crop"),
+    "AUG.HFLIP": Key(0.5, SHARE, "probability of a horizontal flip"),
+    "AUG.AFFINE": Key(False, switch(), "random small rotation, scale, shear and shift (for digits)"),
+    "AUG.REPROB": Key(0.25, SHARE, "probability of random erasing"),
+    "AUG.REMODE": Key("pixel", choice("pixel", "rand", "const"), "fill of an erased region: noise per pixel, one random colour, zeros"),
+    "AUG.RECOUNT": Key(1, AT_LEAST_1, "most regions erased per image"),
+    "AUG.MIXUP": Key(0.8, FROM_0, "alpha of the Beta distribution of mixup; 0 = off"),
+    "AUG.CUTMIX": Key(1.0, FROM_0, "alpha of the Beta distribution of cutmix; 0 = off"),
+    "AUG.CUTMIX_MINMAX": Key(None, optional(pair(SHARE, ascending=True)), "bounds of the cut's share of the side; replaces CUTMIX"),
+    "AUG.MIXUP_PROB": Key(1.0, SHARE, "probability that a batch (pair, image) is mixed at all"),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, SHARE, "probability of cutmix where both are on"),
+    "AUG.MIXUP_MODE": Key("batch", choice("batch", "pair", "elem"), "one mixing weight per batch, pair or image"),
+    # evaluation
+    "TEST.CROP": Key(True, switch(), "resize, then cut the centre (CROP_RATIO); False = resize to IMG_SIZE, squashing"),
+    "TEST.SEQUENTIAL": Key(False, switch(), "every process evaluates the whole set"),
+    "TEST.SHUFFLE": Key(False, switch(), "validation images in random order; the result is the same"),
+    "TEST.PER_CLASS": Key(False, switch(), "write accuracy per class and the confusion matrix"),
+    # logging
+    "LOG.TENSORBOARD": Key(True, switch(), "write TensorBoard events beside metrics.jsonl, where it is installed"),
+    "LOG.WANDB": Key(False, switch(), "report to Weights & Biases"),
+    "LOG.PLOT": Key(True, switch(), "plot the curves after training"),
+    # the run
+    "OUTPUT": Key("output", text(), "folder of all runs; once read, OUTPUT/MODEL.NAME/TAG"),
+    "TAG": Key("default", FOLDER, "names the run within OUTPUT/MODEL.NAME"),
+    "SEED": Key(0, integer(0, 2**31 - 1), "of every random choice; the process' rank is added"),
+    "SAVE_FREQ": Key(1, AT_LEAST_1, "epochs between two checkpoints"),
+    "PRINT_FREQ": Key(10, AT_LEAST_1, "steps between two log lines"),
+    "DEVICE": Key("auto", choice("auto", "cuda", "mps", "cpu"), "auto = the first of cuda, mps, cpu that is there"),
+    "AMP_ENABLE": Key(True, switch(), "mixed precision"),
+    "AMP_DTYPE": Key("auto", choice("auto", "bfloat16", "float16", "float32"), "auto = bfloat16 on GPUs fast in it, float16 on "
+                     "older ones, float32 on CPU and MPS"),
+    "EVAL_MODE": Key(False, switch(), "evaluate only"),
+    "THROUGHPUT_MODE": Key(False, switch(), "measure images per second only"),
+    "LOCAL_RANK": Key(0, COUNT, "this process on its machine; from the launcher (environment or --local-rank), never from a file"),
+    # known to the reference, without effect here: SUPERSEDED says why
+    "DATA.MASK_PATCH_SIZE": Key(32, AT_LEAST_1, "SimMIM: unit of the mask, pixels"),
+    "DATA.MASK_RATIO": Key(0.6, SHARE, "SimMIM: masked share"),
+    "MODEL.SIMMIM.NORM_TARGET.ENABLE": Key(False, switch(), "SimMIM: normalise the target locally"),
+    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Key(47, AT_LEAST_1, "SimMIM: side of that neighbourhood, pixels"),
+    "ENABLE_AMP": Key(False, switch(), "SimMIM: mixed precision"),
+    "AMP_OPT_LEVEL": Key("", choice("", "O0", "O1", "O2"), "apex' level of mixed precision"),
+    "FUSED_WINDOW_PROCESS": Key(False, switch(), "the reference's CUDA kernel for window partition"),
+    "FUSED_LAYERNORM": Key(False, switch(), "apex' LayerNorm"),
+}
+SECTIONS = sorted({".".join(key.split(".")[:depth]) for key in KEYS for depth in range(1, key.count(".") + 1)})
+
+_SIMMIM = "SimMIM pre-training is not part of this program"
+SUPERSEDED = {  # accepted, so that the reference's files and commands work; a note says that they do nothing
+    **{key: _SIMMIM for key in KEYS if key.startswith(("DATA.MASK_", "MODEL.SIMMIM.")) or key == "ENABLE_AMP"},
+    "AMP_OPT_LEVEL": "deprecated in the reference too; use AMP_ENABLE and AMP_DTYPE",
+    "FUSED_WINDOW_PROCESS": "superseded by MODEL.ATTENTION.BACKEND",
+    "FUSED_LAYERNORM": "superseded by torch's own fused LayerNorm, which is always on",
+}
+DROPPED = {"MODEL.SWIN_MOE.": NO_MOE["swin_moe"], "TRAIN.MOE.": NO_MOE["swin_moe"]}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A command-line flag and the key it sets. `sets` is the value of a flag that takes none; `type` reads the value of one that does."""
+
+    names: tuple[str, ...]
+    key: str
+    help: str
+    type: type = str
+    sets: Any = None
+
+    @property
+    def dest(self) -> str:
+        return self.names[0].lstrip("-").replace("-", "_")
+
+
+FLAGS = (
+    Flag(("--batch-size",), "DATA.BATCH_SIZE", "images per process and step", int),
+    Flag(("--data-path",), "DATA.DATA_PATH", "root of the data set"),
+    Flag(("--zip",), "DATA.ZIP_MODE", "read zipped ImageNet", sets=True),
+    Flag(("--cache-mode",), "DATA.CACHE_MODE", "zip mode: bytes held in memory: no, full, part"),
+    Flag(("--pretrained",), "MODEL.PRETRAINED", "weights to start from: file or https URL"),
+    Flag(("--resume",), "MODEL.RESUME", "training checkpoint to continue or evaluate: file or https URL"),
+    Flag(("--accumulation-steps",), "TRAIN.ACCUMULATION_STEPS", "batches per update", int),
+    Flag(("--use-checkpoint",), "TRAIN.USE_CHECKPOINT", "recompute activations to save memory", sets=True),
+    Flag(("--disable_amp", "--disable-amp"), "AMP_ENABLE", "no mixed precision", sets=False),
+    Flag(("--output",), "OUTPUT", "folder of all runs; this one writes to OUTPUT/MODEL.NAME/TAG"),
+    Flag(("--tag",), "TAG", "name of the run"),
+    Flag(("--eval",), "EVAL_MODE", "evaluate only", sets=True),
+    Flag(("--throughput",), "THROUGHPUT_MODE", "measure images per second only; needs no data set", sets=True),
+    Flag(("--fused_window_process", "--fused-window-process"), "FUSED_WINDOW_PROCESS", "superseded: MODEL.ATTENTION.BACKEND", sets=True),
+    Flag(("--fused_layernorm", "--fused-layernorm"), "FUSED_LAYERNORM", "superseded: torch's LayerNorm is fused", sets=True),
+    Flag(("--optim",), "TRAIN.OPTIMIZER.NAME", "adamw, sgd, lamb, muon, fused_adam, fused_lamb, timm:<name>"),
+    Flag(("--epochs",), "TRAIN.EPOCHS", "epochs in all", int),
+    Flag(("--seed",), "SEED", "seed of every random choice", int),
+    Flag(("--device",), "DEVICE", "auto, cuda, mps, cpu"),
+    Flag(("--compile",), "MODEL.COMPILE", "torch.compile the model", sets=True),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; an unknown flag's names the nearest one."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].split("=")[0]
+            guess = nearest(given, self._option_string_actions)
+            if not given.startswith("-"):
+                self.error(f"unknown argument {given}; the YAML is given as --cfg FILE, keys as --opts KEY VALUE")
+            self.error(f"unknown flag {given}" + (f"; did you mean {guess}?" if guess else ""))
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(allow_abbrev=False, description="Train, resume, evaluate or time Swin Transformers with identity-sharpened attention.",
+                     epilog="A flag that is not given leaves the YAML's value alone. config.py lists every key of --opts with its meaning; "
+                            "--print-config shows the values of a run.")
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the run, see configs/")
+    parser.add_argument("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="any keys, such as TRAIN.EPOCHS 100 AUG.MIXUP 0")
+    parser.add_argument("--print-config", action="store_true", help="print the merged YAML, which can be given back as --cfg, and stop")
+    for flag in FLAGS:
+        how = {"action": "store_true"} if flag.sets is not None else {"type": flag.type, "metavar": "N" if flag.type is int else "VALUE"}
+        parser.add_argument(*flag.names, dest=flag.dest, default=None, help=f"{flag.help} [{flag.key}]", **how)
+    parser.add_argument("--amp-opt-level", choices=("O0", "O1", "O2"), metavar="LEVEL", help="deprecated; O0 means --disable_amp")
+    parser.add_argument("--local_rank", "--local-rank", type=int, metavar="N", help="set by some launchers [LOCAL_RANK]")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line (sys.argv if `argv` is None). Flags that are not given are None, so that none overrides a YAML by accident.
+
+    An unknown flag ends the program with status 2 and one line that names the nearest flag.
+    """
+    return _parser().parse_args(argv)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without object construction, in which a key given twice is an error, not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names: list = []
+        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            name = self.construct_object(key, deep=True)
+            if name in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", key.start_mark)
+            names.append(name)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path, named_by: str) -> dict:
+    """The mapping in a YAML file; {} if it is empty."""
+    if not path.is_file():
+        folder = path.parent
+        guess = nearest(path.name, [entry.name for entry in folder.iterdir() if entry.is_file()]) if folder.is_dir() else None
+        raise ConfigError(f"{named_by}: {str(path)!r} is not a file" + (f"; did you mean {str(folder / guess)!r}?" if guess else ""))
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{path}: not valid YAML{f' (line {mark.line + 1})' if mark else ''}: {' '.join(reason.split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; allowed: a mapping, such as TRAIN: {{EPOCHS: 100}}")
+    return content or {}
+
+
+def _unknown(where: str, key: str, value: Any) -> ConfigError:
+    """The error for a key that does not exist: the same name in another section is the first guess, then the closest spelling."""
+    *section, leaf = key.split(".")
+    same = [known for known in KEYS if known.split(".")[-1].lower() == leaf.lower()]
+    guess = nearest(key, same) or nearest(key, [*KEYS, *SECTIONS]) or (same[0] if same else None)
+    home = next((name for depth in range(len(section), 0, -1) if (name := ".".join(section[:depth])) in SECTIONS), "")
+    start = f"{home}." if home else ""
+    inside = sorted({known[len(start):].split(".")[0] for known in KEYS if known.startswith(start)})
+    return ConfigError(f"{where}: unknown key {key} (value {show(value)}); " + (f"did you mean {guess}? " if guess else "")
+                       + f"allowed{f' in {home}' if home else ''}: {', '.join(inside)}")
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of nested mappings; an empty section has none. Only known sections are entered."""
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if key in SECTIONS and isinstance(value, dict):
+            yield from _leaves(value, f"{key}.")
+        elif not (key in SECTIONS and value is None):
+            yield key, value
+
+
+def _convert(where: str, key: str, value: Any) -> Any:
+    """The value as the program uses it. Raises: ConfigError for an unknown key or a value that is not allowed."""
+    if key in SECTIONS:
+        raise ConfigError(f"{where}: {key}: {show(value)} stands where a section is meant; allowed: a mapping, such as {key}: {{...}}")
+    if key not in KEYS:
+        raise _unknown(where, key, value)
+    kind = KEYS[key].kind
+    try:
+        return kind.convert(value)
+    except ValueError as error:
+        guess = nearest(value, kind.choices) if isinstance(value, str) and not str(error) else None
+        written = show(value) if isinstance(value, str) else f"{show(value)} ({type(value).__name__})"
+        reason = f": {error}" if str(error) else ""
+        raise ConfigError(f"{where}: {key}: {written} is not allowed{reason}; allowed: {kind.allowed}"
+                          + (f"; did you mean {guess!r}?" if guess else "")) from None
+
+
+def _note(message: str) -> None:
+    """Log a note, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
+
+
+def _merge(given: dict[str, Any], where: str, leaves: Iterator[tuple[str, Any]] | list[tuple[str, Any]]) -> None:
+    """Add converted leaves to `given`; those of mixture-of-experts models (in the reference's full dumps) are dropped with a note."""
+    for key, value in leaves:
+        reason = next((reason for prefix, reason in DROPPED.items() if f"{key}.".startswith(prefix)), None)
+        if reason:
+            _note(f"{where}: {key} has no effect: {reason}")
+        else:
+            given[key] = _convert(where, key, value)
+
+
+def _merge_file(given: dict[str, Any], path: Path, named_by: str, above: tuple[Path, ...] = ()) -> None:
+    """Add a YAML's settings to `given`, those of its BASE files first. Raises: ConfigError, for a cycle too."""
+    content = _read_yaml(path, named_by)
+    here = path.resolve()
+    if here in above:
+        raise ConfigError("BASE: the files include each other: " + " -> ".join(file.name for file in (*above[above.index(here):], here)))
+    parents = content.pop("BASE", None) or []
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: BASE: {show(parents)} is not allowed; allowed: a file name or a list of them, relative to this file")
+    for parent in filter(None, parents):
+        _merge_file(given, path.parent / parent, f"{path}: BASE", (*above, here))
+    _merge(given, str(path), _leaves(content))
+
+
+def _options(opts: Sequence[str]) -> list[tuple[str, Any]]:
+    """Pairs of the flat --opts list."""
+    if len(opts) % 2:
+        raise ConfigError(f"--opts: {show(opts[-1])} has no partner ({len(opts)} words); allowed: pairs KEY VALUE, lists quoted: '[2, 2]'")
+    return [(str(key), value) for key, value in zip(opts[::2], opts[1::2], strict=True)]
+
+
+def _merge_flags(given: dict[str, Any], args: Any) -> None:
+    """Add what the named flags say; a missing or None attribute says nothing, nor does False where the flag takes no value."""
+    for flag in FLAGS:
+        value = getattr(args, flag.dest, None)
+        if value is not None and not (flag.sets is not None and not value):
+            given[flag.key] = _convert(flag.names[0], flag.key, value if flag.sets is None else flag.sets)
+    level = getattr(args, "amp_opt_level", None)
+    if level:
+        _note(f"--amp-opt-level {level} is deprecated: " + ("use --disable_amp" if level == "O0" else "it has no effect, use AMP_DTYPE"))
+    if level == "O0":
+        given["AMP_ENABLE"] = False
+
+
+def _local_rank(args: Any) -> int:
+    """This process' index on its machine: the launcher's environment variable, else the flag, else 0."""
+    for where, value in (("environment: LOCAL_RANK", os.environ.get("LOCAL_RANK")), ("--local-rank", getattr(args, "local_rank", None))):
+        if value is not None and value != "":
+            return _convert(where, "LOCAL_RANK", value)
+    return 0
+
+
+def _resolve(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Fill in what follows from other settings: the data set's classes, "no transfer" for any number of stages, the output path."""
+    if "MODEL.NUM_CLASSES" not in given:
+        values["MODEL.NUM_CLASSES"] = CLASSES.get(values["DATA.DATASET"], 0)
+    if not any(values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"]):
+        values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"] = [0] * len(values["MODEL.SWINV2.DEPTHS"])
+    values["OUTPUT"] = os.path.join(values["OUTPUT"], values["MODEL.NAME"], values["TAG"])
+
+
+def _tree(values: dict[str, Any]) -> CfgNode:
+    """The nested node of dotted keys."""
+    root: dict[str, Any] = {"BASE": [""]}
+    for key, value in values.items():
+        node = root
+        *section, leaf = key.split(".")
+        for name in section:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return CfgNode(root)
+
+
+def notes(cfg: CfgNode) -> list[str]:
+    """One line for each setting that is accepted for the reference's sake and does nothing, and for rates that look like a slip."""
+    found = []
+    for key, reason in SUPERSEDED.items():
+        value = cfg
+        for name in key.split("."):
+            value = value[name]
+        if value != KEYS[key].default:
+            found.append(f"{key} {value!r} has no effect: {reason}")
+    if cfg.TRAIN.LR_SCHEDULER.NAME == "cosine" and cfg.TRAIN.MIN_LR > cfg.TRAIN.BASE_LR:
+        found.append(f"TRAIN.MIN_LR {cfg.TRAIN.MIN_LR:g} is above TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}: the rate will rise")
+    return found
+
+
+def get_config(args: Any) -> CfgNode:
+    """Merge defaults, files, --opts and flags into the frozen configuration.
+
+    Args:
+        args: what `parse_args` returns, or any object with some of its attributes (cfg, opts, batch_size, ...); a missing one says nothing.
+    Raises: ConfigError, one line, for anything that cannot be used.
+    """
+    given: dict[str, Any] = {}
+    if getattr(args, "cfg", None):
+        _merge_file(given, Path(args.cfg), "--cfg")
+    _merge(given, "--opts", _options(getattr(args, "opts", None) or []))
+    _merge_flags(given, args)
+    given["LOCAL_RANK"] = _local_rank(args)
+    values = {key: copy.copy(entry.default) for key, entry in KEYS.items()} | given
+    _resolve(values, given)
+    cfg = _tree(values)
+    check_combinations(cfg)
+    for note in notes(cfg):
+        _note(note)
+    cfg.freeze()
+    return cfg
+
+
+def load_config(path: str | os.PathLike | None, opts: Sequence[Any] = ()) -> CfgNode:
+    """The frozen configuration of a YAML file (None: the defaults) with `opts`, a flat list of keys and values."""
+    return get_config(argparse.Namespace(cfg=path, opts=list(opts)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def to_dict(cfg: CfgNode) -> dict[str, Any]:
+    """The configuration as plain dicts, lists, numbers and text, as a YAML would give it: OUTPUT without MODEL.NAME/TAG, LOCAL_RANK 0."""
+    tail = os.path.join(cfg.MODEL.NAME, cfg.TAG)
+    root = cfg.OUTPUT.removesuffix(tail)
+    return _plain(cfg) | {"OUTPUT": root.rstrip("/") or root, "LOCAL_RANK": 0}
+
+
+def dump_config(cfg: CfgNode) -> str:
+    """The configuration as YAML; given back as --cfg it makes the same configuration."""
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None, width=120)
