@@ -1,0 +1,112 @@
+"""Every layout is read as specified; every wrong one is refused in one line."""
+import numpy as np
+import pytest
+from torchvision.datasets import ImageFolder
+
+from data import layouts
+from data.errors import DataError
+from data.files import FileList
+from tests.data.fakes import class_folder, imagenet22k, save, tiny_imagenet
+
+
+def entries(source) -> list[tuple[str, int]]:
+    return [(source.name(i), int(source.labels[i])) for i in range(len(source))]
+
+
+def refused(match: str, function, *arguments, **options) -> str:
+    with pytest.raises(DataError, match=match) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_list_returns_names_of_any_characters_and_holds_no_strings():
+    pairs = [("a/b c.jpg", 3), ("", 0), ("ä/ü.png", 1), ("x\udcff.jpg", 2)]
+    files = FileList(pairs)
+    assert [(files[i], int(files.labels[i])) for i in range(4)] == pairs
+    assert all(isinstance(value, (bytes, np.ndarray)) for value in vars(files).values())
+
+
+def test_a_class_folder_is_read_in_the_order_of_torchvision(tmp_path):
+    root = class_folder(tmp_path)
+    save(root / "train" / "bee" / "deeper" / "z.png", 77)
+    save(root / "train" / "bee" / "a.JPEG", 78, format="JPEG")
+    sources = layouts.folder(root)
+    assert entries(sources.train) == ImageFolder(root / "train").samples
+    assert entries(sources.val) == ImageFolder(root / "val").samples
+    assert sources.classes == ["ant", "bee", "cat"]
+
+
+def test_hidden_folders_and_other_files_are_no_data(tmp_path):
+    root = class_folder(tmp_path)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "ant" / "notes.txt").write_text("x")
+    (root / "train" / "ant" / "._000.jpg").write_text("x")
+    assert len(layouts.folder(root).train) == 15
+
+
+def test_an_evaluation_needs_no_training_images_but_refuses_other_classes(tmp_path):
+    root = class_folder(tmp_path / "a", train=0)
+    assert layouts.folder(root, train=False).train is None
+    (root / "train" / "dog").mkdir(parents=True)
+    refused("same class folders; train has 1, val 3", layouts.folder, root, train=False)
+
+
+def test_wrong_class_folders_are_refused_with_what_was_found(tmp_path):
+    refused(r"DATASET imagenet: DATA.DATA_PATH '.*gone' must hold train/<class>.*found.*: no such folder", layouts.folder,
+            tmp_path / "gone", dataset="imagenet")
+    root = class_folder(tmp_path / "a")
+    refused("DATA.DATA_PATH should be the folder above", layouts.folder, root / "train")
+    (root / "val" / "dog").mkdir()
+    refused("only in val: dog", layouts.folder, root)
+    (root / "val" / "dog").rmdir()
+    (root / "train" / "dog").mkdir()
+    (root / "val" / "dog").mkdir()
+    refused("no image in 1 class folder.*first 'dog'.*extensions: .jpg", layouts.folder, root)
+
+
+def test_flat_validation_images_are_refused_with_a_hint(tmp_path):
+    root = class_folder(tmp_path, val=0)
+    save(root / "val" / "ILSVRC2012_val_00000001.JPEG", 1, format="JPEG")
+    message = refused("must hold train/<class>/<image>", layouts.folder, root)
+    assert "ILSVRC2012_val_00000001.JPEG" in message and "one folder per class" in message
+
+
+def test_imagenet22k_lists_are_read_as_json_and_paths_are_relative_to_the_root(tmp_path):
+    sources = layouts.imagenet22k(imagenet22k(tmp_path))
+    assert entries(sources.train)[1] == (str(tmp_path / "fall11_whole/n1/train_1.JPEG"), 21839)
+    assert len(sources.train) == len(sources.val) == 6 and len(sources.classes) == 21841
+
+
+@pytest.mark.parametrize("text, match", [
+    ("", "must be a JSON list"), ("[]", "must be a JSON list"), ("a\t1\n", "must be a JSON list"),
+    ('[["a.jpg", 1], ["b.jpg"]]', r"found ', \[\"b.jpg\"\]\]'"),
+    ('[["a.jpg", 21841]]', r"labels 0..21840.*21841"), ('[["gone.jpg", 1]]', "lists 'gone.jpg', but there is no file")])
+def test_a_wrong_imagenet22k_list_is_refused(tmp_path, text, match):
+    imagenet22k(tmp_path)
+    (tmp_path / "ILSVRC2011fall_whole_map_train.txt").write_text(text)
+    refused(match, layouts.imagenet22k, tmp_path)
+
+
+def test_imagenet22k_names_with_quotes_and_unicode_are_decoded_as_json(tmp_path):
+    imagenet22k(tmp_path)
+    save(tmp_path / 'a"ü.jpg', 0)
+    (tmp_path / "ILSVRC2011fall_whole_map_val.txt").write_text('[ [ "a\\"\\u00fc.jpg" , 5 ] ]\n')
+    assert entries(layouts.imagenet22k(tmp_path, train=False).val) == [(str(tmp_path / 'a"ü.jpg'), 5)]
+
+
+@pytest.mark.parametrize("inner", ["", "tiny-imagenet-200"])
+def test_tiny_imagenet_takes_validation_labels_from_the_annotations(tmp_path, inner):
+    tiny_imagenet(tmp_path / inner)
+    sources = layouts.tiny_imagenet(tmp_path)
+    assert sources.classes == ["n01443537", "n02124075", "n04067472"]
+    assert sources.val.labels.tolist() == [1, 0, 2] and sources.train.labels.tolist() == [0, 1, 2]
+
+
+def test_tiny_imagenet_in_another_layout_is_refused(tmp_path):
+    root = class_folder(tmp_path / "a")
+    (root / "wnids.txt").write_text("ant\nbee\ncat\n")
+    assert "DATA.DATASET folder" in refused("val_annotations.txt", layouts.tiny_imagenet, root)
+    root = tiny_imagenet(tmp_path / "b")
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99999999\t0\n")
+    refused("line 1 must be .*wnid of wnids.txt", layouts.tiny_imagenet, root)

@@ -1,0 +1,190 @@
+"""Loading: exact under any number of workers and from any batch; faults arrive as one line."""
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from data.datasets import ImageDataset
+from data.errors import DataError, worker_failure
+from data.layouts import folder
+from data.loader import Loader, TrainLoader
+from data.samplers import EvalBatches, TrainBatches
+from data.transforms import eval_transform, train_transform
+from tests.data.fakes import class_folder
+
+STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+TRAIN = train_transform((40, 40), **STATS, auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5)
+EVAL = eval_transform((40, 40), **STATS)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return class_folder(tmp_path)
+
+
+def train_loader(root, num_workers=0, transform=TRAIN, copies=1, limit=10, **loading) -> TrainLoader:
+    source = folder(root).train
+    return TrainLoader(ImageDataset(source, transform, seed=3, training=True), TrainBatches(len(source), 4, seed=3, copies=copies),
+                       num_workers=num_workers, corrupt_limit=limit, **loading)
+
+
+def val_loader(root, num_workers=0, **loading) -> Loader:
+    source = folder(root, train=False).val
+    return Loader(ImageDataset(source, EVAL), EvalBatches(len(source), 4), num_workers=num_workers, **loading)
+
+
+def same(one, other) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other))
+
+
+def test_batches_are_bit_identical_for_any_number_of_workers_and_over_epochs(root):
+    single, double = train_loader(root, 0), train_loader(root, 2)  # the two workers persist over the epochs
+    for epoch in range(3):
+        assert same(list(single.epoch(epoch)), list(double.epoch(epoch)))
+    assert not same(list(single.epoch(0)), list(single.epoch(1)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_entered_at_a_batch_continues_bit_by_bit(root, num_workers):
+    loader = train_loader(root, num_workers)
+    whole = list(loader.epoch(5))
+    assert len(whole) == len(loader) == 3
+    for start in (1, 2, 3):
+        assert same(list(loader.epoch(5, start)), whole[start:])
+    assert same(list(train_loader(root, num_workers).epoch(5, 1)), whole[1:])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_leaving_an_epoch_early_does_not_disturb_the_next(root, num_workers):
+    loader = train_loader(root, num_workers)
+    expected = list(loader.epoch(1))
+    next(loader.epoch(0))
+    assert same(list(loader.epoch(1)), expected)
+
+
+def test_a_start_beyond_the_epoch_is_refused(root):
+    with pytest.raises(ValueError, match="start_batch 4 is outside the epoch of 3"):
+        train_loader(root).epoch(0, 4)
+
+
+def test_targets_belong_to_their_images(root):
+    loader = train_loader(root, transform=EVAL)
+    source = loader.dataset.source
+    known = {EVAL(source.read(i)).sum().item(): int(source.labels[i]) for i in range(len(source))}
+    for images, targets in loader.epoch(0):
+        assert [known[image.sum().item()] for image in images] == targets.tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_process_generators_are_left_untouched(root, num_workers):
+    loader, evaluation = train_loader(root, num_workers), val_loader(root, num_workers)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    list(loader.epoch(0))
+    list(evaluation)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[2])
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1]))
+
+
+def test_the_state_of_the_process_has_no_influence_on_the_batches(root):
+    torch.manual_seed(1)
+    first = list(train_loader(root).epoch(0))
+    torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)
+    assert same(first, list(train_loader(root).epoch(0)))
+
+
+def test_copies_of_repeated_augmentation_are_augmented_differently(root):
+    images = torch.cat([images for images, _ in train_loader(root, copies=3).epoch(0)])
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
+
+
+DAMAGE = {"truncated": lambda file: file.write_bytes(file.read_bytes()[:-300]), "html": lambda file: file.write_bytes(b"<html>"),
+          "empty": lambda file: file.write_bytes(b""), "gone": lambda file: file.unlink()}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_training_image_is_replaced_the_same_way_everywhere_and_named_once(root, caplog, damage, num_workers):
+    victim = root / "train" / "bee" / "006.jpg"
+    loader = train_loader(root, num_workers)
+    DAMAGE[damage](victim)
+    epochs = [list(loader.epoch(epoch)) for epoch in (0, 1, 2, 3, 4)]
+    assert sum(str(victim) in record.message for record in caplog.records) == 1 and len(loader.corrupt) == 1
+    if num_workers == 0 and damage != "gone":
+        again = train_loader(root)
+        assert all(same(list(again.epoch(epoch)), batches) for epoch, batches in enumerate(epochs))
+
+
+def test_replacing_one_image_changes_no_other(root):
+    source = folder(root).train
+    whole = list(train_loader(root, transform=EVAL).epoch(0))
+    index = TrainBatches(15, 4, seed=3).order(0)[0][2]
+    with open(source.name(index), "wb"):
+        pass
+    damaged = list(train_loader(root, transform=EVAL).epoch(0))
+    assert same(whole[1:], damaged[1:]) and torch.equal(whole[0][0][[0, 1, 3]], damaged[0][0][[0, 1, 3]])
+    assert not torch.equal(whole[0][0][2], damaged[0][0][2])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_more_damage_than_the_limit_stops_with_one_line(root, num_workers):
+    for file in sorted((root / "train").rglob("*.jpg"))[:8]:
+        file.write_bytes(b"")
+    loader = train_loader(root, num_workers, limit=2)
+    message = r"3 training images cannot be read, more than DATA.CORRUPT_LIMIT 2; the last: .*\.jpg: empty file"
+    with pytest.raises(DataError, match=message) as caught:
+        for epoch in range(3):
+            list(loader.epoch(epoch))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_set_without_one_readable_image_stops(root, num_workers):
+    for file in (root / "train").rglob("*.jpg"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="10 training images in a row cannot be read, the last: .*jpg"):
+        list(train_loader(root, num_workers, limit=100).epoch(0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_validation_image_is_an_error_that_names_the_file(root, num_workers, damage):
+    loader = val_loader(root, num_workers)
+    DAMAGE[damage](root / "val" / "bee" / "019.jpg")
+    with pytest.raises(DataError, match="validation image cannot be read: .*val/bee/019.jpg") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+class Acts:
+    """A transform that does something else first."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __call__(self, image):
+        self.act()
+        return EVAL(image)
+
+
+def test_a_worker_that_hangs_is_reported_with_the_file_it_was_reading(root):
+    loader = train_loader(root, 1, transform=Acts(lambda: time.sleep(3)), timeout=1)
+    with pytest.raises(DataError, match=r"no batch arrived within DATA.TIMEOUT seconds while reading '.*train/.*jpg'"):
+        list(loader.epoch(0))
+
+
+def test_a_worker_that_dies_is_reported_in_one_line(root):
+    loader = train_loader(root, 1, transform=Acts(lambda: os.kill(os.getpid(), 9)))
+    with pytest.raises(DataError, match="a data worker died.*lower DATA.NUM_WORKERS") as caught:
+        list(loader.epoch(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_runtime_errors_are_not_taken_for_worker_failures():
+    assert worker_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    report = "DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that workers are out of shared memory."
+    assert "shm" in str(worker_failure(RuntimeError(report)))

@@ -1,0 +1,125 @@
+"""The evaluation transform is the reference's; the training recipe runs on today's libraries."""
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as T
+
+from data.errors import DataError
+from data.randomness import Key, seed_sample
+from data.transforms import AtLeastOneBit, eval_transform, train_transform
+from tests.data.fakes import picture
+from tests.helpers import golden
+
+STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+SWIN = {"auto_augment": "rand-m9-mstd0.5-inc1", "erase_prob": 0.25}
+
+
+def operations(transform):
+    return [operation for step in transform.transforms for operation in getattr(step, "ops", ())]
+
+
+def test_evaluation_transform_equals_the_reference():
+    meta, tensors = golden("eval_transform")
+    for number, case in enumerate(meta["cases"]):
+        side = case["img_size"]
+        transform = eval_transform((side, side), **STATS, interpolation=case["interpolation"], crop=case["crop"])
+        output = transform(Image.fromarray(tensors[f"{number}/image"].numpy()))
+        assert (output - tensors[f"{number}/output"]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("side, shape", [(40, (50, 70)), (33, (97, 41)), (224, (333, 500)), (64, (64, 64)), (48, (30, 31))])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_transform_is_resize_to_256_of_224_and_centre_crop(side, shape, interpolation):
+    mode = T.InterpolationMode(interpolation)
+    plain = T.Compose([T.Resize(int(256 / 224 * side), mode), T.CenterCrop(side), T.ToTensor(), T.Normalize(STATS["mean"], STATS["std"])])
+    squash = T.Compose([T.Resize((side, side), mode), T.ToTensor(), T.Normalize(STATS["mean"], STATS["std"])])
+    image = picture(1, shape)
+    assert torch.equal(eval_transform((side, side), **STATS, interpolation=interpolation)(image), plain(image))
+    assert torch.equal(eval_transform((side, side), **STATS, interpolation=interpolation, crop=False)(image), squash(image))
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (200, 60), (56, 112)])
+def test_a_non_square_size_is_covered_without_distortion(shape):
+    transform = eval_transform((56, 112), **STATS)
+    covering = transform.transforms[0](picture(2, shape))
+    assert transform(picture(2, shape)).shape == (3, 56, 112)
+    assert covering.height >= 64 and covering.width >= 128 and (covering.height == 64 or covering.width == 128)
+    assert abs(covering.width / covering.height - shape[1] / shape[0]) <= 0.03 * shape[1] / shape[0]
+
+
+def test_images_of_32_pixels_are_not_resized_as_in_the_reference():
+    train, evaluate = train_transform((32, 32), **STATS), eval_transform((32, 32), **STATS)
+    image = picture(3, (32, 32))
+    pixels = T.Compose([T.ToTensor(), T.Normalize(STATS["mean"], STATS["std"])])(image)
+    assert torch.equal(evaluate(image), pixels)
+    crop = train.transforms[1]
+    assert isinstance(crop, T.RandomCrop) and crop.size == (32, 32) and crop.padding == 4
+    assert train.transforms[0](image) is image
+
+
+def test_crop_padding_replaces_the_resized_crop_at_any_size():
+    crop = train_transform((64, 64), **STATS, crop_padding=8).transforms[1]
+    assert isinstance(crop, T.RandomCrop) and crop.padding == 8
+
+
+def test_the_stock_recipe_has_the_reference_steps_in_order():
+    steps = [type(step).__name__ for step in train_transform((224, 224), **STATS, **SWIN).transforms]
+    assert steps == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize",
+                     "RandomErasing"]
+    steps = [type(step).__name__ for step in train_transform((224, 224), **STATS).transforms]
+    assert steps[2] == "ColorJitter" and "RandomErasing" not in steps
+
+
+POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m9-mstd0.5", "augmix-m10-w3", "v0", "v0r", "original", "3a"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_posterize_keeps_a_bit_at_the_worst_level(policy):
+    transform = train_transform((40, 40), **STATS, auto_augment=policy)
+    lists = [getattr(step, "policy", None) for step in transform.transforms]
+    found = operations(transform) + [operation for policy in lists if policy for sub in policy for operation in sub]
+    posterize = [operation for operation in found if operation.name.startswith("Posterize")]
+    assert posterize or policy == "3a"
+    for operation in posterize:
+        for magnitude in (0, 10):
+            operation.prob, operation.magnitude, operation.magnitude_std, operation.magnitude_max = 1.0, magnitude, 0, None
+            levels = np.unique(np.asarray(operation(picture(0))))
+            assert operation.level_fn(magnitude, operation.hparams)[0] >= 1 and len(levels) >= 2
+
+
+def test_timm_alone_still_asks_for_zero_bits():
+    """Once this fails, AtLeastOneBit can go."""
+    from timm.data.auto_augment import AugmentOp
+    worst = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
+    assert worst.level_fn(10, worst.hparams) == (0,)
+    assert AtLeastOneBit(worst.level_fn)(10, worst.hparams) == (1,)
+    assert AtLeastOneBit(worst.level_fn)(5, worst.hparams) == worst.level_fn(5, worst.hparams)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (32, 32), (33, 65)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_stock_recipe_gives_finite_images_of_the_asked_shape(size, channels):
+    stats = {"mean": STATS["mean"][:channels], "std": STATS["std"][:channels]}
+    transform = pickle.loads(pickle.dumps(train_transform(size, **stats, **SWIN)))
+    for number in range(60):
+        seed_sample(0, Key(0, number))
+        output = transform(picture(number % 5))
+        assert output.shape == (channels, *size) and output.dtype == torch.float32 and output.isfinite().all()
+
+
+def test_random_interpolation_trains_and_evaluates_as_bilinear():
+    random.seed(0)
+    assert train_transform((40, 40), **STATS, interpolation="random")(picture(0)).shape == (3, 40, 40)
+    outputs = [eval_transform((40, 40), **STATS, interpolation=name)(picture(0)) for name in ("random", "bilinear")]
+    assert torch.equal(*outputs)
+
+
+def test_values_unknown_to_timm_are_refused_with_examples():
+    with pytest.raises(DataError, match="AUTO_AUGMENT 'rnd-m9'.*rand-m9-mstd0.5-inc1"):
+        train_transform((40, 40), **STATS, auto_augment="rnd-m9")
+    with pytest.raises(DataError, match="INTERPOLATION 'cubic' is unknown; allowed: random, bilinear"):
+        eval_transform((40, 40), **STATS, interpolation="cubic")
