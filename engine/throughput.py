@@ -1,0 +1,104 @@
+"""How fast and how large a model is, on synthetic images: no data set is read (trap T24)."""
+
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.ema import unwrap
+from engine.evaluate import Autocast, entered
+
+MIB = 2**20
+
+
+@torch.no_grad()
+def throughput(model: nn.Module, batch_size: int, img_size: int | tuple[int, int], in_chans: int, device, autocast: Autocast = None,
+               iters: int | None = None, warmup: int | None = None) -> dict:
+    """Forward passes of `model` in eval mode, in the dtype that `autocast` sets.
+
+    Args:
+        img_size: pixels, a side or (height, width). iters, warmup: timed and untimed passes; by default 30 and 50 as in the
+            reference, on the CPU 5 and 2.
+    Returns a dict of plain values:
+        images_per_s, ms (per batch, mean), batch_size, img_size (h, w), device, dtype (of the logits), iters;
+        peak_mib and peak_of: on CUDA the most memory the caching allocator held in tensors during the timed passes, elsewhere the
+            process's largest resident size so far (None where the system does not tell);
+        params: all parameters, trainable or not;
+        macs: multiply-accumulates of one image by `model.flops()`, the reference's formula (norms counted as C per token, softmax,
+            bias and position MLP not), or None; macs_counted: half the floating-point operations of matrix products and convolutions
+            that PyTorch's counter saw in an fp32 pass over one image.
+    """
+    device = torch.device(device)
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    slow = device.type == "cpu"
+    iters, warmup = iters or (5 if slow else 30), (2 if slow else 50) if warmup is None else warmup
+    images = torch.randn(batch_size, in_chans, height, width, device=device)
+    training = model.training
+    model.eval()
+    try:
+        dtype = _run(model, images, autocast, max(warmup, 1)).dtype
+        seconds, peak = _timed(model, images, autocast, iters)
+        counted = count_macs(unwrap(model), images[:1])
+    finally:
+        model.train(training)
+    return {
+        "images_per_s": iters * batch_size / seconds, "ms": 1000 * seconds / iters, "batch_size": batch_size,
+        "img_size": (height, width), "device": device.type, "dtype": str(dtype).removeprefix("torch."), "iters": iters, **peak,
+        "params": sum(p.numel() for p in model.parameters()), "macs": _formula(unwrap(model)), "macs_counted": counted}
+
+
+def describe(result: dict) -> str:
+    """One line for the log."""
+    named = (("GMACs", result["macs"]), ("GMACs(counted)", result["macs_counted"]))
+    macs = " ".join(f"{name} {count / 1e9:.3f}" for name, count in named if count)
+    peak = f"{result['peak_mib']:.0f} MiB ({result['peak_of']})" if result["peak_mib"] is not None else "unknown"
+    height, width = result["img_size"]
+    return (f"batch_size {result['batch_size']} throughput {result['images_per_s']:.1f} images/s {result['ms']:.2f} ms/batch "
+            f"image {height}x{width} {result['device']} {result['dtype']} peak memory {peak} params {result['params']} {macs}")
+
+
+def count_macs(model: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates of matrix products and convolutions in one forward pass over `images`."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() // 2
+
+
+def _formula(model: nn.Module) -> int | None:
+    return int(model.flops()) if hasattr(model, "flops") else None
+
+
+def _run(model: nn.Module, images: Tensor, autocast: Autocast, passes: int) -> Tensor:
+    for _ in range(passes):
+        with entered(autocast):
+            logits = model(images)
+    _wait(images.device)
+    return logits
+
+
+def _timed(model: nn.Module, images: Tensor, autocast: Autocast, iters: int) -> tuple[float, dict]:
+    if images.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(images.device)
+    begin = time.perf_counter()
+    _run(model, images, autocast, iters)
+    return time.perf_counter() - begin, _peak(images.device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _peak(device: torch.device) -> dict:
+    if device.type == "cuda":
+        return {"peak_mib": torch.cuda.max_memory_allocated(device) / MIB, "peak_of": "tensors on the device"}
+    if sys.platform == "win32":
+        return {"peak_mib": None, "peak_of": "process"}
+    import resource  # POSIX only
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return {"peak_mib": largest / (MIB if sys.platform == "darwin" else 1024), "peak_of": "process"}

@@ -1,0 +1,118 @@
+"""metrics.jsonl of a stopped and resumed run is that of a run never stopped."""
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.logs import LogError, MetricLog, read_metrics
+
+
+def entries(log, first, last):
+    """What a run writes for updates first..last: a line each, and an evaluation every third."""
+    for step in range(first, last + 1):
+        log.write(step, (step - 1) // 3, "train", loss=1 / step, lr=1e-3 * step)
+        if step % 3 == 0:
+            log.write(step, step // 3, "eval", loss=2 / step, acc1=10.0 * step)
+
+
+def open_log(folder, **options):
+    return MetricLog(folder, **{"tensorboard": False, **options})
+
+
+def test_a_line_is_an_object_with_step_epoch_kind_and_numbers(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(3, 1, "train", loss=torch.tensor(0.5), skipped=2)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "epoch": 1, "kind": "train", "loss": 0.5, "skipped": 2}
+
+
+@pytest.mark.parametrize("checkpoint, killed", [(0, 5), (2, 5), (3, 5), (5, 5), (2, 9), (6, 9), (9, 9)])
+def test_resumed_file_equals_the_uninterrupted_one(tmp_path, checkpoint, killed):
+    with open_log(tmp_path / "whole", resume_step=-1) as log:
+        entries(log, 1, 12)
+    with open_log(tmp_path / "parts", resume_step=-1) as log:
+        entries(log, 1, killed)
+    with open_log(tmp_path / "parts", resume_step=checkpoint) as log:
+        if checkpoint and checkpoint % 3 == 0:  # saved before the evaluation, which therefore runs again
+            log.write(checkpoint, checkpoint // 3, "eval", loss=2 / checkpoint, acc1=10.0 * checkpoint)
+        entries(log, checkpoint + 1, 12)
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("cut", [1, 20, 43])
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, cut):
+    with open_log(tmp_path) as log:
+        entries(log, 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-cut])
+    with open_log(tmp_path, resume_step=2) as log:
+        entries(log, 2, 2)
+    assert path.read_text() == whole
+
+
+def test_a_new_run_keeps_the_old_ones_numbers_in_a_backup(tmp_path):
+    with open_log(tmp_path) as log:
+        entries(log, 1, 5)
+    old = (tmp_path / "metrics.jsonl").read_bytes()
+    open_log(tmp_path, resume_step=-1).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"" and (tmp_path / "metrics.jsonl.bak").read_bytes() == old
+
+
+def test_without_a_step_the_file_is_added_to(tmp_path):
+    for step in (1, 2):
+        with open_log(tmp_path) as log:
+            entries(log, step, step)
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_numbers_that_are_not_finite_are_null_in_valid_json(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(1, 0, "train", loss=float("nan"), grad_norm=float("inf"))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None and line["grad_norm"] is None
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with MetricLog(None, wandb=True) as log:
+        log.write(1, 0, "train", loss=1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_log(tmp_path, tensorboard=True) as log:
+        entries(log, 1, 3)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert events.Scalars("eval/acc1")[0].value == 30.0
+
+
+def test_missing_tensorboard_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with caplog.at_level(logging.WARNING), open_log(tmp_path, tensorboard=True) as log:
+        log.write(1, 0, "train", loss=1.0)
+    assert "pip install tensorboard" in caplog.text and read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_wandb_is_given_the_numbers_and_continues_under_its_id(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    fake = SimpleNamespace(init=lambda **options: calls.append(options) or run, util=SimpleNamespace(generate_id=lambda: "id42"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resume_step in (-1, 1):
+        with open_log(tmp_path, resume_step=resume_step, wandb=True, name="swin/tag", config={"a": 1}) as log:
+            log.write(resume_step + 2, 0, "train", loss=1.0)
+    started = [call for call in calls if isinstance(call, dict)]
+    assert [call["id"] for call in started] == ["id42", "id42"] and started[0]["config"] == {"a": 1} and started[0]["project"] == "swin"
+    assert (1, {"train/loss": 1.0, "epoch": 0}) in calls and calls[-1] == "finish"
+
+
+def test_missing_wandb_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(LogError, match="pip install wandb"):
+        open_log(tmp_path, wandb=True)

@@ -1,0 +1,66 @@
+"""Timing needs no data, runs in the asked dtype, and counts multiply-accumulates rightly."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from engine.throughput import count_macs, describe, throughput
+
+
+class Net(nn.Module):
+    """Counts its forward passes; 3 x 8 x 6 pixels, convolution to 5 channels at stride 2, then a linear map."""
+
+    MACS = (4 * 3) * 5 * (3 * 2 * 2) + 5 * 7
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 5, 2, 2), nn.Linear(5, 7)
+        self.passes, self.dtypes = 0, set()
+
+    def forward(self, x):
+        assert not self.training and x.shape[1:] == (3, 8, 6)
+        self.passes += 1
+        y = self.head(self.conv(x).mean((2, 3)))
+        self.dtypes.add(y.dtype)
+        return y
+
+    def flops(self):
+        return 123.0
+
+
+def test_counts_times_and_restores():
+    model = Net().train()
+    result = throughput(model, 4, (8, 6), 3, "cpu", iters=3, warmup=2)
+    assert model.training and model.passes == 3 + 2 + 1  # one more to count
+    assert result["macs_counted"] == Net.MACS and result["macs"] == 123 and result["params"] == 5 * 12 + 5 + 35 + 7
+    assert result["images_per_s"] == pytest.approx(4 * 1000 / result["ms"]) and result["peak_mib"] > 0
+    assert result["dtype"] == "float32" and result["img_size"] == (8, 6)
+    assert json.loads(json.dumps(result))["batch_size"] == 4
+
+
+def test_dtype_is_the_configured_one():
+    model = Net()
+    result = throughput(model, 2, (8, 6), 3, "cpu", torch.autocast("cpu", torch.bfloat16), iters=1, warmup=0)
+    assert result["dtype"] == "bfloat16" and torch.bfloat16 in model.dtypes
+
+
+def test_attention_products_are_counted():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return (x @ x.mT).softmax(-1) @ x
+
+    assert count_macs(Attention(), torch.randn(1, 2, 9, 4)) == 2 * (9 * 4 * 9 + 9 * 9 * 4)
+
+
+def test_line_names_every_number():
+    line = describe(throughput(Net(), 2, (8, 6), 3, "cpu", iters=1, warmup=0))
+    assert all(word in line for word in ("batch_size 2", "images/s", "ms/batch", "8x6", "float32", "MiB", "params", "GMACs"))
+    assert "\n" not in line
+
+
+def test_a_model_without_formula_has_counted_macs_alone():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    result = throughput(model, 1, 2, 3, "cpu", iters=1, warmup=0)
+    assert result["macs"] is None and result["macs_counted"] == 24 and "GMACs(counted)" in describe(result)
