@@ -5,13 +5,14 @@ Shapes: B images of H x W tokens, nW windows of N = Mh * Mw tokens, C channels. 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]
+MAX_KEPT_BATCHES = 6  # training, evaluation and their last batches, forward and back
 
 
 def kept(function: Callable) -> Callable:
@@ -96,6 +97,7 @@ class WindowLayout:
     shift: Size
     tokens: Tensor
     mask: Tensor | None
+    rows: dict = field(default_factory=dict, repr=False)
 
     @property
     def num_windows(self) -> int:
@@ -107,13 +109,20 @@ class WindowLayout:
         """Tokens per window, N."""
         return self.window[0] * self.window[1]
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - layouts live as long as the process
     def head_rows(self, batch: int, parts: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Row numbers that turn a token-major matrix into a head-major one, and back.
+        """Row numbers that turn a token-major matrix into a head-major one, and back; kept for the batches seen last.
 
         The matrix (B*H*W*parts*heads, D) of a padded grid becomes (parts, B, nW, heads, N, D). One gather does the cyclic shift,
-        the partition and the split into heads. Returns (there, back), int64, each as long as the matrix.
+        the partition and the split into heads. Returns (there, back), int32 or int64, each as long as the matrix.
         """
+        key = (batch, parts, heads)
+        if key not in self.rows:
+            while len(self.rows) >= MAX_KEPT_BATCHES:
+                del self.rows[next(iter(self.rows))]
+            self.rows[key] = self._make_head_rows(*key)
+        return self.rows[key]
+
+    def _make_head_rows(self, batch: int, parts: int, heads: int) -> tuple[Tensor, Tensor]:
         device = self.tokens.device
         tokens = self.tokens.view(self.num_windows, 1, self.area)
         image = torch.arange(batch, device=device).view(batch, 1, 1, 1) * self.tokens.numel()
@@ -122,7 +131,8 @@ class WindowLayout:
         there = (((image + tokens) * parts + part) * heads + head).flatten()
         back = torch.empty_like(there)
         back[there] = torch.arange(there.numel(), device=device)
-        return there, back
+        narrow = torch.int32 if there.numel() < 2**31 else torch.int64
+        return there.to(narrow), back.to(narrow)
 
 
 @kept
