@@ -19,8 +19,22 @@ import yaml
 from yacs.config import CfgNode
 
 from config_check import (
-    CLASSES, ConfigError, Kind, check_combinations, choice, integer, nearest, number, optional, pair, sequence,
-    show, size, specifications, switch, text,
+    CLASSES,
+    ConfigError,
+    Kind,
+    check_combinations,
+    choice,
+    integer,
+    nearest,
+    number,
+    optional,
+    pair,
+    sequence,
+    show,
+    size,
+    specifications,
+    switch,
+    text,
 )
 
 __all__ = ["ConfigError", "dump_config", "get_config", "load_config", "notes", "parse_args", "to_dict"]
@@ -94,6 +108,8 @@ KEYS: dict[str, Key] = {
     "MODEL.RESUME": Key("", text(), "training checkpoint to continue or evaluate: file or https URL; '' = none"),
     "MODEL.HEAD_RESET": Key(False, switch(), "start the head anew with MODEL.PRETRAINED, even where its shape agrees"),
     "MODEL.PARTIAL_LOAD": Key(False, switch(), "accept MODEL.PRETRAINED weights that do not cover the whole model"),
+    "MODEL.SOURCE": Key("auto", choice("auto", "plain", "qk_residual", "q", "k"),
+                        "which qkv weights a file holds; auto = as the file says. plain and residual ones are converted (W - I, W + I)"),
     "MODEL.NUM_CLASSES": Key(1000, COUNT, "outputs; if not given, the data set's; 0 = inferred from the class folders (folder only)"),
     "MODEL.DROP_RATE": Key(0.0, RATE, "dropout after the embedding, the attention's projection and in the MLPs"),
     "MODEL.DROP_PATH_RATE": Key(0.1, RATE, "stochastic depth of the last block; rises linearly from 0 at the first"),

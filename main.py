@@ -113,7 +113,8 @@ class Program:
     def load_weights(self, entry: str | None = None) -> None:
         model, rule = self.config.MODEL, "exact" if self.config.MODEL.RESUME else "finetune"
         weights = read_weights(model.RESUME or model.PRETRAINED, entry)
-        load_weights(self.model, weights, rule=rule, head="reset" if model.HEAD_RESET else "auto", allow_partial=model.PARTIAL_LOAD,
+        head = "evaluate" if self.config.EVAL_MODE else "reset" if model.HEAD_RESET else "auto"
+        load_weights(self.model, weights, rule=rule, head=head, allow_partial=model.PARTIAL_LOAD, source_residual=model.SOURCE,
                      logger=self.logger)
 
     def train(self) -> int:

@@ -115,7 +115,8 @@ def layer_id(name: str, depths: list[int]) -> int:
 def _create(name: str, model: nn.Module, groups: list[dict], lr: float, settings) -> torch.optim.Optimizer:
     betas, eps, momentum = tuple(settings.BETAS), settings.EPS, settings.MOMENTUM
     if name in ("adamw", "fused_adam"):
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True if name == "fused_adam" else None)
+        fused = name == "fused_adam" or next(model.parameters()).is_cuda  # one kernel for all parameters; the same update
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
     if name in ("lamb", "fused_lamb"):

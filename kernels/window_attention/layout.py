@@ -17,7 +17,10 @@ MAX_KEPT_BATCHES = 6  # training, evaluation and their last batches, forward and
 
 def kept(function: Callable) -> Callable:
     """lru_cache for functions that make small constant tensors; under torch.compile the compiler traces the function itself."""
-    cached = functools.lru_cache(maxsize=256)(function)
+    @functools.lru_cache(maxsize=256)
+    def cached(*args, **kwargs):
+        with torch.inference_mode(False):  # what evaluation leaves here, training must be able to use
+            return function(*args, **kwargs)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -56,7 +59,7 @@ def relative_position_index(window_size: int | Size, device: torch.device | None
 
 def _regions(length: int, padded: int, window: int, shift: int) -> Tensor:
     """(padded,) region of each coordinate after the roll: the last window of a shifted axis holds two that were not neighbours."""
-    region = torch.zeros(padded, dtype=torch.long)
+    region = torch.zeros(padded, dtype=torch.long, device="cpu")
     if shift:
         region[padded - window:] = 1
         region[padded - shift:] = 2
@@ -65,7 +68,7 @@ def _regions(length: int, padded: int, window: int, shift: int) -> Tensor:
 
 def _padding(length: int, padded: int, shift: int) -> Tensor:
     """(padded,) bool: which coordinates are padding after the roll."""
-    return (torch.arange(padded) >= length).roll(-shift)
+    return (torch.arange(padded, device="cpu") >= length).roll(-shift)
 
 
 def _pair_mask(grid: Size, padded: Size, window: Size, shift: Size, mask_value: float) -> Tensor | None:
@@ -75,7 +78,7 @@ def _pair_mask(grid: Size, padded: Size, window: Size, shift: Size, mask_value: 
     by_axis = [_regions(*axis) for axis in zip(grid, padded, window, shift, strict=True)]
     region = (by_axis[0][:, None] * 3 + by_axis[1])[None, :, :, None]
     region = window_partition(region, window).flatten(1)
-    mask = (region[:, :, None] != region[:, None, :]) * torch.tensor(mask_value)
+    mask = (region[:, :, None] != region[:, None, :]) * torch.tensor(mask_value, device="cpu")
     if grid != padded:
         rows, columns = (_padding(*axis) for axis in zip(grid, padded, shift, strict=True))
         outside = window_partition((rows[:, None] | columns)[None, :, :, None], window).flatten(1)
@@ -141,10 +144,10 @@ def window_layout(grid: Size, window: Size, shift: Size = (0, 0), mask_value: fl
     """The layout of a grid that is padded to whole windows (at its end) and rolled up and left by `shift` tokens.
 
     Pairs that the roll brought together are masked by `mask_value` (the reference uses -100, not -inf); padding and image
-    tokens never see each other. An axis that one window covers is not shifted by more than its length.
+    tokens never see each other. It is worked out on the CPU, whatever the default device, and then moved to `device`.
     """
     padded = tuple(-(-length // side) * side for length, side in zip(grid, window, strict=True))
-    tokens = torch.arange(padded[0] * padded[1]).view(1, *padded, 1).roll((-shift[0], -shift[1]), (1, 2))
+    tokens = torch.arange(padded[0] * padded[1], device="cpu").view(1, *padded, 1).roll((-shift[0], -shift[1]), (1, 2))
     mask = _pair_mask(grid, padded, window, shift, mask_value)
     return WindowLayout(grid, padded, window, shift, window_partition(tokens, window).flatten().to(device),
                         None if mask is None else mask.to(device))

@@ -58,12 +58,15 @@ def fit_head(state: dict[str, Tensor], classes: int, mode: str = "auto") -> tupl
     """Fits `head.weight` (K, C) and `head.bias` (K) to a model with `classes` classes, by the reference's rules.
 
     mode: 'auto' keeps a head of the same size, picks the 1k rows of a 22k head, and sets any other to zero; 'reset' always sets it
-    to zero; 'keep' demands the same size. Without a head in the file the model keeps its own.
+    to zero; 'keep' demands the same size. Without a head in the file the model keeps its own. 'evaluate' refuses every case in which
+    the head would not come from the file.
     Returns: (state, note or '').
     """
-    if mode not in ("auto", "reset", "keep"):
-        raise CheckpointError(f"head={mode!r} is unknown; choose from auto, reset, keep")
+    if mode not in ("auto", "reset", "keep", "evaluate"):
+        raise CheckpointError(f"head={mode!r} is unknown; choose from auto, reset, keep, evaluate")
     names = [key for key in HEAD if key in state]
+    if mode == "evaluate" and classes and not names:
+        raise CheckpointError("the file has no classifier (head.weight, head.bias), so there is nothing to evaluate; train one first")
     if not names or not classes:
         return without(state, names), head_absent(names, classes)
     given = len(state[names[0]])
@@ -76,6 +79,8 @@ def fit_head(state: dict[str, Tensor], classes: int, mode: str = "auto") -> tupl
     if (given, classes) == (CLASSES_22K, CLASSES_1K):
         rows = torch.tensor(map_22k_to_1k())
         return state | {key: state[key][rows] for key in names}, "the head of 21841 classes was mapped to the 1000 of ImageNet-1k"
+    if mode == "evaluate":
+        raise CheckpointError(f"the file's head has {given} classes, the model {classes}; evaluate it on the data set it was trained for")
     return zeroed(state, names, classes), f"the file's head has {given} classes, the model {classes}: the head starts at zero"
 
 

@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, state_dict: Mapping, *, rule: str = "finetune
     rule: 'finetune' fits other windows, image sizes, class counts and a one-channel input, lets a headless file keep the model's
     head, and lets the parameters that a modifier adds keep their initial values where the file has none of that modifier (a
     released file cannot have them). 'exact' (resume, evaluation) converts names only: every parameter must be there in its shape.
-    head: see `heads.fit_head` ('auto', 'reset', 'keep'); only under 'finetune'.
+    head: see `heads.fit_head` ('auto', 'reset', 'keep', 'evaluate'); only under 'finetune'.
     allow_partial: load what fits although keys are missing, unexpected or of another shape.
     source_residual: 'auto', 'plain', 'qk_residual', 'q' or 'k': which function the file's qkv weights stand for, see residual.py.
     resize: 'bicubic', 'geometric' (SimMIM's rule for Swin's tables) or 'auto': geometric for files with the encoder. prefix.
@@ -112,7 +112,7 @@ def decide_residual(weights: Weights, steps: list, target: str, rule: str, asked
     if side is not None:
         return side
     if target != "none" and (rule == "exact" or any(OURS.search(key) for key in weights)):
-        raise CheckpointError(f"{weights.source}: {reason}, and this model has qk_residual; pass source_residual, "
+        raise CheckpointError(f"{weights.source}: {reason}, and this model has qk_residual; set MODEL.SOURCE (source_residual=), "
                               "or write a file that says so: python tools/convert_checkpoint.py IN OUT --source-residual plain|qk_residual")
     if target != "none":
         report.notes.append("the file does not say whether it was saved with qk_residual: taken as plain, as released files are")

@@ -142,7 +142,7 @@ class PyramidTransformer(nn.Module):
         raise NotImplementedError
 
     def _make_stages(self, options: PyramidOptions) -> Iterable[Stage]:
-        rates = iter(torch.linspace(0, options.drop_path_rate, sum(options.depths)).tolist())
+        rates = iter(torch.linspace(0, options.drop_path_rate, sum(options.depths), device="cpu").tolist())
         resolution = self.patches_resolution
         for stage, depth in enumerate(options.depths):
             dim = options.embed_dim * 2**stage

@@ -74,7 +74,7 @@ class AttentionBlock(WindowBlock):
                  drop: float, drop_path: nn.Module, norm_layer: type[nn.Module], sw_mlp: str):
         super().__init__(dim, input_resolution, num_heads, window_size, shifted, mlp_ratio)
         mask = self.layout(input_resolution, None).mask
-        self.register_buffer("attn_mask", None if mask is None or not any(self.shift) else mask.clone())
+        self.register_buffer("attn_mask", mask.to(torch.get_default_device(), copy=True) if any(self.shift) else None)
         self.norm1 = norm_layer(dim)
         self.attn = self.make_attention()
         self.drop_path = drop_path

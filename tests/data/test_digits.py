@@ -13,7 +13,10 @@ from data.randomness import Key
 STATS = {"mean": (0.3,), "std": (0.4,)}
 
 
-def batches(affine=Affine(), **options) -> ArrayBatches:
+AFFINE = Affine()
+
+
+def batches(affine=AFFINE, **options) -> ArrayBatches:
     return ArrayBatches(digits((16, 16)).train, channels=1, **STATS, affine=affine, **options)
 
 

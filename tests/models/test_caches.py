@@ -1,6 +1,7 @@
 """Values kept in evaluation: they must be kept, and must never be stale."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -87,4 +88,23 @@ def test_gradients_flow_in_evaluation_mode_too():
     with torch.no_grad():
         model(IMAGES)
     model(IMAGES).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_model_of_shapes_alone_leaves_nothing_behind_for_the_next():
+    with torch.device("meta"):
+        assert small("swinv2").layers[0].blocks[1].attn_mask.is_meta
+    assert small("swinv2")(IMAGES).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("backend", ["reference", "eager", "auto"])
+def test_what_inference_mode_leaves_behind_can_be_trained_with(family, backend):
+    options = {**identity_options(True, True, True), "img_size": (18, 22)}
+    options["attention"] = dataclasses.replace(options["attention"], backend=backend)
+    model = small(family, **options)
+    images = torch.randn(1, 3, 18, 22)
+    with torch.inference_mode():
+        model.eval()(images)
+    model.train()(images).sum().backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -262,3 +262,9 @@ def test_half_precision_files_load_in_the_models_precision():
 @pytest.mark.parametrize("option", [{"rule": "strict"}, {"resize": "linear"}])
 def test_an_unknown_option_lists_the_allowed_ones(option):
     assert "choose from" in refused(build(), stripped(build()), **option)
+
+
+def test_evaluation_refuses_a_head_that_is_not_the_file_s():
+    assert "has 7 classes, the model 5" in refused(build(num_classes=5), stripped(build()), head="evaluate")
+    headless = {key: value for key, value in stripped(build()).items() if not key.startswith("head.")}
+    assert "nothing to evaluate" in refused(build(), headless, head="evaluate")

@@ -1,0 +1,72 @@
+# make quickstart          install into .venv, then train the digits example: accuracy, checkpoint and curves in about two minutes
+# make test                install the same way, then the default tests; make test-slow: those that train longer; make test-all: both
+# make lint | bench | clean
+#
+# PYTHON=python            use that interpreter's environment (conda, container, ...); nothing is created or installed
+# SYSTEM_PYTHON=python3.12 the interpreter that .venv is made with;  VENV=DIR  where it is made
+# ARGS="--seed 1"          more words for the command of quickstart or for pytest;  JOBS=1  test processes (2)
+
+VENV ?= .venv
+SYSTEM_PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(RUN) -m pytest -n $(JOBS) --dist worksteal
+
+ifdef PYTHON
+RUN = $(PYTHON)
+RUN_READY = check-run
+DEV_READY = check-dev
+else
+RUN = $(VENV)/bin/python
+RUN_READY = $(VENV)/requirements.done
+DEV_READY = $(VENV)/requirements-dev.done
+endif
+
+.DEFAULT_GOAL = help
+.PHONY: help quickstart test test-slow test-all lint bench clean check-run check-dev
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(RUN_READY)
+	$(RUN) main.py --cfg configs/digits/digits_tiny.yaml $(ARGS)
+
+test: $(DEV_READY)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(DEV_READY)
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(DEV_READY)
+	$(PYTEST) $(ARGS)
+
+lint: $(DEV_READY)
+	$(RUN) -m ruff check .
+
+bench: $(RUN_READY)
+	$(RUN) benchmarks/cpu_models.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+
+check-run:
+	@$(RUN) tools/check_environment.py requirements.txt
+
+check-dev:
+	@$(RUN) tools/check_environment.py requirements-dev.txt
+
+# A step that is done leaves a .done file and is repeated only when its requirements file changes.
+$(VENV)/bin/python:
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "error: '$(SYSTEM_PYTHON)' is not\
+	 Python 3.10 or newer ($$($(SYSTEM_PYTHON) --version 2>&1 | head -n 1)); name one that is: make SYSTEM_PYTHON=python3.12 ..., or use\
+	 an environment of yours: make PYTHON=python ..." >&2; exit 2; }
+	@echo "== creating the environment $(VENV) with $$($(SYSTEM_PYTHON) --version)"
+	@$(SYSTEM_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(SYSTEM_PYTHON) cannot create environments (on Debian and\
+	 Ubuntu: apt install python3-venv), or use one of yours: make PYTHON=python ..." >&2; exit 2; }
+
+$(VENV)/%.done: %.txt | $(VENV)/bin/python
+	@echo "== installing $< into $(VENV); PyTorch is several GB, so the first time takes minutes"
+	@$(RUN) -m pip install --disable-pip-version-check -r $<
+	@touch $@
+
+$(VENV)/requirements-dev.done: requirements.txt
