@@ -4,13 +4,12 @@
 
 Every round times each model once, in an order that rotates, so that a busy machine slows all of them alike; the ratios come from the
 medians over rounds. The same random images for all. A training step is forward, cross entropy, backward and an AdamW update.
-Peak memory is the highest resident size of a process of its own that does training steps of that model alone.
+Peak memory (Linux) is what training steps of one model alone add to the resident size of a process of its own.
 """
 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -96,10 +95,16 @@ def run_alone(family: str, name: str, batch: int) -> None:
     """Prints the memory that three training steps need, in MiB."""
     size, makers = FAMILIES[family]
     step = make_steps(makers[name](), torch.randn(batch, 3, size, size))["training step"]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident_peak() - before)
+
+
+def resident_peak() -> float:
+    """MiB of memory that this process has held at most (VmHWM; getrusage would count the parent's on Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def measure(family: str, arguments: argparse.Namespace) -> list[dict]:
@@ -125,7 +130,7 @@ def measure(family: str, arguments: argparse.Namespace) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """A Markdown table."""
-    lines = ["| model | what | by | median | relative to ours |", "|---|---|---|---|---|"]
+    lines = ["| model | what | by | median | speed relative to ours |", "|---|---|---|---|---|"]
     for row in rows:
         value = f"{row['ms']:.0f} ms" if "ms" in row else f"{row['MiB']:.0f} MiB"
         lines.append(f"| {row['family']} | {row['kind']} | {row['model']} | {value} | "

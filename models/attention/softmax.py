@@ -18,6 +18,7 @@ from .modifiers.base import Modifier
 from .spec import AttentionSpec
 
 MAX_LOGIT_SCALE = 100.0
+FEW_TOKENS = 1.5  # per channel: below, adding the input to q and k touches fewer numbers than adding the identity to a (3C, C) weight
 
 
 class SoftmaxAttention(nn.Module):
@@ -93,8 +94,13 @@ class SoftmaxAttention(nn.Module):
         return weight, bias
 
     def project(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 3C): q, then k, then v."""
-        fold = not torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float64)
+        """(..., C) -> (..., 3C): q, then k, then v.
+
+        Weight modifiers are folded into the weight where it keeps its full precision, unless there are so few tokens that adding to
+        the tokens is the smaller work.
+        """
+        full = not torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float64)
+        fold = full and (not torch.is_grad_enabled() or x.numel() > FEW_TOKENS * self.dim * self.dim)
         sources = [parameter for parameter in self._parameters.values() if parameter is not None]
         sources += [parameter for parameter in self.qkv.parameters()]
         qkv = F.linear(x, *self.cache.get(f"projection {fold}", sources, lambda: self._projection(fold)))

@@ -105,6 +105,22 @@ def test_adding_x_to_the_projections_is_the_same_as_adding_the_identity_to_the_w
     modifier = MODIFIERS.create(f"qk_residual(which={which})", Geometry(12, 3, (4, 4)))
     x, weight = torch.randn(2, 16, 12), torch.randn(36, 12)
     torch.testing.assert_close(modifier.add(x, F.linear(x, weight)), F.linear(x, modifier.fold(weight)), rtol=1e-5, atol=1e-5)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    added, folded = (torch.autograd.grad(y.sin().sum(), leaves)
+                     for y in (modifier.add(x, F.linear(x, weight)), F.linear(x, modifier.fold(weight))))
+    torch.testing.assert_close(added, folded, rtol=1e-4, atol=1e-4)
+
+
+@both_families
+def test_few_and_many_tokens_take_different_ways_to_the_same_gradients(family, monkeypatch):
+    model = randomise(with_modifiers(family, "qk_residual"))
+    results = []
+    for few in (0.0, float("inf")):
+        monkeypatch.setattr("models.attention.softmax.FEW_TOKENS", few)
+        results.append(loss_and_gradients(model))
+    for name in results[0]:
+        scale = results[0][name].abs().max().clamp(min=1e-3)
+        assert (results[0][name] - results[1][name]).abs().max() <= 1e-4 * scale, name
 
 
 @both_families

@@ -53,7 +53,25 @@ class QKResidual(WeightModifier):
         return bias * keep.repeat_interleave(self.geometry.dim)
 
     def add(self, x: Tensor, qkv: Tensor) -> Tensor:
-        """x (..., C) is added in place to the q and k of qkv (..., 3C)."""
-        start, stop = (min("qk".index(part) for part in self.parts), 1 + max("qk".index(part) for part in self.parts))
-        qkv.unflatten(-1, (3, self.geometry.dim))[..., start:stop, :].add_(x.unsqueeze(-2).to(qkv.dtype))
+        """x (..., C) is added to the q and k of qkv (..., 3C), in place unless under torch.compile."""
+        places = slice(*{"qk": (0, 2), "q": (0, 1), "k": (1, 2)}[self.parts])
+        x = x.to(qkv.dtype)
+        if not torch.compiler.is_compiling():
+            return _AddInPlace.apply(qkv, x, places)
+        zero = torch.zeros_like(x)
+        return qkv + torch.cat([x if part in self.parts else zero for part in "qkv"], dim=-1)
+
+
+class _AddInPlace(torch.autograd.Function):
+    """qkv (..., 3C), of which the parts in `places` get x (..., C) added; what autograd would do for a view costs two more passes."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, x: Tensor, places: slice) -> Tensor:
+        ctx.places, ctx.dim = places, x.shape[-1]
+        qkv.unflatten(-1, (3, ctx.dim))[..., places, :].add_(x.unsqueeze(-2))
+        ctx.mark_dirty(qkv)
         return qkv
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, grad.unflatten(-1, (3, ctx.dim))[..., ctx.places, :].sum(-2), None
