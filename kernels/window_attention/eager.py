@@ -39,15 +39,16 @@ def window_attention_eager(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout
 def _split(x: Tensor, layout: WindowLayout, parts: int, heads: int) -> Tensor:
     """(B, H, W, parts*C) -> (parts, B, nW*heads, N, D), contiguous."""
     there, _ = layout.head_rows(x.shape[0], parts, heads)
-    rows = x.reshape(there.numel(), -1).index_select(0, there)
-    return rows.view(parts, x.shape[0], layout.num_windows * heads, layout.area, -1)
+    width = x.shape[-1] // (parts * heads)
+    rows = x.reshape(there.numel(), width).index_select(0, there)
+    return rows.view(parts, x.shape[0], layout.num_windows * heads, layout.area, width)
 
 
 def _merge(x: Tensor, layout: WindowLayout, parts: int, heads: int) -> Tensor:
     """Undoes `_split`."""
-    batch = x.shape[1]
+    batch, width = x.shape[1], x.shape[-1]
     _, back = layout.head_rows(batch, parts, heads)
-    return x.view(back.numel(), -1).index_select(0, back).view(batch, *layout.padded, -1)
+    return x.view(back.numel(), width).index_select(0, back).view(batch, *layout.padded, parts * heads * width)
 
 
 def _chunks(batch: int, logits: int, device: torch.device) -> range:

@@ -73,6 +73,15 @@ def test_a_224_model_takes_384_pixels_where_the_reference_stops():
     assert model.eval()(torch.randn(1, 3, 384, 384)).isfinite().all()
 
 
+@families
+def test_an_empty_batch_gives_no_logits_and_zero_gradients(family):
+    model = small(family)
+    model(torch.randn(0, 3, 16, 16)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        assert model.eval()(torch.randn(0, 3, 16, 16)).shape == (0, 10)
+
+
 @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
 def test_activation_checkpointing_gives_the_same_gradients(family):
     plain, saving = randomise(small(family)), randomise(small(family, use_checkpoint=True))
