@@ -4,6 +4,7 @@ A table has one row per offset between two tokens of a window, T = (2 Mh - 1)(2 
 reads the tables; the open path gathers them to N x N. Terms that are no function of the offset are given dense, (heads, N, N).
 """
 
+import torch
 from torch import Tensor
 
 from .layout import Size, WindowLayout, relative_position_index
@@ -17,23 +18,38 @@ class OffsetTerms:
         bias: (T, heads), dense (heads, N, N), or None.
         post: multiplies the softmaxed map; shapes as `bias`.
         renormalise: divide the rows of the map by their sum after `post`.
+        prefix: leading tokens without a place on the grid (class tokens); in a table's gathered form their pairs have weight
+            `neutral` (1, heads), bias 0 and post 1. neutral: by default the weight given here, which must then be (1, heads).
     Gathered forms are kept on the object: it is made once per step in training and once per set of weights in evaluation.
     """
 
-    def __init__(self, window: Size, weight: Tensor, bias: Tensor | None = None, post: Tensor | None = None, renormalise: bool = False):
+    def __init__(self, window: Size, weight: Tensor, bias: Tensor | None = None, post: Tensor | None = None, renormalise: bool = False,
+                 prefix: int = 0, neutral: Tensor | None = None):
         self.window, self.weight, self.bias, self.post, self.renormalise = window, weight, bias, post, renormalise
+        self.prefix, self.neutral = prefix, weight if neutral is None else neutral
         self._kept: dict = {}
 
     def replace(self, **changes) -> "OffsetTerms":
         """A copy with some of weight, bias, post and renormalise exchanged."""
         fields = {name: getattr(self, name) for name in ("weight", "bias", "post", "renormalise")}
-        return OffsetTerms(self.window, **{**fields, **changes})
+        return OffsetTerms(self.window, **{**fields, **changes}, prefix=self.prefix, neutral=self.neutral)
 
     def dense(self, name: str) -> Tensor | None:
         """The term `name` gathered over pairs: (heads, N, N), or (heads, 1, 1) for one that is the same everywhere."""
         if name not in self._kept:
-            self._kept[name] = gather_offsets(getattr(self, name), self.window)
+            self._kept[name] = self._gather(name)
         return self._kept[name]
+
+    def _gather(self, name: str) -> Tensor | None:
+        table = getattr(self, name)
+        gathered = gather_offsets(table, self.window)
+        if not self.prefix or gathered is None or table.dim() == 3 or gathered.shape[-1] == 1:
+            return gathered
+        heads, count = gathered.shape[0], gathered.shape[-1] + self.prefix
+        neutral = {"weight": self.neutral.t()[:, :, None], "bias": gathered.new_zeros(1), "post": gathered.new_ones(1)}[name]
+        column = neutral.expand(heads, count - self.prefix, self.prefix)
+        row = neutral.expand(heads, self.prefix, count)
+        return torch.cat([row, torch.cat([column, gathered], dim=2)], dim=1)
 
     def masked_bias(self, layout: WindowLayout) -> Tensor | None:
         """bias + mask: (nW, heads, N, N), or (1, heads, N, N) without a mask, or None; kept per layout."""

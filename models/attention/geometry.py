@@ -14,13 +14,15 @@ class Geometry:
     """What a modifier may need to know of the module it modifies.
 
     dim: channels C. num_heads: heads H. window: tokens (rows, columns) that attend to each other. pretrained_window: the
-    window whose offsets span [-1, 1] in log-spaced coordinates; (0, 0) is the window itself.
+    window whose offsets span [-1, 1] in log-spaced coordinates; (0, 0) is the window itself. prefix: leading tokens that have no
+    place on the grid (class tokens). For attention over a whole image the window is its grid.
     """
 
     dim: int
     num_heads: int
     window: Size
     pretrained_window: Size = (0, 0)
+    prefix: int = 0
 
     @property
     def num_offsets(self) -> int:

@@ -181,3 +181,15 @@ def test_explain_names_the_backend_and_forcing_an_impossible_one_says_why(monkey
     monkeypatch.setenv("WINDOW_ATTENTION_BACKEND", "sdpa")
     with pytest.raises(ValueError, match="one weight per head"):
         window_attention(qkv, terms, layout, 3)
+
+
+def test_class_tokens_keep_the_neutral_weight_no_bias_and_no_post_factor():
+    uniform = torch.rand(1, 3)
+    terms = OffsetTerms((2, 3), uniform, prefix=2).replace(weight=torch.rand(15, 3), bias=torch.randn(15, 3), post=torch.rand(15, 3))
+    plain = OffsetTerms((2, 3), terms.weight, terms.bias, terms.post)
+    for name, outside in (("weight", uniform.view(3, 1, 1)), ("bias", torch.zeros(3, 1, 1)), ("post", torch.ones(3, 1, 1))):
+        dense = terms.dense(name)
+        assert dense.shape == (3, 8, 8)
+        assert torch.equal(dense[:, 2:, 2:], plain.dense(name))
+        assert torch.equal(dense[:, :2], outside.expand(3, 2, 8))
+        assert torch.equal(dense[:, :, :2], outside.expand(3, 8, 2))
