@@ -3,6 +3,7 @@ import pickle
 import random
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -23,12 +24,14 @@ def operations(transform):
 
 
 def test_evaluation_transform_equals_the_reference():
+    """To the last bit with the Pillow that made the vectors; other releases round the resized pixels by up to three levels of 8 bits."""
     meta, tensors = golden("eval_transform")
+    same_pillow = PIL.__version__.partition(".")[0] == meta["provenance"]["pillow"].partition(".")[0]
     for number, case in enumerate(meta["cases"]):
         side = case["img_size"]
         transform = eval_transform((side, side), **STATS, interpolation=case["interpolation"], crop=case["crop"])
         output = transform(Image.fromarray(tensors[f"{number}/image"].numpy()))
-        assert (output - tensors[f"{number}/output"]).abs().max() <= 1e-6
+        assert (output - tensors[f"{number}/output"]).abs().max() <= (1e-6 if same_pillow else 0.055)
 
 
 @pytest.mark.parametrize("side, shape", [(40, (50, 70)), (33, (97, 41)), (224, (333, 500)), (64, (64, 64)), (48, (30, 31))])
