@@ -72,6 +72,12 @@ class Program:
         if self.config.THROUGHPUT_MODE:
             return self.time()
         self.data = build_data(self.config, rank=self.world.rank, world_size=self.world.size, train=not self.config.EVAL_MODE)
+        try:
+            return self.use_data()
+        finally:
+            self.data.close()
+
+    def use_data(self) -> int:
         self.model = self.build_model(self.data.num_classes)
         self.logger.info(describe_model(self.model, self.config.MODEL.NAME))
         if self.config.EVAL_MODE:

@@ -40,6 +40,12 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def close(self) -> None:
+        """Ends the loading processes of both loaders."""
+        for loader in (self.train_loader, self.val_loader):
+            if loader is not None:
+                loader.close()
+
     @property
     def soft_targets(self) -> bool:
         """Whether training targets are distributions with label smoothing already in them; this, not AUG.MIXUP, selects the loss."""

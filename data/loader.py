@@ -43,6 +43,21 @@ class Loader:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def close(self) -> None:
+        """Ends the loading processes; the loader can be used again, with new ones.
+
+        Left to the end of the program they could keep it from ending: they are joined there, and one that was started with SIGTERM
+        blocked, or hangs, does not follow the request to stop. Here such a one is killed.
+        """
+        workers = self._loader._iterator
+        self._loader._iterator = None
+        if workers is not None:
+            processes = workers._workers
+            workers._shutdown_workers()
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._checked(iter(self._loader))
 
