@@ -82,6 +82,7 @@ class TestEveryModifier:
 
     @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
     def test_compiles_to_one_graph_with_the_same_result(self, name, family):
+        torch.compiler.reset()  # else the names before this one count as recompilations of the same code
         model = randomise(small(family, attention=AttentionSpec((name,))))
         images = torch.randn(2, 3, 16, 16)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

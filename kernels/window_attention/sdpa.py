@@ -11,7 +11,7 @@ from .terms import OffsetTerms
 def window_attention_sdpa(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,
                           dropout: float = 0.0) -> Tensor:
     """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. The weight is folded into q."""
-    if terms.post is not None or terms.weight.shape[0] != 1:
+    if terms.post is not None or terms.weight.dim() == 3 or terms.weight.shape[0] != 1:
         raise ValueError("window_attention: the sdpa backend takes one weight per head and no post-softmax weight; use backend 'eager'")
     q, k, v = split_windows(qkv, layout, num_heads)
     if cosine:

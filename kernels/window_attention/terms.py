@@ -43,10 +43,22 @@ class OffsetTerms:
     def _gather(self, name: str) -> Tensor | None:
         table = getattr(self, name)
         gathered = gather_offsets(table, self.window)
-        if not self.prefix or gathered is None or table.dim() == 3 or gathered.shape[-1] == 1:
+        if gathered is None or table.dim() == 3 or gathered.shape[-1] == 1:
+            return gathered
+        neutral = {"weight": self.neutral.t()[:, :, None], "bias": gathered.new_zeros(1), "post": gathered.new_ones(1)}[name]
+        return self._with_prefix(gathered, neutral)
+
+    def matching(self, name: str, table: Tensor, neutral: float) -> Tensor:
+        """`table` (T, heads) in the form in which the term `name` is held: gathered, `neutral` at the prefix, where that is dense."""
+        held = getattr(self, name)
+        if held is None or held.dim() == 2:
+            return table
+        return self._with_prefix(gather_offsets(table, self.window), table.new_full((1,), neutral))
+
+    def _with_prefix(self, gathered: Tensor, neutral: Tensor) -> Tensor:
+        if not self.prefix:
             return gathered
         heads, count = gathered.shape[0], gathered.shape[-1] + self.prefix
-        neutral = {"weight": self.neutral.t()[:, :, None], "bias": gathered.new_zeros(1), "post": gathered.new_ones(1)}[name]
         column = neutral.expand(heads, count - self.prefix, self.prefix)
         row = neutral.expand(heads, self.prefix, count)
         return torch.cat([row, torch.cat([column, gathered], dim=2)], dim=1)

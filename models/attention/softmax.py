@@ -73,7 +73,7 @@ class SoftmaxAttention(nn.Module):
         raise NotImplementedError
 
     def _stage(self, kind: type[Modifier]) -> list[Modifier]:
-        return [modifier for modifier in self.modifiers.values() if isinstance(modifier, kind)]
+        return [part for modifier in self.modifiers.values() for part in modifier.members() if isinstance(part, kind)]
 
     def terms(self) -> OffsetTerms:
         """Weight and bias with all term modifiers applied, in float32; kept in evaluation while the parameters stay the same."""
@@ -127,17 +127,24 @@ class SoftmaxAttention(nn.Module):
         """The same with the N x N matrix in the open, for modifiers of the matrix itself and for hooks on the two taps."""
         q, k, v = split_windows(qkv, layout, self.num_heads)
         q, k = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if self.cosine else (q, k)
-        logits = (q @ k.mT).float() * terms.dense("weight")
+        logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("weight")
         logits = logits if terms.bias is None else logits + terms.dense("bias")
+        with torch.autocast(qkv.device.type, enabled=False):
+            attn = self._map(logits, terms, layout.mask)
+        attn = F.dropout(self.map_tap(attn), dropout).to(v.dtype)
+        return merge_windows(attn @ _cut(v, attn.shape[1]), layout)
+
+    def _map(self, logits: Tensor, terms: OffsetTerms, mask: Tensor | None) -> Tensor:
+        """Weighted and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N), modifiers and all in float32."""
         for modifier in self._stage(LogitMixer):
             logits = modifier(logits)
-        attn = self.logit_tap(add_mask(logits, layout.mask)).softmax(-1)
+        attn = self.logit_tap(add_mask(logits, mask)).softmax(-1)
         if terms.post is not None:
             attn = attn * terms.dense("post")
             attn = attn / attn.sum(-1, keepdim=True) if terms.renormalise else attn
         for modifier in self._stage(MapModifier):
-            attn = _zero_masked(modifier(attn), layout.mask)
-        return merge_windows(F.dropout(self.map_tap(attn), dropout).to(v.dtype) @ v, layout)
+            attn = modifier.settle(_zero_masked(modifier(attn), mask))
+        return attn
 
     def flops(self, tokens: int) -> int:
         """Multiply-accumulates for one window of `tokens` tokens, by the reference's count: projections and the two products."""
@@ -149,6 +156,11 @@ def _zero_masked(attn: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return attn
     return (attn.unflatten(0, (-1, len(mask))) * (mask == 0)[:, None]).flatten(0, 1)
+
+
+def _cut(v: Tensor, heads: int) -> Tensor:
+    """(B*nW, H, N, D) -> (B*nW, heads, N, H D / heads): the same channels, cut anew for a map of more heads."""
+    return v if v.shape[1] == heads else v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 class WindowAttention(SoftmaxAttention):

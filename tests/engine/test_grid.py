@@ -1,4 +1,5 @@
-"""Every combination of QK residual, CRPW and pre-MLP on Swin and SwinV2 trains from its YAML, on one process and on two."""
+"""Every combination of QK residual, CRPW and pre-MLP on Swin and SwinV2, and every other modifier's digits YAML, trains from its
+YAML, on one process and on two."""
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ OPTIONS = ["TRAIN.MAX_STEPS", "2", "DATA.NUM_WORKERS", "0", "LOG.TENSORBOARD", "
 def test_the_grid_is_complete():
     parts = [f"digits_{family}{qk}{crpw}{mlp}" for family in ("swin", "swinv2") for qk in ("", "_qkres") for crpw in ("", "_crpw")
              for mlp in ("", "_premlp")]
-    assert sorted(path.stem for path in GRID) == sorted(parts)
+    assert len(parts) == 16
+    assert set(parts) <= {path.stem for path in GRID}
 
 
 @pytest.mark.parametrize("path", GRID, ids=lambda path: path.stem)
@@ -32,4 +34,4 @@ def test_a_configuration_trains_and_resumes(path, tmp_path):
 def test_all_configurations_train_on_two_processes(tmp_path):
     done = run("tests/engine/two_ranks_grid.py", str(tmp_path), *OPTIONS, "--", *map(str, GRID), nproc=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("TRAINED") == len(GRID) == 16
+    assert done.stdout.count("TRAINED") == len(GRID) >= 16

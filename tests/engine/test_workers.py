@@ -12,7 +12,8 @@ from data import build_data
 from engine.signals import signals_blocked
 from tests.helpers import ROOT, run_main
 
-OPTIONS = ["DATA.DATASET", "folder", "DATA.IMG_SIZE", "32", "MODEL.SWIN.EMBED_DIM", "24", "TRAIN.WARMUP_EPOCHS", "0", "DATA.NUM_WORKERS", "2"]
+OPTIONS = ["DATA.DATASET", "folder", "DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "2", "MODEL.SWIN.EMBED_DIM", "24",
+           "TRAIN.WARMUP_EPOCHS", "0"]
 CONFIG = "configs/swin/swin_tiny_patch4_window7_224.yaml"
 
 

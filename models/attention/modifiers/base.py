@@ -19,6 +19,10 @@ class Modifier(nn.Module):
     def initialise(self, attention: nn.Module) -> None:
         """Called once after the backbone has initialised `attention`, with random numbers of its own."""
 
+    def members(self) -> tuple["Modifier", ...]:
+        """The modifiers it consists of, each of one of the kinds below, in their order; by default itself alone."""
+        return (self,)
+
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that weight decay leaves alone; by default none."""
         return set()
@@ -64,5 +68,12 @@ class MapModifier(Modifier):
     """Changes the softmaxed map itself; takes the open path."""
 
     def forward(self, attn: Tensor) -> Tensor:
-        """(B*nW, H, N, N) -> (B*nW, H, N, N); masked pairs are set to zero again afterwards."""
+        """(B*nW, H, N, N) -> (B*nW, G, N, N); masked pairs are set to zero again afterwards.
+
+        G is H, or a multiple of it that divides the channels: V is then cut into G heads.
+        """
         raise NotImplementedError
+
+    def settle(self, attn: Tensor) -> Tensor:
+        """(B*nW, G, N, N) -> the same, after masked pairs have become zero; must leave them so."""
+        return attn

@@ -70,8 +70,10 @@ class ContinuousRelativePositionWeight(TermModifier):
         w = self.table if hasattr(self, "table") else self.mlp(self.coords)  # (T, H)
         w = w.to(terms.weight.dtype)
         if self.apply_to == "probs":
-            post = 1 + w if terms.post is None else terms.post * (1 + w)
+            factor = 1 + terms.matching("post", w, 0.0)
+            post = factor if terms.post is None else terms.post * factor
             return terms.replace(post=post, renormalise=terms.renormalise or self.renormalise)
         if self.mode == "one_plus":
-            return terms.replace(weight=terms.weight * (1 + w))
-        return terms.replace(weight=terms.weight + (16 * torch.sigmoid(w) if self.mode == "sigmoid16" else w))
+            return terms.replace(weight=terms.weight * (1 + terms.matching("weight", w, 0.0)))
+        w = 16 * torch.sigmoid(w) if self.mode == "sigmoid16" else w
+        return terms.replace(weight=terms.weight + terms.matching("weight", w, 0.0))
