@@ -39,8 +39,8 @@ class SwinTransformer(PyramidTransformer):
 
     Args:
         img_size, patch_size, window_size: an int or (rows, columns). qk_scale: None is head_dim^-0.5.
-        attn_drop_rate: the same as AttentionSpec.drop, kept for the reference's callers. fused_window_process: has no effect; the
-            window attention of this project folds shift and partition into its gathers anyway.
+        attn_drop_rate: the same as AttentionSpec.drop, kept for the reference's callers. fused_window_process: has no effect, and
+            True is answered with a warning; the window attention of this project folds shift and partition into its gathers.
         attention: what is modified. others: further `PyramidOptions` (pre_mlp, sw_mlp, dynamic_img_size ...).
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
@@ -52,6 +52,8 @@ class SwinTransformer(PyramidTransformer):
                  norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False, patch_norm: bool = True, use_checkpoint: bool = False,
                  fused_window_process: bool = False, *, attention: AttentionSpec | None = None, **others):
         self.qkv_bias, self.qk_scale = qkv_bias, qk_scale
+        if fused_window_process:
+            others = {**others, "fused_window_process": True}
         super().__init__(pyramid_options(
             attention, attn_drop_rate, others, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
             embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,

@@ -57,7 +57,7 @@ def relative_position_index(window_size: int | Size, device: torch.device | None
     return (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
 
 
-def _regions(length: int, padded: int, window: int, shift: int) -> Tensor:
+def _regions(padded: int, window: int, shift: int) -> Tensor:
     """(padded,) region of each coordinate after the roll: the last window of a shifted axis holds two that were not neighbours."""
     region = torch.zeros(padded, dtype=torch.long, device="cpu")
     if shift:
@@ -75,7 +75,7 @@ def _pair_mask(grid: Size, padded: Size, window: Size, shift: Size, mask_value: 
     """(nW, N, N) float32: 0 or `mask_value` between regions of the shifted map, -inf between an image token and padding."""
     if shift == (0, 0) and grid == padded:
         return None
-    by_axis = [_regions(*axis) for axis in zip(grid, padded, window, shift, strict=True)]
+    by_axis = [_regions(*axis) for axis in zip(padded, window, shift, strict=True)]
     region = (by_axis[0][:, None] * 3 + by_axis[1])[None, :, :, None]
     region = window_partition(region, window).flatten(1)
     mask = (region[:, :, None] != region[:, None, :]) * torch.tensor(mask_value, device="cpu")

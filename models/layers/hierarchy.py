@@ -1,7 +1,7 @@
 """The pyramid that Swin, SwinV2 and Swin-MLP share: patch embedding, stages of blocks with patch merging between them, a head."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -15,8 +15,6 @@ from models.attention import AttentionSpec, SoftmaxAttention
 from .init import init_linear_and_norm, own_random_numbers, trunc_normal
 from .patch_embed import PatchEmbed, PatchMerging, resize_positions
 from .pre_mlp import PLACES, PreMlp
-
-Block = Callable[..., nn.Module]
 
 
 @dataclass

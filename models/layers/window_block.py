@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from kernels.window_attention.layout import Size, WindowLayout, to_pair, window_layout
-from models.attention import AttentionSpec
 from models.attention.geometry import Geometry
 
 from .init import own_random_numbers
@@ -109,4 +108,4 @@ def block_geometry(block: WindowBlock, pretrained_window: Size = (0, 0)) -> Geom
     return Geometry(block.dim, block.num_heads, block.window, pretrained_window)
 
 
-__all__ = ["AttentionBlock", "AttentionSpec", "WindowBlock", "block_geometry", "clamp_window", "one_number"]
+__all__ = ["AttentionBlock", "WindowBlock", "block_geometry", "clamp_window", "one_number"]

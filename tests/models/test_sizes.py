@@ -108,3 +108,5 @@ def test_impossible_arguments_are_refused_with_the_reason(options, message):
 def test_an_argument_that_nobody_reads_is_named():
     with pytest.warns(UserWarning, match="no effect here: window_sise"):
         small("swin", window_sise=7)
+    with pytest.warns(UserWarning, match="no effect here: fused_window_process"):
+        small("swin", fused_window_process=True)
