@@ -24,6 +24,7 @@ from config_check import (
     Kind,
     check_combinations,
     choice,
+    either,
     integer,
     nearest,
     number,
@@ -58,9 +59,11 @@ ABOVE_0 = number(0, ends="(]")
 COUNT = integer(0)
 AT_LEAST_1 = integer(1)
 FOLDER = text(r"(?!/)(?!.*(^|/)\.\.(/|$)).+", "text without a leading / and without ..", empty=None)   # a part of the output path
-POLICY = text(r"none|3a|(rand|augmix|originalr?|v0r?)(-[\w.]+)*",
-              "'none', or a policy of timm: rand-m9-mstd0.5-inc1 and the like, augmix-..., original, v0, 3a", empty="none")
+POLICY = text(r"none|cifar10|svhn|imagenet|3a|(rand|augmix|originalr?|v0r?)(-[\w.]+)*",
+              "'none', one of AutoAugment's own, cifar10, svhn, imagenet, or a policy of timm: rand-m9-mstd0.5-inc1 and the like, "
+              "augmix-..., original, v0, 3a", empty="none")
 OPTIMIZER = choice("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb", pattern=r"timm:\w+", also="timm:<name>")
+FAMILIES = ("swin", "swinv2", "swin_mlp", "vit", "cait", "pit", "t2t", "refined_vit", "swiftformer", "sasa_resnet", "timm")
 NO_MOE = {"swin_moe": "mixture-of-experts models (Tutel) are not part of this project"}
 
 
@@ -78,6 +81,11 @@ def _backbone(name: str, heads_note: str = "", **more: Key) -> dict[str, Key]:
         "PATCH_NORM": Key(True, switch(), "LayerNorm after the patch embedding"),
         **more,
     }
+    return _section(name, **keys)
+
+
+def _section(name: str, **keys: Key) -> dict[str, Key]:
+    """The keys of the section MODEL.<name>."""
     return {f"MODEL.{name}.{leaf}": key for leaf, key in keys.items()}
 
 
@@ -102,7 +110,7 @@ KEYS: dict[str, Key] = {
     "DATA.REPEATED_AUG": Key(1, AT_LEAST_1, "differently augmented views of each sampled training image (repeated augmentation); 1 = off"),
     "DATA.CORRUPT_LIMIT": Key(10, COUNT, "unreadable training images replaced before the run stops; in validation none is tolerated"),
     # model
-    "MODEL.TYPE": Key("swin", choice("swin", "swinv2", "swin_mlp", refused=NO_MOE), "family; its own section below describes the network"),
+    "MODEL.TYPE": Key("swin", choice(*FAMILIES, refused=NO_MOE), "family; its own section below describes the network"),
     "MODEL.NAME": Key("swin_tiny_patch4_window7_224", FOLDER, "names the output folder and the logger, nothing else"),
     "MODEL.PRETRAINED": Key("", text(), "weights to start from: file or https URL; '' = none"),
     "MODEL.RESUME": Key("", text(), "training checkpoint to continue or evaluate: file or https URL; '' = none"),
@@ -113,7 +121,10 @@ KEYS: dict[str, Key] = {
     "MODEL.NUM_CLASSES": Key(1000, COUNT, "outputs; if not given, the data set's; 0 = inferred from the class folders (folder only)"),
     "MODEL.DROP_RATE": Key(0.0, RATE, "dropout after the embedding, the attention's projection and in the MLPs"),
     "MODEL.DROP_PATH_RATE": Key(0.1, RATE, "stochastic depth of the last block; rises linearly from 0 at the first"),
+    "MODEL.DROP_PATH_PROFILE": Key("linear", choice("linear", "constant"), "constant: DROP_PATH_RATE in every block; not Swin's kin"),
     "MODEL.LABEL_SMOOTHING": Key(0.1, RATE, "share of the target spread over all classes, with and without mixup"),
+    "MODEL.BN_MOMENTUM": Key(None, optional(number(0, 1, "(]")), "share of the newest batch in the running statistics of every BatchNorm "
+                             "(a decay of 0.9999 is 1e-4); None = each layer's own"),
     "MODEL.DYNAMIC_IMG_SIZE": Key(False, switch(), "accept inputs of any size, not DATA.IMG_SIZE alone"),
     "MODEL.CHANNELS_LAST": Key(False, switch(), "images and convolutions in channels-last memory order"),
     "MODEL.COMPILE": Key(False, switch(), "torch.compile the model"),
@@ -122,7 +133,11 @@ KEYS: dict[str, Key] = {
     "MODEL.ATTENTION.DROP": Key(0.0, RATE, "dropout of the softmaxed map while training; above 0, training takes the open path"),
     "MODEL.ATTENTION.LOGIT_SCALE_INIT": Key(10.0, number(0, 100, "(]"), "swinv2: initial factor of the cosines; the reference's is 10"),
     "MODEL.ATTENTION.BIAS_SIGMOID": Key(True, switch(), "swinv2: bias = 16 sigmoid(MLP), as released; False = the MLP itself"),
-    "MODEL.ATTENTION.BACKEND": Key("auto", choice("auto", "reference", "eager", "sdpa"), "how attention is computed; auto = the fastest"),
+    "MODEL.ATTENTION.BACKEND": Key("auto", choice("auto", "reference", "eager", "sdpa", "fused"),
+                                   "how attention is computed; auto = the fastest that applies"),
+    "MODEL.ATTENTION.MIXER": Key("auto", text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"), "auto: the family's own (softmax; "
+                                 "swiftformer: efficient_additive; sasa_resnet: local); softmax, or what takes its place, with projections "
+                                 "of its own: efficient_additive, separable, local (models/attention/mixers.py)"),
     "MODEL.PRE_MLP.WHERE": Key("off", choice("off", "stem", "stage"), "an MLP before attention: after the embedding, or before each stage"),
     "MODEL.PRE_MLP.RATIO": Key(4.0, ABOVE_0, "hidden channels of the pre-MLP per channel"),
     "MODEL.PRE_MLP.DROP_PATH": Key(False, switch(), "stochastic depth on the pre-MLP, at the rate of the stage's first block"),
@@ -140,11 +155,127 @@ KEYS: dict[str, Key] = {
                 PRETRAINED_WINDOW_SIZES=Key([0, 0, 0, 0], sequence(COUNT), "window per stage, tokens, of the weights loaded, to which the "
                                             "bias' coordinates are normalised; 0 = this model's own")),
     **_backbone("SWIN_MLP", heads_note="; here: groups of the spatial MLP"),
+    **_section("VIT", **{
+        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "EMBED_DIM": Key(384, AT_LEAST_1, "channels"),
+        "DEPTH": Key(12, AT_LEAST_1, "blocks"),
+        "NUM_HEADS": Key(6, AT_LEAST_1, "heads"),
+        "HEAD_DIM": Key(None, optional(AT_LEAST_1), "channels of a head; None = EMBED_DIM / NUM_HEADS"),
+        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
+        "CLASS_TOKEN": Key(True, switch(), "a learned token in front of the patches"),
+        "POOL": Key("token", choice("token", "mean"), "what the head sees: the class token, or the mean of the patches"),
+        "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
+        "LAYER_SCALE": Key(None, optional(ABOVE_0), "initial factor of both branches of every block; None = no factors"),
+    }),
+    **_section("CAIT", **{
+        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "EMBED_DIM": Key(192, AT_LEAST_1, "channels"),
+        "DEPTH": Key(24, AT_LEAST_1, "blocks of talking heads over the patches"),
+        "CLASS_DEPTH": Key(2, AT_LEAST_1, "blocks in which the class token asks the patches"),
+        "NUM_HEADS": Key(4, AT_LEAST_1, "heads"),
+        "HEAD_DIM": Key(None, optional(AT_LEAST_1), "channels of a head; None = EMBED_DIM / NUM_HEADS"),
+        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
+        "MIXING": Key("small", choice("small", "normal", "identity"), "initial head mixings: N(0, 0.02^2) as released, N(0, 1), identity"),
+        "MIXING_BIAS": Key(True, switch(), "head mixings have a bias, as released; that before the softmax has no effect"),
+        "CLASS_CONTEXT": Key("all", choice("all", "patches"), "the class token attends to itself and the patches, normed together, or, as "
+                             "in the small-image form, to the patches alone, as they are"),
+        "CLASS_MIXING": Key(False, switch(), "heads mix in the class blocks too, as in the small-image form"),
+        "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
+        "LAYER_SCALE": Key(1e-5, either(ABOVE_0, choice("depth")), "initial factor of all branches; depth: 0.1 up to block 18, 1e-5 up to "
+                           "24, 1e-6 beyond"),
+    }),
+    **_section("PIT", **{
+        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
+        "STRIDE": Key(None, optional(AT_LEAST_1), "pixels between two patches; None = PATCH_SIZE; the ImageNet models' is 8"),
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "EMBED_DIM": Key(144, AT_LEAST_1, "channels of the first stage; each later stage doubles them"),
+        "DEPTHS": Key([2, 6, 4], sequence(COUNT), "blocks per stage"),
+        "NUM_HEADS": Key([3, 6, 12], sequence(AT_LEAST_1), "heads per stage"),
+        "HEAD_DIM": Key(None, optional(AT_LEAST_1), "channels of a head; None = a stage's channels / its heads"),
+        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
+        "POINTWISE": Key(False, switch(), "a 1 x 1 convolution after the pooling's depthwise one, as in the small-image form"),
+        "CLASS_POSITION": Key(False, switch(), "the class token has a position embedding, as in the small-image form"),
+        "DISTILLED": Key(False, switch(), "a second class token with a head of its own; logits are the mean of both"),
+        "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
+    }),
+    **_section("T2T", **{
+        "TOKEN_TRANSFORMERS": Key(1, COUNT, "attention between soft splits; the tokens' grid is 2^-(1 + this) of the image"),
+        "TOKEN_DIM": Key(64, AT_LEAST_1, "channels of the token transformers"),
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "EMBED_DIM": Key(256, AT_LEAST_1, "channels of the blocks"),
+        "DEPTH": Key(12, AT_LEAST_1, "blocks"),
+        "NUM_HEADS": Key(4, AT_LEAST_1, "heads of a block; a token transformer has one"),
+        "MLP_RATIO": Key(2.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "QKV_BIAS": Key(False, switch(), "bias of the query, key and value projection"),
+        "PRESET": Key("paper", choice("paper", "release"), "release: with the oddities of the published small-image code (models/t2t.py)"),
+        "MODIFIED": Key("all", choice("all", "blocks"), "what MODEL.ATTENTION.MODIFIERS reach: token transformers and blocks, or blocks"),
+        "NORM_EPS": Key(1e-5, ABOVE_0, "added to the variance in every LayerNorm"),
+    }),
+    **_section("REFINED_VIT", **{
+        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "EMBED_DIM": Key(384, AT_LEAST_1, "channels"),
+        "DEPTH": Key(16, AT_LEAST_1, "blocks"),
+        "NUM_HEADS": Key(12, AT_LEAST_1, "heads"),
+        "MLP_RATIO": Key(3.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
+        "STEM": Key("conv", choice("conv", "linear"), "three convolutions in front of the patches, or none"),
+        "SHARE_EVERY": Key(2, AT_LEAST_1, "of so many blocks in a row the first forms an attention map, the others refine and use it; "
+                           "1 = each forms its own, 2 as released"),
+        "CARRY": Key(True, switch(), "a block that forms a map adds the last one formed, / sqrt(channels per head)"),
+        "REFINE": Key("refiner(preset=release, rescale=True)", text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"),
+                      "what a block does to the map that it shares: a modifier of maps"),
+        "MLP_GAIN": Key(1e-5, ABOVE_0, "initial factor, per channel, of every MLP's branch"),
+        "AUX_HEAD": Key(False, switch(), "a second head on every patch; half its largest logits are added"),
+        "COS_REG": Key(0.0, FROM_0, "weight, in training, of the cosines over heads of neighbouring blocks' maps; released S and M: 0.1"),
+        "COS_PAIRS": Key(12, AT_LEAST_1, "pairs of neighbouring blocks, from the first on, over which COS_REG takes the mean"),
+        "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
+    }),
+    **_section("SWIFTFORMER", **{
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "EMBED_DIMS": Key([48, 56, 112, 220], sequence(AT_LEAST_1), "channels per stage"),
+        "DEPTHS": Key([3, 3, 6, 4], sequence(AT_LEAST_1), "blocks per stage"),
+        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "VIT_NUM": Key(1, COUNT, "blocks with attention, at the end of each stage; the others are convolution encoders"),
+        "NUM_HEADS": Key([], sequence(AT_LEAST_1), "heads per stage, for MODEL.ATTENTION.MIXER local; [] = one each"),
+        "LAYER_SCALE": Key(1e-5, optional(ABOVE_0), "initial factor of attention and MLP; None = no factors anywhere"),
+        "DISTILL_HEAD": Key(True, switch(), "a second head, which learns from the teacher if there is one; logits are the mean of both"),
+    }),
+    **_section("SASA_RESNET", **{
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "WIDTH": Key(64, AT_LEAST_1, "channels of the 3 x 3 layers, or of attention, in the first group; each later group doubles them"),
+        "DEPTHS": Key([3, 4, 6, 3], sequence(AT_LEAST_1), "blocks per group; ResNet-26: [1, 2, 4, 1], ResNet-38: [2, 3, 5, 2]"),
+        "STEM": Key("conv", choice("conv", "attention", "small"), "7 x 7 convolution and pooling; attention in blocks of 4 x 4 pixels; "
+                    "3 x 3 convolution without pooling, for small images"),
+        "CONV_GROUPS": Key([], sequence(AT_LEAST_1), "groups, from 1, that keep convolutions; [1, 2, 3, 4] = ResNet itself"),
+        "NUM_HEADS": Key(8, AT_LEAST_1, "heads of local attention"),
+        "KERNEL_SIZE": Key(7, AT_LEAST_1, "side of the neighbourhood, pixels, odd"),
+        "REL": Key("shared", choice("shared", "per_head", "none"), "position embeddings: the same for all heads, each its own, none"),
+        "PAD": Key("mask", choice("mask", "zero"), "pixels outside the map: left out of the softmax, or zeros"),
+        "SCALE": Key("none", choice("none", "sqrt_d"), "sqrt_d: logits divided by sqrt(channels per head); the paper's are not"),
+        "GROUPED": Key(False, switch(), "each head projects its own channels alone"),
+        "CONTENT": Key(True, switch(), "False: no keys, the logits are those of query and position alone"),
+        "STEM_HEADS": Key(4, AT_LEAST_1, "heads of the attention stem"),
+        "STEM_MIXTURES": Key(4, AT_LEAST_1, "value matrices of the attention stem, mixed by the place; the paper does not say how many"),
+    }),
+    **_section("TIMM", **{
+        "MODEL": Key("", text(r"[\w.]+(\(.*\))?", "'name' or 'name(option=value, ...)', a model of timm, or ''"),
+                     "timm's name of the model, with options of its constructor; '' = MODEL.NAME"),
+        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "PRETRAINED": Key(False, switch(), "start from the weights that timm has released for the name; they are fetched from the network"),
+    }),
     # training
     "TRAIN.START_EPOCH": Key(0, COUNT, "first epoch, counted from 0; a resumed run continues at its own"),
     "TRAIN.EPOCHS": Key(300, AT_LEAST_1, "epochs in all, the warm-up included"),
     "TRAIN.WARMUP_EPOCHS": Key(20, COUNT, "epochs over which the rate rises linearly from WARMUP_LR to BASE_LR"),
+    "TRAIN.COOLDOWN_EPOCHS": Key(0, COUNT, "cosine, linear: last epochs of TRAIN.EPOCHS, which run at the rate that the schedule ends at"),
     "TRAIN.WEIGHT_DECAY": Key(0.05, FROM_0, "decoupled in AdamW; none on biases, norms and position parameters"),
+    "TRAIN.DECAY_ALL": Key(False, switch(), "decay every parameter: biases, norms, position parameters and what modifiers exempt, too"),
     "TRAIN.QK_WEIGHT_DECAY": Key(1.0, FROM_0, "factor of WEIGHT_DECAY on the query and key rows of every qkv weight"),
     "TRAIN.LAYER_DECAY": Key(1.0, number(0, 1, "(]"), "factor of the rate per layer, counted from the head towards the input; 1 = off"),
     "TRAIN.BASE_LR": Key(5e-4, FROM_0, "peak rate per 512 images of an update: BASE_LR * batch * processes * accumulation / 512"),
@@ -179,7 +310,8 @@ KEYS: dict[str, Key] = {
     "TRAIN.THREADS": Key(0, COUNT, "CPU threads of torch per process; 0 = torch's choice"),
     # augmentation, in training
     "AUG.COLOR_JITTER": Key(0.4, FROM_0, "strength of brightness, contrast and saturation jitter; acts only where AUTO_AUGMENT is 'none'"),
-    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", POLICY, "policy of timm; 'none' = off"),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", POLICY, "policy: cifar10, svhn and imagenet are torchvision's AutoAugment, the "
+                            "others timm's; 'none' = off"),
     "AUG.SCALE": Key((0.08, 1.0), pair(number(0, 1, "(]"), ascending=True), "share of the image's area that a random crop takes"),
     "AUG.RATIO": Key((0.75, 1.3333), pair(ABOVE_0, ascending=True), "width / height of a random crop"),
     "AUG.RANDOM_CROP_PADDING": Key(-1, integer(-1), "pixels of padding around a same-size random crop, instead of the resized crop; "
@@ -188,6 +320,8 @@ KEYS: dict[str, Key] = {
     "AUG.AFFINE": Key(False, switch(), "random small rotation, scale, shear and shift (for digits)"),
     "AUG.REPROB": Key(0.25, SHARE, "probability of random erasing"),
     "AUG.REMODE": Key("pixel", choice("pixel", "rand", "const"), "fill of an erased region: noise per pixel, one random colour, zeros"),
+    "AUG.REAREA": Key((0.02, 0.3333), pair(number(0, 1, "(]"), ascending=True), "share of the image's area that an erased region takes; "
+                      "its height / width lies in [0.3, 3.33]"),
     "AUG.RECOUNT": Key(1, AT_LEAST_1, "most regions erased per image"),
     "AUG.MIXUP": Key(0.8, FROM_0, "alpha of the Beta distribution of mixup; 0 = off"),
     "AUG.CUTMIX": Key(1.0, FROM_0, "alpha of the Beta distribution of cutmix; 0 = off"),

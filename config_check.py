@@ -220,8 +220,10 @@ def check_classes(cfg: Any) -> None:
 
 
 def check_stages(cfg: Any) -> None:
-    """As many heads as stages, heads that divide the stage's width, one pre-training window per stage."""
+    """As many heads as stages, heads that divide the stage's width, one pre-training window per stage; for Swin and its relatives."""
     name, node = family(cfg)
+    if cfg.MODEL.TYPE not in ("swin", "swinv2", "swin_mlp"):
+        return
     stages = len(node.DEPTHS)
     if stages == 0:
         raise ConfigError(f"{name}.DEPTHS: [] has no stage; allowed: one number of blocks per stage, such as [2, 2, 6, 2]")
@@ -263,6 +265,12 @@ def check_schedule(cfg: Any) -> None:
     if train.WARMUP_EPOCHS > train.EPOCHS:
         raise ConfigError(f"TRAIN.WARMUP_EPOCHS: {train.WARMUP_EPOCHS} is longer than the training, TRAIN.EPOCHS {train.EPOCHS}; allowed: "
                           f"0 to {train.EPOCHS} (--opts TRAIN.WARMUP_EPOCHS 0)")
+    if train.COOLDOWN_EPOCHS and train.LR_SCHEDULER.NAME not in ("cosine", "linear"):
+        raise ConfigError(f"TRAIN.COOLDOWN_EPOCHS: {train.COOLDOWN_EPOCHS} acts on TRAIN.LR_SCHEDULER.NAME cosine and linear, which end; "
+                          f"with {train.LR_SCHEDULER.NAME!r} leave it at 0")
+    if train.WARMUP_EPOCHS + train.COOLDOWN_EPOCHS > train.EPOCHS:
+        raise ConfigError(f"TRAIN.COOLDOWN_EPOCHS: {train.COOLDOWN_EPOCHS} and TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} are longer than "
+                          f"the training, TRAIN.EPOCHS {train.EPOCHS}; allowed: 0 to {train.EPOCHS - train.WARMUP_EPOCHS}")
     if train.LR_SCHEDULER.NAME != "multistep":
         return
     if not steps:

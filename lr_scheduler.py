@@ -131,7 +131,7 @@ class LRScheduler:
 
 
 def build_schedule(config, updates_per_epoch: int, rates: Rates) -> Schedule:
-    """TRAIN.{EPOCHS, WARMUP_EPOCHS, LR_SCHEDULER} in updates.
+    """TRAIN.{EPOCHS, WARMUP_EPOCHS, COOLDOWN_EPOCHS, LR_SCHEDULER} in updates; `total` ends where the cool-down begins.
 
     Raises: ScheduleError for an unknown name, an empty epoch, a warm-up longer than the run, or bad milestones.
     """
@@ -142,7 +142,8 @@ def build_schedule(config, updates_per_epoch: int, rates: Rates) -> Schedule:
         raise ScheduleError(f"TRAIN.LR_SCHEDULER.NAME {name!r} is not known{f' (nearest: {near[0]})' if near else ''}; "
                             f"allowed: {', '.join(SHAPES)}")
     schedule = Schedule(
-        name=name, total=int(train.EPOCHS * updates_per_epoch), warmup=int(train.WARMUP_EPOCHS * updates_per_epoch),
+        name=name, total=int((train.EPOCHS - train.COOLDOWN_EPOCHS) * updates_per_epoch),
+        warmup=int(train.WARMUP_EPOCHS * updates_per_epoch),
         warmup_lr=rates.warmup, minimum=rates.minimum, warmup_prefix=bool(settings.WARMUP_PREFIX),
         decay_every=max(1, int(settings.DECAY_EPOCHS * updates_per_epoch)),
         decay_rate=settings.GAMMA if name == "multistep" else settings.DECAY_RATE,
@@ -157,8 +158,12 @@ def _check(config, schedule: Schedule, updates_per_epoch: int) -> None:
         raise ScheduleError(f"an epoch has no update: fewer batches than TRAIN.ACCUMULATION_STEPS {train.ACCUMULATION_STEPS}; "
                             f"lower it or DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}")
     if schedule.warmup > schedule.total:
-        raise ScheduleError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is longer than TRAIN.EPOCHS {train.EPOCHS}; "
-                            f"set it to {train.EPOCHS} or less")
+        cooldown = f" - TRAIN.COOLDOWN_EPOCHS {train.COOLDOWN_EPOCHS}" if train.COOLDOWN_EPOCHS else ""
+        raise ScheduleError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is longer than TRAIN.EPOCHS {train.EPOCHS}{cooldown}; "
+                            f"set it to {max(0, train.EPOCHS - train.COOLDOWN_EPOCHS)} or less")
+    if train.COOLDOWN_EPOCHS and schedule.name not in ("cosine", "linear"):
+        raise ScheduleError(f"TRAIN.COOLDOWN_EPOCHS {train.COOLDOWN_EPOCHS} acts on cosine and linear, which end; with "
+                            f"TRAIN.LR_SCHEDULER.NAME {schedule.name} set it to 0")
     if schedule.name != "multistep":
         return
     if not schedule.milestones:

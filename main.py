@@ -29,12 +29,13 @@ from engine.signals import StopSignal
 from engine.state import CheckpointFolder, Layout, has_average, holds_state
 from engine.teacher import timm_teacher
 from engine.throughput import describe, throughput
-from engine.train import Plan, Trainer, fit, validate, with_distillation
+from engine.train import Plan, Trainer, fit, has_two_heads, validate, with_distillation
 from lr_scheduler import ScheduleError, build_scheduler, scaled_rates
 from models import build_model
 from models.build import ModelError
 from models.checkpoint import CheckpointError, load_weights, read_weights, weights_metadata
 from models.checkpoint.read import check_readable, download
+from models.counting import count_macs
 from optimizer import OptimizerError, build_optimizer
 from utils import RunError, World
 
@@ -92,7 +93,8 @@ class Program:
     def time(self) -> int:
         model, data, kind = self.build_model(), self.config.DATA, self.config.MODEL.TYPE.upper()
         network = torch.compile(model) if self.config.MODEL.COMPILE else model
-        result = throughput(network, data.BATCH_SIZE, data.IMG_SIZE, self.config.MODEL[kind].IN_CHANS, self.world.device, self.autocast)
+        result = throughput(network, data.BATCH_SIZE, data.IMG_SIZE, self.config.MODEL[kind].IN_CHANS, self.world.device, self.autocast,
+                            count=count_macs)
         self.logger.info(describe(result))
         return 0
 
@@ -153,11 +155,12 @@ class Program:
         rates, layout = scaled_rates(config, world.size), Layout(config.DATA.BATCH_SIZE, world.size, settings.ACCUMULATION_STEPS)
         optimizer = build_optimizer(config, model, rates.base)
         scheduler = build_scheduler(config, optimizer, layout.updates(data.train_loader), rates)
-        loss = with_distillation(make_criterion(data.soft_targets, config.MODEL.LABEL_SMOOTHING), self.build_distillation(settings.DISTILL))
+        distillation = self.build_distillation(settings.DISTILL)
+        loss = with_distillation(make_criterion(data.soft_targets, config.MODEL.LABEL_SMOOTHING), distillation)
         trainer = Trainer(model, optimizer, scheduler, loss, world=world, layout=layout, dtype=self.dtype, clip=settings.CLIP_GRAD,
                           clip_mode=settings.CLIP_MODE, mixup=data.mixup, compile=config.MODEL.COMPILE, ema_leads=config.MODEL.EMA.EVAL,
                           ema=ParameterEma(model, config.MODEL.EMA.DECAY) if config.MODEL.EMA.ENABLE else None,
-                          channels_last=config.MODEL.CHANNELS_LAST)
+                          channels_last=config.MODEL.CHANNELS_LAST, two_heads=distillation is not None and has_two_heads(model))
         trainer.state.epoch = settings.START_EPOCH
         utils.seed_everything(config.SEED + world.rank)  # from here on each process draws its own numbers
         return trainer

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import re
+from dataclasses import dataclass
 
 import timm.optim
 import torch
@@ -25,14 +26,14 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
     A resumed optimizer keeps its moments and step counts, and takes learning rate, weight decay and the like from `config`.
 
     Args:
-        config: reads TRAIN.{OPTIMIZER, WEIGHT_DECAY, LAYER_DECAY, QK_WEIGHT_DECAY}.
+        config: reads TRAIN.{OPTIMIZER, WEIGHT_DECAY, DECAY_ALL, LAYER_DECAY, QK_WEIGHT_DECAY}.
         model: on its device and not wrapped, so that parameter names are those of the state dict.
         lr: peak learning rate, already scaled by the batch size (`lr_scheduler.scaled_rates`).
     Raises: OptimizerError for unknown names and for combinations without an exact meaning.
     """
     train = config.TRAIN
     name = train.OPTIMIZER.NAME.lower()
-    groups = parameter_groups(model, lr, train.WEIGHT_DECAY, train.LAYER_DECAY)
+    groups = parameter_groups(model, lr, train.WEIGHT_DECAY, train.LAYER_DECAY, train.DECAY_ALL)
     optimizer = _create(name, model, groups, lr, train.OPTIMIZER)
     for group in optimizer.param_groups:
         group["optimizer"] = type(optimizer).__name__  # travels in the state dict, so that a changed optimizer is noticed
@@ -45,26 +46,27 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
 # ---- parameter groups
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, decay_all: bool = False) -> list[dict]:
     """Trainable parameters in groups, ordered as in the reference: decayed, not decayed; with layer decay by first appearance.
 
     Not decayed: 1-D parameters, names ending in `.bias`, names in `model.no_weight_decay()`, and names that contain one of
     `model.no_weight_decay_keywords()`. Keywords are substrings of the full name. The reference's SimMIM wrapper prefixed
     them, so that none ever matched and its bias tables were decayed (trap T8): a wrapper here passes them on as they are.
+    `decay_all` decays all of these too, as recipes that hand the whole model to the optimizer do.
 
     Layer decay multiplies `lr` once, by layer_decay ** (last layer - layer_id); a group's `lr_scale` repeats it for the reader.
     """
-    decayed = decay_rule(model)
-    depths = stage_depths(model) if layer_decay != 1 else []
-    groups = {} if depths else {decay: _group(decay, lr, weight_decay) for decay in (True, False)}
+    decayed = (lambda name, p: True) if decay_all else decay_rule(model)
+    tree = BlockTree.of(model) if layer_decay != 1 else None
+    groups = {} if tree else {decay: _group(decay, lr, weight_decay) for decay in (True, False)}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         decay = decayed(name, p)
-        layer = layer_id(name, depths) if depths else None
-        key = (layer, decay) if depths else decay
+        layer = tree.layer_id(name) if tree else None
+        key = (layer, decay) if tree else decay
         if key not in groups:
-            scale = layer_decay ** (sum(depths) + 1 - layer)
+            scale = layer_decay ** (tree.last - layer)
             label = f"layer_{layer}_{'decay' if decay else 'no_decay'}"
             groups[key] = {"group_name": label, **_group(decay, lr * scale, weight_decay), "lr_scale": scale}
         groups[key]["params"].append(p)
@@ -82,31 +84,75 @@ def decay_rule(model: nn.Module):
     return lambda name, p: not (p.ndim == 1 or name.endswith(".bias") or name in names or any(k in name for k in keywords))
 
 
-def stage_depths(model: nn.Module) -> list[int]:
-    """Blocks of each stage, read off the parameter names `layers.I.blocks.J`."""
-    names = (name for name, _ in model.named_parameters())
-    blocks = {(int(m[1]), int(m[2])) for name in names if (m := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name))}
-    if not blocks:
-        raise OptimizerError(
-            f"TRAIN.LAYER_DECAY: {type(model).__name__} has no parameters named layers.I.blocks.J, so its depth is unknown; set it to 1.0")
-    return [sum(stage == i for stage, _ in blocks) for i in range(1 + max(stage for stage, _ in blocks))]
+STAGES = r"(layers|stages|transformers)\.(\d+)"
+BLOCK = re.compile(rf"(?:{STAGES}\.blocks|(blocks|blocks_token_only)|(layer)(\d+))\.(\d+)\.")
+PART_OF_STAGE = re.compile(rf"{STAGES}\.(\w+)")
+EMBEDDINGS = frozenset(("patch_embed", "mask_token", "pre_mlp"))
 
 
-def layer_id(name: str, depths: list[int]) -> int:
-    """Depth of a parameter: 0 the patch embedding, 1 + b block b counted over all stages, a downsampling as the block before it,
-    and sum(depths) + 1 the rest: norm, head and, as in the reference, the absolute position embedding.
+@dataclass(frozen=True)
+class BlockTree:
+    """Where the blocks of a model are, read off its parameter names, and how deep each parameter lies.
 
-    This project's own: the pre-MLP of the stem counts as patch embedding, that of a stage as the stage's first block.
+    counts: (kind, stage) -> blocks, in the order of the forward pass. first: top-level names that come before all blocks.
+    Blocks are named layers.I.blocks.J (Swin), stages.I.blocks.J (SwiftFormer), transformers.I.blocks.J (PiT), blocks.J (ViT),
+    blocks.J and then blocks_token_only.J (CaiT), or layerI.J (ResNet).
     """
-    parts = name.split(".")
-    if parts[0] in ("patch_embed", "mask_token", "pre_mlp"):
-        return 0
-    if parts[0] == "layers":
-        stage = int(parts[1])
-        within = {"blocks": lambda: 1 + int(parts[3]), "downsample": lambda: depths[stage], "pre_mlp": lambda: 1}
-        if parts[2] in within:
-            return sum(depths[:stage]) + within[parts[2]]()
-    return sum(depths) + 1
+
+    counts: dict[tuple[str, int], int]
+    first: frozenset[str] = EMBEDDINGS
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "BlockTree":
+        """Raises: OptimizerError for a model whose parameters carry none of these names."""
+        blocks, first = {}, set()
+        for name, _ in model.named_parameters():
+            if found := BLOCK.match(name):
+                *place, block = _place(found)
+                blocks.setdefault(tuple(place), set()).add(block)
+            elif not blocks and not name.startswith("absolute_pos_embed"):
+                first.add(name.partition(".")[0])
+        if not blocks:
+            raise OptimizerError(
+                f"TRAIN.LAYER_DECAY: {type(model).__name__} has no parameters named layers.I.blocks.J, stages.I.blocks.J, "
+                "transformers.I.blocks.J, blocks.J or layerI.J, so its depth is unknown; set it to 1.0")
+        return cls({place: 1 + max(found) for place, found in blocks.items()}, EMBEDDINGS | first)
+
+    @property
+    def last(self) -> int:
+        """The layer of the head."""
+        return sum(self.counts.values()) + 1
+
+    def before(self, kind: str, stage: int) -> int:
+        """Blocks that run before those of a stage."""
+        total = 0
+        for (other, position), count in self.counts.items():
+            if other == kind and position >= stage:
+                break
+            total += count
+        return total
+
+    def layer_id(self, name: str) -> int:
+        """Depth of a parameter: 0 what comes before the blocks, 1 + b block b counted over all stages, a downsampling as the block
+        before it, and `last` the rest: norm, head and, as in the reference, Swin's absolute position embedding.
+
+        This project's own: the pre-MLP of the stem counts as patch embedding, that of a stage as the stage's first block.
+        """
+        if found := BLOCK.match(name):
+            kind, stage, block = _place(found)
+            return 1 + self.before(kind, stage) + block
+        if found := PART_OF_STAGE.match(name):
+            kind, stage, part = found[1], int(found[2]), found[3]
+            if part == "pre_mlp":
+                return self.before(kind, stage) + 1
+            return self.before(kind, stage + (kind == "layers"))  # Swin shrinks the map at the end of a stage, the others at its beginning
+        return 0 if name.partition(".")[0] in self.first else self.last
+
+
+def _place(found: re.Match) -> tuple[str, int, int]:
+    """(kind, stage, block) of a match of BLOCK; trees without stages have stage 0."""
+    kind, stage, single, layer, number, block = found.groups()
+    return kind or single or layer, int(stage or number or 0), int(block)
 
 
 # ---- creation
@@ -165,7 +211,7 @@ def muon_groups(model: nn.Module, groups: list[dict]) -> list[dict]:
 
 def _is_hidden(name: str) -> bool:
     parts = name.split(".")
-    return ("layers" in parts or "blocks" in parts) and "modifiers" not in parts
+    return any(part in parts for part in ("layers", "blocks", "blocks_token_only")) and "modifiers" not in parts
 
 
 def _nearest(name: str, known) -> str:

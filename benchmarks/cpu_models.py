@@ -1,13 +1,17 @@
-"""Whole models on the CPU, eager float32, against timm and torchvision, in one interleaved run.
+"""Whole models on the CPU against timm and torchvision, in one interleaved run.
 
     python benchmarks/cpu_models.py --rounds 15 --json benchmarks/results/cpu_models.json
+    python benchmarks/cpu_models.py --dtype bfloat16 --rounds 15 --json benchmarks/results/cpu_models_bf16.json
+    python benchmarks/cpu_models.py --compile --kind inference --rounds 15 --json benchmarks/results/cpu_models_compiled.json
 
-Every round times each model once, in an order that rotates, so that a busy machine slows all of them alike; the ratios come from the
-medians over rounds. The same random images for all. A training step is forward, cross entropy, backward and an AdamW update.
-Peak memory (Linux) is what training steps of one model alone add to the resident size of a process of its own.
+Every round times each model once, in an order that rotates, so that a busy machine slows all of them alike; a ratio is the median over
+rounds of the ratio within a round. The same random images for all. A training step is forward, cross entropy, backward and an AdamW
+update. "plain formula" is this project's model with the reference backend: the operations of eager Swin, one after the other.
+bfloat16 is autocast. Peak memory (Linux) is what training steps of one model alone add to the resident size of a process of its own.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -36,36 +40,44 @@ def without_drop_path(model: torch.nn.Module) -> torch.nn.Module:
 
 
 IDENTITY = AttentionSpec(("qk_residual", "crpw"))
+PLAIN_FORMULA = AttentionSpec(backend="reference")
 FAMILIES = {
     "swin_t": (224, {
         "ours": lambda: SwinTransformer(drop_path_rate=0.0),
         "ours + qk_residual + crpw": lambda: SwinTransformer(drop_path_rate=0.0, attention=IDENTITY),
+        "plain formula": lambda: SwinTransformer(drop_path_rate=0.0, attention=PLAIN_FORMULA),
         "timm": lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0),
         "torchvision": lambda: without_drop_path(torchvision.models.swin_t()),
     }),
     "swinv2_t": (256, {
         "ours": lambda: SwinTransformerV2(256, window_size=8, drop_path_rate=0.0),
         "ours + qk_residual + crpw": lambda: SwinTransformerV2(256, window_size=8, drop_path_rate=0.0, attention=IDENTITY),
+        "plain formula": lambda: SwinTransformerV2(256, window_size=8, drop_path_rate=0.0, attention=PLAIN_FORMULA),
         "timm": lambda: timm.create_model("swinv2_tiny_window8_256", drop_path_rate=0.0),
         "torchvision": lambda: without_drop_path(torchvision.models.swin_v2_t()),
     }),
 }
 
 
-def make_steps(model: torch.nn.Module, images: torch.Tensor) -> dict[str, Callable[[], None]]:
+def make_steps(model: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.float32,
+               compiled: bool = False) -> dict[str, Callable[[], None]]:
     """The two things that are timed."""
     targets = torch.arange(len(images)) % 1000
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    call = torch.compile(model) if compiled else model
+    autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
 
     def infer() -> None:
         model.eval()
-        with torch.inference_mode():
-            model(images)
+        with torch.inference_mode(), autocast():
+            call(images)
 
     def train() -> None:
         model.train()
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images), targets).backward()
+        with autocast():
+            loss = torch.nn.functional.cross_entropy(call(images), targets)
+        loss.backward()
         optimizer.step()
 
     return {"inference": infer, "training step": train}
@@ -111,15 +123,17 @@ def measure(family: str, arguments: argparse.Namespace) -> list[dict]:
     """One row per model and kind of step."""
     size, makers = FAMILIES[family]
     images = torch.randn(arguments.batch, 3, size, size)
-    steps = {name: make_steps(make(), images) for name, make in makers.items()}
+    steps = {name: make_steps(make(), images, getattr(torch, arguments.dtype), arguments.compile) for name, make in makers.items()
+             if name in arguments.models}
     rows = []
-    for kind in ("inference", "training step"):
+    for kind in ("inference", "training step") if arguments.kind == "both" else (arguments.kind,):
         seconds = interleaved({name: step[kind] for name, step in steps.items()}, arguments.rounds)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         for name, values in seconds.items():
             # the ratio of each round is the fairest comparison: both models met the same load
             ratios = [other / own for other, own in zip(seconds["ours"], values, strict=True)]
-            rows.append({"family": family, "kind": kind, "model": name, "ms": 1e3 * medians[name], "least ms": 1e3 * min(values),
+            rows.append({"family": family, "kind": kind, "dtype": arguments.dtype, "compiled": arguments.compile, "model": name,
+                         "ms": 1e3 * medians[name], "least ms": 1e3 * min(values),
                          "speed relative to ours": statistics.median(ratios)})
     if arguments.memory:
         for name in makers:
@@ -143,6 +157,11 @@ def main() -> None:
     parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--kind", choices=["inference", "training step", "both"], default="both")
+    every = list(next(iter(FAMILIES.values()))[1])
+    parser.add_argument("--models", nargs="+", choices=every, default=every)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each model in a process of its own")
     parser.add_argument("--json", type=Path)

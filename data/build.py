@@ -151,7 +151,7 @@ def _affine_dataset(config: Any, sources: Sources, mean: tuple, std: tuple) -> A
     erasing = None
     if aug.REPROB > 0:
         from timm.data.random_erasing import RandomErasing  # here: importing timm takes seconds
-        erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu")
+        erasing = RandomErasing(aug.REPROB, *aug.REAREA, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu")
     return ArrayBatches(sources.train, channels=_channels(config), mean=mean, std=std, affine=Affine(), hflip=aug.HFLIP, erasing=erasing,
                         seed=config.SEED, copies=config.DATA.REPEATED_AUG)
 
@@ -160,7 +160,7 @@ def _train_transform(config: Any, mean: tuple, std: tuple) -> Callable:
     aug = config.AUG
     return train_transform(_size(config), mean=mean, std=std, interpolation=config.DATA.INTERPOLATION, scale=aug.SCALE, ratio=aug.RATIO,
                            hflip=aug.HFLIP, color_jitter=aug.COLOR_JITTER, auto_augment=aug.AUTO_AUGMENT, erase_prob=aug.REPROB,
-                           erase_mode=aug.REMODE, erase_count=aug.RECOUNT, crop_padding=aug.RANDOM_CROP_PADDING)
+                           erase_mode=aug.REMODE, erase_count=aug.RECOUNT, erase_area=aug.REAREA, crop_padding=aug.RANDOM_CROP_PADDING)
 
 
 def _mixup(config: Any, num_classes: int) -> Callable | None:

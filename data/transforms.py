@@ -13,6 +13,8 @@ from data.errors import DataError
 # Images of this side or less are not resized by a random or enlarged crop, as in the reference (CIFAR at 32).
 SMALL = 32
 SMALL_PADDING = 4
+# AutoAugment's learned policies, by the data set they were learned on; torchvision holds all three, timm ImageNet's alone.
+LEARNED_POLICIES = {"cifar10": T.AutoAugmentPolicy.CIFAR10, "svhn": T.AutoAugmentPolicy.SVHN, "imagenet": T.AutoAugmentPolicy.IMAGENET}
 INTERPOLATIONS = ("random", "bilinear", "bicubic", "lanczos", "hamming")
 _EVAL_MODES = {"bicubic": InterpolationMode.BICUBIC, "lanczos": InterpolationMode.LANCZOS, "hamming": InterpolationMode.HAMMING}
 
@@ -20,27 +22,42 @@ _EVAL_MODES = {"bicubic": InterpolationMode.BICUBIC, "lanczos": InterpolationMod
 def train_transform(size: tuple[int, int], *, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str = "bicubic",
                     scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3), hflip: float = 0.5,
                     color_jitter: float = 0.4, auto_augment: str = "none", erase_prob: float = 0.0, erase_mode: str = "pixel",
-                    erase_count: int = 1, crop_padding: int = -1) -> T.Compose:
-    """Crop, mirror, RandAugment or colour jitter, normalise, random erasing; the channels are those of `mean`: 1 (grey) or 3.
+                    erase_count: int = 1, erase_area: tuple[float, float] = (0.02, 1 / 3), crop_padding: int = -1) -> T.Compose:
+    """Crop, mirror, a policy or colour jitter, normalise, random erasing; the channels are those of `mean`: 1 (grey) or 3.
 
     Args:
         size: (h, w). scale, ratio: area and aspect ratio of RandomResizedCrop.
         color_jitter: strength, 0 for none; without effect beside `auto_augment`, as in the reference.
-        auto_augment: timm's policy string or 'none'.
+        auto_augment: cifar10, svhn or imagenet (AutoAugment's policies, arXiv:1805.09501, as torchvision has them), timm's policy
+            string, or 'none'. The policies fill what they uncover with the mean colour.
+        erase_mode: pixel (noise), rand (one random colour) or const (0, which is the mean). erase_area: least and most share of the
+            image's area that one erased region takes.
         crop_padding: >= 0 takes a random crop of the padded image instead of RandomResizedCrop; -1: only for
             images up to SMALL pixels, with SMALL_PADDING. The image is first brought to `size` where it has another.
     Raises: DataError naming the key of a value that timm does not know.
     """
     _check_interpolation(interpolation)
+    learned = auto_augment in LEARNED_POLICIES
     options = dict(input_size=size, is_training=True, separate=True, scale=tuple(scale), ratio=tuple(ratio), hflip=hflip,
-                   color_jitter=color_jitter or None, auto_augment=None if auto_augment in ("", "none", None) else auto_augment,
+                   color_jitter=None if learned else color_jitter or None,
+                   auto_augment=None if learned or auto_augment in ("", "none", None) else auto_augment,
                    interpolation=interpolation, re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count)
     shape, colour, final = _timm_steps(options, mean, std)
     if crop_padding >= 0 or max(size) <= SMALL:
         padding = crop_padding if crop_padding >= 0 else SMALL_PADDING
         shape = [T.Resize(size, _eval_mode(interpolation)), T.RandomCrop(size, padding=padding), *shape[1:]]
     keep_one_bit(colour)
+    if learned:
+        colour = [_learned_policy(auto_augment, mean), *colour]
+    for step in final:
+        if type(step).__name__ == "RandomErasing":
+            step.min_area, step.max_area = erase_area
     return T.Compose([*shape, *colour, *final])
+
+
+def _learned_policy(name: str, mean: tuple[float, ...]) -> T.AutoAugment:
+    colour = tuple(mean) if len(mean) == 3 else tuple(mean) * 3
+    return T.AutoAugment(LEARNED_POLICIES[name], InterpolationMode.BILINEAR, fill=[round(255 * value) for value in colour])
 
 
 def _timm_steps(options: dict, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list, list, list]:

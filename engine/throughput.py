@@ -2,33 +2,36 @@
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from engine.ema import unwrap
 from engine.evaluate import Autocast, entered
 
 MIB = 2**20
+Count = Callable[[nn.Module, Tensor], Any]  # (model, images) -> multiply-accumulates of one image, see models/counting.py
 
 
 @torch.no_grad()
 def throughput(model: nn.Module, batch_size: int, img_size: int | tuple[int, int], in_chans: int, device, autocast: Autocast = None,
-               iters: int | None = None, warmup: int | None = None) -> dict:
+               iters: int | None = None, warmup: int | None = None, count: Count | None = None) -> dict:
     """Forward passes of `model` in eval mode, in the dtype that `autocast` sets.
 
     Args:
         img_size: pixels, a side or (height, width). iters, warmup: timed and untimed passes; by default 30 and 50 as in the
-            reference, on the CPU 5 and 2.
+            reference, on the CPU 5 and 2. count: counts multiply-accumulates by running the model; None leaves that out.
     Returns a dict of plain values:
         images_per_s, ms (per batch, mean), batch_size, img_size (h, w), device, dtype (of the logits), iters;
         peak_mib and peak_of: on CUDA the most memory the caching allocator held in tensors during the timed passes, elsewhere the
             process's largest resident size so far (None where the system does not tell);
         params: all parameters, trainable or not;
-        macs: multiply-accumulates of one image by `model.flops()`, the reference's formula (norms counted as C per token, softmax,
-            bias and position MLP not), or None; macs_counted: half the floating-point operations of matrix products and convolutions
-            that PyTorch's counter saw in an fp32 pass over one image.
+        macs: multiply-accumulates of one image by `model.flops()`, the family's formula (for Swin the reference's: norms counted as C
+            per token, softmax, bias and position MLP not), or None;
+        macs_with_attention, macs_without_attention: as `count` saw them, linear layers and convolutions plus either the attention
+            products or the norms (2 per number); None without `count`.
     """
     device = torch.device(device)
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -40,30 +43,26 @@ def throughput(model: nn.Module, batch_size: int, img_size: int | tuple[int, int
     try:
         dtype = _run(model, images, autocast, max(warmup, 1)).dtype
         seconds, peak = _timed(model, images, autocast, iters)
-        counted = count_macs(unwrap(model), images[:1])
+        counted = count(unwrap(model), images[:1]) if count else None
     finally:
         model.train(training)
     return {
         "images_per_s": iters * batch_size / seconds, "ms": 1000 * seconds / iters, "batch_size": batch_size,
         "img_size": (height, width), "device": device.type, "dtype": str(dtype).removeprefix("torch."), "iters": iters, **peak,
-        "params": sum(p.numel() for p in model.parameters()), "macs": _formula(unwrap(model)), "macs_counted": counted}
+        "params": sum(p.numel() for p in model.parameters()), "macs": _formula(unwrap(model)),
+        "macs_with_attention": counted and counted.with_attention, "macs_without_attention": counted and counted.without_attention}
 
 
 def describe(result: dict) -> str:
     """One line for the log."""
-    named = (("GMACs", result["macs"]), ("GMACs(counted)", result["macs_counted"]))
-    macs = " ".join(f"{name} {count / 1e9:.3f}" for name, count in named if count)
+    named = (("formula", result["macs"]), ("linear + attention products", result["macs_with_attention"]),
+             ("linear + norms, no attention products", result["macs_without_attention"]))
+    macs = ", ".join(f"{count / 1e9:.4f} ({name})" for name, count in named if count is not None)
     peak = f"{result['peak_mib']:.0f} MiB ({result['peak_of']})" if result["peak_mib"] is not None else "unknown"
     height, width = result["img_size"]
     return (f"batch_size {result['batch_size']} throughput {result['images_per_s']:.1f} images/s {result['ms']:.2f} ms/batch "
-            f"image {height}x{width} {result['device']} {result['dtype']} peak memory {peak} params {result['params']} {macs}")
-
-
-def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Multiply-accumulates of matrix products and convolutions in one forward pass over `images`."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images)
-    return counter.get_total_flops() // 2
+            f"image {height}x{width} {result['device']} {result['dtype']} peak memory {peak} params {result['params']}"
+            + (f" GMACs per image {macs}" if macs else ""))
 
 
 def _formula(model: nn.Module) -> int | None:

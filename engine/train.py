@@ -35,13 +35,14 @@ class Trainer:
         layout: batch_size, world_size and accumulation (micro-batches of one update).
         dtype: of autocast; float16 turns on the gradient scaler, float32 turns autocast off.
         clip, clip_mode: for `engine.clip.clip_gradients`. mixup: (images, targets) -> (images, soft targets), or None.
+        two_heads: the loss takes the pair of logits of `model.forward_heads`, class head first, instead of the model's result.
         ema: `engine.ema.ParameterEma` or None. ema_leads: it is evaluated too, and the best checkpoint is chosen by it.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, loss: Callable[..., Tensor], *,
                  world: World, layout: Layout, dtype: torch.dtype = torch.float32, clip: float | None = None, clip_mode: str = "norm",
                  mixup: Callable[..., Batch] | None = None, ema: ParameterEma | None = None, ema_leads: bool = True,
-                 compile: bool = False, channels_last: bool = False) -> None:
+                 compile: bool = False, channels_last: bool = False, two_heads: bool = False) -> None:
         self.model, self.optimizer, self.scheduler, self.loss = model, optimizer, scheduler, loss
         self.world, self.device, self.layout = world, world.device, layout
         self.clip, self.clip_mode, self.mixup, self.ema = clip, clip_mode, mixup, ema
@@ -50,8 +51,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.memory_format = memory_format(channels_last)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.classifier = list(getattr(model, "head", nn.Identity()).parameters())
-        self.network = torch.compile(model) if compile else model  # the same weights; what is called
+        heads = (getattr(model, name, None) for name in ("head", "head_dist"))
+        self.classifier = [p for head in heads if head is not None for p in head.parameters()]
+        called = BothHeads(model) if two_heads else model
+        self.network = torch.compile(called) if compile else called  # the same weights; what is called
         self.parallel = parallel(self.network, world)
         self.tally = Tally(self.device)
         self.state = TrainState()
@@ -142,6 +145,23 @@ class Trainer:
         self.ema.load_state_dict(self.model.state_dict() if saved is None else saved)
 
 
+class BothHeads(nn.Module):
+    """A model as the trainer calls it where its two heads have different teachers: images -> (class logits, distillation logits)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> (B, K) twice."""
+        return self.model.forward_heads(images)
+
+
+def has_two_heads(model: nn.Module) -> bool:
+    """Whether the model has a distillation head beside the class head."""
+    return getattr(model, "head_dist", None) is not None
+
+
 def parallel(network: nn.Module, world: World) -> nn.Module:
     """The network, wrapped so that backward averages gradients over the processes; as it is where there is only one."""
     if world.size == 1:
@@ -155,8 +175,19 @@ def parallel(network: nn.Module, world: World) -> nn.Module:
 def with_distillation(criterion: Callable[[Tensor, Tensor], Tensor], distillation: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
     """The loss of a `Trainer` from a criterion (logits, targets) and, where there is one, an `engine.losses.Distillation`."""
     if distillation is None:
-        return lambda images, logits, targets: criterion(logits, targets)
-    return lambda images, logits, targets: distillation(images, logits, targets, criterion)
+        return with_penalty(lambda images, logits, targets: criterion(logits, targets))
+    return with_penalty(lambda images, logits, targets: distillation(images, logits, targets, criterion))
+
+
+def with_penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss, for a model that may return {"logits": ..., "penalty": a scalar to be added} in training in place of its logits."""
+
+    def total(images: Tensor, output: Any, targets: Tensor) -> Tensor:
+        if isinstance(output, dict):
+            return loss(images, output["logits"], targets) + output["penalty"]
+        return loss(images, output, targets)
+
+    return total
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,17 @@
 """The backbones; `build_model` makes one from a config."""
 
 from .build import build_model
+from .cait import CaiT
+from .pit import PiT
+from .refined_vit import RefinedViT
+from .sasa_resnet import SasaResNet
+from .swiftformer import SwiftFormer
 from .swin_mlp import SwinMLP
 from .swin_transformer import SwinTransformer
 from .swin_transformer_v2 import SwinTransformerV2
+from .t2t import T2TViT
+from .timm_models import timm_model
+from .vit import VisionTransformer
 
-__all__ = ["SwinMLP", "SwinTransformer", "SwinTransformerV2", "build_model"]
+__all__ = ["CaiT", "PiT", "RefinedViT", "SasaResNet", "SwiftFormer", "SwinMLP", "SwinTransformer", "SwinTransformerV2", "T2TViT",
+           "VisionTransformer", "build_model", "timm_model"]

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
-import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.attention.mixers import MIXERS
 from models.attention.words import check_choice
+from models.layers.backbone import Backbone
 from models.layers.conv_encoder import ConvEncoder, ConvMlp, ConvNorm, LayerScale2d
 from models.layers.init import trunc_normal
+from models.layers.token_transformer import drop_path_rates
+from models.registry import parse_call
 
 SIZES = {
     "xs": dict(embed_dims=(48, 56, 112, 220), depths=(3, 3, 6, 4)),
@@ -68,7 +70,7 @@ class SwiftFormerStage(nn.Module):
         return first + sum(block.flops(pixels) for block in self.blocks)
 
 
-class SwiftFormer(nn.Module):
+class SwiftFormer(Backbone):
     """Four stages on maps of 1/4, 1/8, 1/16 and 1/32 of the image.
 
     Args:
@@ -76,7 +78,8 @@ class SwiftFormer(nn.Module):
         vit_num: blocks with attention at the end of each stage; the others are convolution encoders. attention: the mixer,
             "name(option=value)" (models/attention/mixers.py). num_heads: per stage, for mixers that have heads.
         drop_rate: dropout before the heads and in the MLPs. drop_path_rate: grows linearly over the blocks, 0 in the published
-            recipe. layer_scale: initial value of the gammas of attention and MLP, None leaves all out.
+            recipe; drop_path_profile constant: the same in all. layer_scale: initial value of the gammas of attention and MLP, None
+            leaves all out.
         distillation: a second head. The logits are the mean of both; `forward_heads` gives each.
     Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dims[-1]) where num_classes is 0. State-dict keys are
         timm's. Published parameter counts include the second head.
@@ -86,19 +89,23 @@ class SwiftFormer(nn.Module):
     def __init__(self, img_size: int | tuple[int, int] = 224, in_chans: int = 3, num_classes: int = 1000,
                  embed_dims: Sequence[int] = (48, 56, 112, 220), depths: Sequence[int] = (3, 3, 6, 4), *, mlp_ratio: float = 4.0,
                  vit_num: int = 1, attention: str = "efficient_additive", num_heads: Sequence[int] | None = None, drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, layer_scale: float | None = 1e-5, distillation: bool = True):
+                 drop_path_rate: float = 0.0, drop_path_profile: str = "linear", layer_scale: float | None = 1e-5,
+                 distillation: bool = True):
         super().__init__()
         num_heads = num_heads or [1] * len(depths)
         if not len(embed_dims) == len(depths) == len(num_heads):
             raise ValueError(f"swiftformer: embed_dims {list(embed_dims)}, depths {list(depths)} and num_heads {list(num_heads)} "
                              "must have one entry per stage each")
+        if max(num_heads) > 1 and not MIXERS[parse_call(attention)[0]].has_heads:
+            raise ValueError(f"swiftformer: num_heads {list(num_heads)} has no meaning for mixer {attention}, which has no heads; "
+                             "leave it out")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.num_classes, self.num_features, self.depths = num_classes, embed_dims[-1], tuple(depths)
         first = embed_dims[0]
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, first // 2, 3, stride=2, padding=1), nn.BatchNorm2d(first // 2), nn.ReLU(),
             nn.Conv2d(first // 2, first, 3, stride=2, padding=1), nn.BatchNorm2d(first), nn.ReLU())
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile))
         stages = []
         for stage, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
             hidden, convolutions = int(dim * mlp_ratio), depth - vit_num
@@ -111,7 +118,15 @@ class SwiftFormer(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head_dist = nn.Linear(self.num_features, num_classes) if num_classes and distillation else None
-        self.apply(_initialise)
+        self.initialise()
+
+    def initialise_weights(self) -> None:
+        """The released code's rule: weights trunc_normal 0.02, biases 0."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                trunc_normal(module.weight, 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward_features(self, x: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
         """(B, in_chans, H, W) -> pooled features (B, embed_dims[-1]); with `return_stages` the map of each stage, the last normalised."""
@@ -140,22 +155,6 @@ class SwiftFormer(nn.Module):
         macs = pixels[0] * self.stem[0].weight.numel() + pixels[1] * self.stem[3].weight.numel()
         macs += sum(stage.flops(count) for stage, count in zip(self.stages, pixels[1:], strict=True))
         return macs + sum(head.weight.numel() for head in (self.head, self.head_dist) if isinstance(head, nn.Linear))
-
-    def no_weight_decay(self) -> set[str]:
-        """None: the published recipe decays every weight."""
-        return set()
-
-    def no_weight_decay_keywords(self) -> set[str]:
-        """None."""
-        return set()
-
-
-def _initialise(module: nn.Module) -> None:
-    """The released code's rule: weights trunc_normal 0.02, biases 0."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal(module.weight, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def swiftformer(size: str, **options) -> SwiftFormer:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, WindowAttention
-from models.layers.hierarchy import PyramidOptions, PyramidTransformer, pyramid_options
+from models.attention.build import window_attention
+from models.layers.hierarchy import PyramidTransformer, pyramid_options
 from models.layers.window_block import AttentionBlock, block_geometry
 
 __all__ = ["SwinTransformer", "SwinTransformerBlock", "window_partition", "window_reverse"]
@@ -23,9 +24,9 @@ class SwinTransformerBlock(AttentionBlock):
         self.attention_options = dict(spec=attention, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop)
         super().__init__(*args, drop=drop, **kwargs)
 
-    def make_attention(self) -> WindowAttention:
+    def make_attention(self) -> nn.Module:
         """The attention of this block."""
-        return WindowAttention(block_geometry(self), **self.attention_options)
+        return window_attention(WindowAttention, block_geometry(self), **self.attention_options)
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
         """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
@@ -59,10 +60,6 @@ class SwinTransformer(PyramidTransformer):
             embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,
             drop_path_rate=drop_path_rate, norm_layer=norm_layer, ape=ape, patch_norm=patch_norm, use_checkpoint=use_checkpoint))
 
-    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int,
-                   drop_path: nn.Module) -> SwinTransformerBlock:
-        """Odd blocks are shifted."""
-        return SwinTransformerBlock(
-            dim, resolution, options.num_heads[stage], options.window_size, block % 2 == 1, options.mlp_ratio, drop_path=drop_path,
-            norm_layer=options.norm_layer, sw_mlp=options.sw_mlp, attention=options.attention, qkv_bias=self.qkv_bias,
-            qk_scale=self.qk_scale, drop=options.drop_rate)
+    def make_block(self, *place) -> SwinTransformerBlock:
+        """See the base."""
+        return SwinTransformerBlock(**self.block_arguments(*place), qkv_bias=self.qkv_bias, qk_scale=self.qk_scale)

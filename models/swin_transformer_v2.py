@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec, WindowAttentionV2
+from models.attention.build import window_attention
 from models.layers.hierarchy import PyramidOptions, PyramidTransformer, pyramid_options
 from models.layers.window_block import AttentionBlock, block_geometry
 
@@ -24,9 +25,9 @@ class SwinTransformerBlockV2(AttentionBlock):
         self.pretrained_window = pretrained_window
         super().__init__(*args, drop=drop, **kwargs)
 
-    def make_attention(self) -> WindowAttentionV2:
+    def make_attention(self) -> nn.Module:
         """The attention of this block."""
-        return WindowAttentionV2(block_geometry(self, self.pretrained_window), **self.attention_options)
+        return window_attention(WindowAttentionV2, block_geometry(self, self.pretrained_window), **self.attention_options)
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
         """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
@@ -59,16 +60,15 @@ class SwinTransformerV2(PyramidTransformer):
             embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,
             drop_path_rate=drop_path_rate, norm_layer=norm_layer, ape=ape, patch_norm=patch_norm, use_checkpoint=use_checkpoint))
 
-    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int,
-                   drop_path: nn.Module) -> SwinTransformerBlockV2:
-        """Odd blocks are shifted."""
-        return SwinTransformerBlockV2(
-            dim, resolution, options.num_heads[stage], options.window_size, block % 2 == 1, options.mlp_ratio, drop_path=drop_path,
-            norm_layer=options.norm_layer, sw_mlp=options.sw_mlp, attention=options.attention, qkv_bias=self.qkv_bias,
-            pretrained_window=to_pair(self.pretrained_window_sizes[stage]), drop=options.drop_rate)
+    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, *place) -> SwinTransformerBlockV2:
+        """See the base; the pretrained window is the stage's own."""
+        arguments = self.block_arguments(options, dim, resolution, stage, *place)
+        return SwinTransformerBlockV2(**arguments, qkv_bias=self.qkv_bias,
+                                      pretrained_window=to_pair(self.pretrained_window_sizes[stage]))
 
-    def initialise_norms(self) -> None:
-        """The norms after the branches start at 0, weight and bias."""
+    def initialise_weights(self) -> None:
+        """The general rule; then the norms after the branches start at 0, weight and bias."""
+        super().initialise_weights()
         for layer in self.layers:
             for block in layer.blocks:
                 for norm in (block.norm1, block.norm2):

@@ -10,7 +10,8 @@ from lr_scheduler import Rates, Schedule, ScheduleError, build_scheduler, scaled
 from tests.helpers import golden
 
 DEFAULTS = {
-    "TRAIN.EPOCHS": 300, "TRAIN.WARMUP_EPOCHS": 20, "TRAIN.BASE_LR": 5e-4, "TRAIN.WARMUP_LR": 5e-7, "TRAIN.MIN_LR": 5e-6,
+    "TRAIN.EPOCHS": 300, "TRAIN.WARMUP_EPOCHS": 20, "TRAIN.COOLDOWN_EPOCHS": 0, "TRAIN.BASE_LR": 5e-4,
+    "TRAIN.WARMUP_LR": 5e-7, "TRAIN.MIN_LR": 5e-6,
     "TRAIN.ACCUMULATION_STEPS": 1, "TRAIN.LR_SCHEDULER.NAME": "cosine", "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": 30,
     "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.1, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": True, "TRAIN.LR_SCHEDULER.GAMMA": 0.1,
     "TRAIN.LR_SCHEDULER.MULTISTEPS": [], "DATA.BATCH_SIZE": 128}
@@ -156,6 +157,15 @@ def test_rate_stays_at_its_end_after_the_last_update(name):
     assert [schedule.rate(1.0, t) for t in (100, 101, 5000)] == pytest.approx([0.01] * 3, rel=1e-12)
 
 
+@pytest.mark.parametrize("name, end", [("cosine", 5e-6), ("linear", 5e-6)])
+def test_a_cooldown_runs_at_the_rate_that_the_shorter_schedule_ends_at(name, end):
+    cooled, shorter = (make_config(EPOCHS=epochs, WARMUP_EPOCHS=5, COOLDOWN_EPOCHS=cooldown, LR_SCHEDULER__NAME=name)
+                       for epochs, cooldown in ((40, 10), (30, 0)))
+    rates, expected = (rates_used(build_scheduler(config, make_optimizer(5e-4), 10, unscaled(config)), 401) for config in (cooled, shorter))
+    assert torch.equal(rates, expected)
+    assert rates[301:, 0].tolist() == pytest.approx([end] * 100, rel=1e-12)
+
+
 def test_state_is_plain_data_and_goes_through_a_weights_only_file(tmp_path):
     config = make_config()
     scheduler = build_scheduler(config, make_optimizer(5e-4), 10, unscaled(config))
@@ -198,6 +208,8 @@ def test_resuming_follows_the_new_config_and_names_what_changed(caplog):
     (10, {"WARMUP_EPOCHS": 20, "EPOCHS": 5}, ["TRAIN.WARMUP_EPOCHS 20", "TRAIN.EPOCHS 5"]),
     (10, {"LR_SCHEDULER__NAME": "multistep"}, ["MULTISTEPS is empty"]),
     (10, {"LR_SCHEDULER__NAME": "multistep", "LR_SCHEDULER__MULTISTEPS": [5, 30]}, ["TRAIN.WARMUP_EPOCHS 20", "[5, 30]"]),
+    (10, {"EPOCHS": 25, "COOLDOWN_EPOCHS": 10}, ["TRAIN.EPOCHS 25 - TRAIN.COOLDOWN_EPOCHS 10", "15 or less"]),
+    (10, {"COOLDOWN_EPOCHS": 10, "LR_SCHEDULER__NAME": "step"}, ["TRAIN.COOLDOWN_EPOCHS 10", "step set it to 0"]),
     (0, {"ACCUMULATION_STEPS": 9}, ["no update", "TRAIN.ACCUMULATION_STEPS 9"]),
 ])
 def test_impossible_schedules_are_refused_with_the_key(updates, changes, words):

@@ -6,10 +6,11 @@ from itertools import chain
 from types import SimpleNamespace as Node
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from optimizer import OptimizerError, build_optimizer, layer_id, parameter_groups
+from optimizer import BlockTree, OptimizerError, build_optimizer, parameter_groups
 from tests.helpers import golden
 
 
@@ -68,7 +69,7 @@ class Net(nn.Module):
 
 def make_config(name="adamw", *, decay=0.05, layer_decay=1.0, qk=1.0, betas=(0.9, 0.999)):
     settings = Node(NAME=name, EPS=1e-8, BETAS=betas, MOMENTUM=0.9)
-    return Node(TRAIN=Node(OPTIMIZER=settings, WEIGHT_DECAY=decay, LAYER_DECAY=layer_decay, QK_WEIGHT_DECAY=qk))
+    return Node(TRAIN=Node(OPTIMIZER=settings, WEIGHT_DECAY=decay, LAYER_DECAY=layer_decay, QK_WEIGHT_DECAY=qk, DECAY_ALL=False))
 
 
 @pytest.fixture
@@ -174,12 +175,53 @@ def test_decay_spares_vectors_biases_named_parameters_and_keywords(net):
     ("layers.1.pre_mlp.norm.bias", 3), ("layers.1.blocks.0.norm1.weight", 3), ("layers.1.blocks.5.norm1.weight", 8),
     ("layers.1.downsample.norm.weight", 8), ("norm.weight", 9), ("head.weight", 9), ("absolute_pos_embed", 9)])
 def test_layer_ids_grow_with_depth(name, layer):
-    assert layer_id(name, [2, 6]) == layer
+    assert BlockTree({("layers", 0): 2, ("layers", 1): 6}).layer_id(name) == layer
+
+
+TREES = {  # parameter names in the order of the forward pass, each with its depth
+    "vit": {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.weight": 0, "blocks.0.norm1.weight": 1, "blocks.10.mlp.fc1.bias": 11,
+            "norm.weight": 12, "head.weight": 12},
+    "cait": {"cls_token": 0, "blocks.0.gamma_1": 1, "blocks.1.attn.modifiers.talking_heads.pre.weight": 2, "blocks_token_only.0.gamma_1": 3,
+             "blocks_token_only.1.attn.q.weight": 4, "norm.weight": 5},
+    "pit": {"pos_embed": 0, "patch_embed.conv.weight": 0, "transformers.0.blocks.0.norm1.bias": 1, "transformers.0.blocks.1.norm1.bias": 2,
+            "transformers.1.pool.conv.weight": 2, "transformers.1.blocks.0.norm1.bias": 3, "head.bias": 4},
+    "t2t": {"tokens_to_token.attention1.attn.qkv.weight": 0, "blocks.0.attn.qkv.weight": 1, "norm.weight": 2},
+    "swiftformer": {"stem.0.weight": 0, "stages.0.blocks.0.norm.weight": 1, "stages.1.downsample.proj.weight": 1,
+                    "stages.1.blocks.0.norm.weight": 2, "norm.weight": 3, "head_dist.bias": 3},
+    "resnet": {"conv1.weight": 0, "bn1.weight": 0, "layer1.0.conv1.weight": 1, "layer1.1.downsample.0.weight": 2,
+               "layer2.0.conv1.weight": 3, "fc.weight": 4}}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_layer_ids_grow_with_depth_in_every_family(tree):
+    model = Named(TREES[tree], [], set(), set())
+    assert {name: BlockTree.of(model).layer_id(name) for name in TREES[tree]} == TREES[tree]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pit_ti_224", "cait_xxs24_224", "swiftformer_xs", "resnet26",
+                                  "beit_base_patch16_224"])
+def test_layer_decay_reaches_every_layer_of_timms_trees_once(name):
+    model = timm.create_model(name)
+    tree = BlockTree.of(model)
+    ids = [tree.layer_id(key) for key, _ in model.named_parameters()]
+    assert sorted(set(ids)) == list(range(tree.last + 1))
+    in_order = [tree.layer_id(key) for key, _ in model.named_parameters() if "downsample" not in key]
+    assert in_order == sorted(in_order)
+
+
+def test_decay_all_spares_nothing(net):
+    (group,) = parameter_groups(net, 1e-3, 0.05, decay_all=True)
+    assert len(group["params"]) == len(list(net.parameters())) and group["weight_decay"] == 0.05
+    config = make_config()
+    config.TRAIN.DECAY_ALL = True
+    assert [group["weight_decay"] for group in build_optimizer(config, net, 1e-3).param_groups] == [0.05]
+    decays = {group["weight_decay"] for group in parameter_groups(net, 1e-3, 0.05, 0.5, decay_all=True)}
+    assert decays == {0.05}
 
 
 def test_layer_decay_scales_the_rate_once_per_layer(net):
     for group, names in zip(groups := parameter_groups(net, 2.0, 0.05, 0.5), names_of(net, groups), strict=True):
-        (layer,) = {layer_id(name, [2, 1]) for name in names}
+        (layer,) = {BlockTree.of(net).layer_id(name) for name in names}
         assert group["lr"] == 2.0 * 0.5 ** (4 - layer) == 2.0 * group["lr_scale"]
 
 

@@ -37,6 +37,8 @@ class EfficientAdditiveAttention(nn.Module):
     Source: SwiftFormer, arXiv:2303.15446, eq. 4 to 6.
     """
 
+    has_heads, needs_places = False, False
+
     def __init__(self, dim: int, num_heads: int = 1, *, out_dim: int | None = None, widen: int = 1, pool_norm: str = "l2",
                  qk_norm: bool = True, w_g: bool = True, residual: str = "q"):
         super().__init__()
@@ -86,6 +88,8 @@ class SeparableAttention(nn.Module):
     Shapes: (..., N, d) -> (..., N, d); 3d² + 4d + 1 parameters. MobileViT-V2 runs it on (B, pixels of a patch, patches, d).
     Source: MobileViT-V2, arXiv:2206.02680, section 3.1.
     """
+
+    has_heads, needs_places = False, False
 
     def __init__(self, dim: int, num_heads: int = 1, *, drop: float = 0.0):
         super().__init__()

@@ -15,7 +15,8 @@ class Geometry:
 
     dim: channels C. num_heads: heads H. window: tokens (rows, columns) that attend to each other. pretrained_window: the
     window whose offsets span [-1, 1] in log-spaced coordinates; (0, 0) is the window itself. prefix: leading tokens that have no
-    place on the grid (class tokens). For attention over a whole image the window is its grid.
+    place on the grid (class tokens). For attention over a whole image the window is its grid. head_dim: channels of a head; 0 is
+    dim / num_heads.
     """
 
     dim: int
@@ -23,6 +24,17 @@ class Geometry:
     window: Size
     pretrained_window: Size = (0, 0)
     prefix: int = 0
+    head_dim: int = 0
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of a head, D."""
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def inner(self) -> int:
+        """Channels of q, of k and of v: heads * D, which is C unless `head_dim` says otherwise."""
+        return self.num_heads * self.head_channels
 
     @property
     def num_offsets(self) -> int:

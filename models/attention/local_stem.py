@@ -56,6 +56,15 @@ class AttentionStem(nn.Module):
         y = y.transpose(1, 2).flatten(2).unflatten(1, (side, side)).unflatten(0, (-1, height // side, width // side))
         return y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
+    def flops(self, pixels: int) -> int:
+        """Multiply-accumulates for `pixels` pixels of the image: projections (each pixel has one value matrix) and both products."""
+        weights = self.query.weight.numel() + self.key.weight.numel() + self.value[0].numel()
+        return pixels * (weights + 2 * self.block**2 * self.value.shape[1])
+
+    def no_weight_decay(self) -> set[str]:
+        """The position embeddings."""
+        return set() if self.nu is None else {"row", "col"}
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, H / block, W / block)."""
         return self.pool(self.norm(self.attend(x)))

@@ -13,19 +13,20 @@ TILE = 4  # queries of a TILE x TILE square share their keys, the (TILE + k - 1)
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
-def neighbourhood_attention(q: Tensor, k: Tensor, v: Tensor, row: Tensor | None, col: Tensor | None, size: int,
+def neighbourhood_attention(q: Tensor, k: Tensor | None, v: Tensor, row: Tensor | None, col: Tensor | None, size: int,
                             mask_padding: bool = True) -> Tensor:
     """y_ij = sum_ab softmax_ab(q_ij · k_ab + q_ij · r_(a-i, b-j)) v_ab over the size x size pixels (a, b) around (i, j).
 
     Args:
         q, k, v: (B, H, D, rows, columns), H heads. size: side of the neighbourhood, odd.
+        k: None leaves q · k out.
         row, col: (1 or H, size, D/2), r = [row of a - i; column of b - j]; both None leaves the position out.
         mask_padding: True leaves pixels outside the image out of the softmax; False counts them as zeros, with logit q · r.
     Shapes: -> (B, H, D, rows, columns). While a gradient is recorded only q, k, v, row and col are kept; logits are computed again.
         First derivatives only, outside of torch.compile.
     """
     batch, heads = q.shape[:2]
-    inputs = [x.flatten(0, 1) for x in (q, k, v)]
+    inputs = [x if x is None else x.flatten(0, 1) for x in (q, k, v)]
     inputs += [None if x is None else x.expand(batch, heads, -1, -1).flatten(0, 1) for x in (row, col)]
     step = _planes_at_once(q, size)
     if torch.compiler.is_compiling():
@@ -85,15 +86,17 @@ def _planes_at_once(q: Tensor, size: int) -> int:
     return max(1, CHUNK_BYTES.get(q.device.type, CHUNK_BYTES["cuda"]) // plane)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, row: Tensor | None, col: Tensor | None, size: int, mask_padding: bool) -> Tensor:
+def _attend(q: Tensor, k: Tensor | None, v: Tensor, row: Tensor | None, col: Tensor | None, size: int, mask_padding: bool) -> Tensor:
     """q, k, v (P, D, rows, columns), row and col (P, size, D/2) -> (P, D, rows, columns).
 
     In the comments S x T is the tile, M = S + size - 1 and L = T + size - 1 its rows and columns of keys, G the grid of tiles.
     """
     height, width = q.shape[-2:]
     tile = _tile(height, width)
-    queries, keys, values = _cut(q, tile, 0), _cut(k, tile, size // 2), _cut(v, tile, size // 2)  # (P, G, G, S*T or M*L, D)
-    logits = (queries @ keys.mT).unflatten(-1, (tile[0] + size - 1, -1)).unflatten(3, tile)  # (P, G, G, S, T, M, L)
+    queries, values = _cut(q, tile, 0), _cut(v, tile, size // 2)  # (P, G, G, S*T or M*L, D)
+    logits = queries.new_zeros(())
+    if k is not None:
+        logits = (queries @ _cut(k, tile, size // 2).mT).unflatten(-1, (tile[0] + size - 1, -1)).unflatten(3, tile)  # (P, G, G, S, T, M, L)
     by_row = _far(height, tile[0], size, mask_padding, logits)[:, None, :, None]  # (G, 1, S, 1, M)
     by_col = _far(width, tile[1], size, mask_padding, logits)[:, None]  # (G, 1, T, L)
     if row is not None:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from kernels.window_attention import OffsetTerms, WindowLayout, relative_position_index, window_attention
 from kernels.window_attention.reference import add_mask, merge_windows, split_windows
 from models.layers.cache import EvalCache
-from models.layers.init import own_random_numbers, trunc_normal
+from models.layers.init import trunc_normal
+from models.layers.linear import Linear
 
 from .geometry import Geometry, relative_coords_table
-from .modifiers import MODIFIERS, LogitMixer, MapModifier, TermModifier, WeightModifier
+from .modified import Modified
+from .modifiers import LogitMixer, MapModifier, TermModifier, WeightModifier
 from .modifiers.base import Modifier
 from .spec import AttentionSpec
 
@@ -21,7 +23,7 @@ MAX_LOGIT_SCALE = 100.0
 FEW_TOKENS = 1.5  # per channel: below, adding the input to q and k touches fewer numbers than adding the identity to a (3C, C) weight
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(Modified):
     """What all forms share: projections, modifiers and the choice between the fast path and the open one.
 
     A subclass creates its parameters under the released names, then calls `_finish`, and says its `base_terms` and `packed_bias`.
@@ -34,31 +36,18 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.geometry, self.spec = geometry, spec
         self.dim, self.num_heads, self.window_size = geometry.dim, geometry.num_heads, geometry.window
-        if geometry.dim % geometry.num_heads:
+        if not geometry.head_dim and geometry.dim % geometry.num_heads:
             raise ValueError(f"attention: {geometry.dim} channels cannot be split into {geometry.num_heads} heads; "
                              "choose NUM_HEADS that divides EMBED_DIM * 2^stage")
         self.cache = EvalCache()
 
-    def _finish(self, qkv_bias: bool, proj_drop: float) -> None:
-        """Creates the projections and the modifiers, last so that the state dict keeps the released order."""
-        self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=qkv_bias)
-        self.proj = nn.Linear(self.dim, self.dim)
+    def _finish(self, qkv_bias: bool, proj_drop: float, out_dim: int = 0) -> None:
+        """Creates the projections (to `out_dim` channels, by default C) and the modifiers, last: the released order of the state dict."""
+        self.qkv = nn.Linear(self.dim, 3 * self.geometry.inner, bias=qkv_bias)
+        self.proj = Linear(self.geometry.inner, out_dim or self.dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.modifiers = nn.ModuleDict()
-        for text in self.spec.modifiers:
-            with own_random_numbers(text):
-                modifier = MODIFIERS.create(text, self.geometry)
-            name = text.partition("(")[0].strip()
-            if name in self.modifiers:
-                raise ValueError(f"attention modifier {name!r} is listed twice in {list(self.spec.modifiers)}")
-            self.modifiers[name] = modifier
+        self.hold(self.spec.modifiers, self.geometry)
         self.logit_tap, self.map_tap = nn.Identity(), nn.Identity()
-
-    def initialise_modifiers(self, name: str) -> None:
-        """Lets each modifier draw its initial values; `name` tells the layers of a model apart."""
-        for key, modifier in self.modifiers.items():
-            with own_random_numbers(f"{name}.{key}"):
-                modifier.initialise(self)
 
     def base_terms(self) -> OffsetTerms:
         """The unmodified weight and bias, float32 tables (1, heads) and (T, heads)."""
@@ -72,8 +61,13 @@ class SoftmaxAttention(nn.Module):
         """(3C,) bias of q, k and v, or None."""
         raise NotImplementedError
 
+    def built_in(self) -> tuple[Modifier, ...]:
+        """What a form of attention always does to logits and map, before any modifier of the config; by default nothing."""
+        return ()
+
     def _stage(self, kind: type[Modifier]) -> list[Modifier]:
-        return [part for modifier in self.modifiers.values() for part in modifier.members() if isinstance(part, kind)]
+        parts = chain(self.built_in(), *(modifier.members() for modifier in self.modifiers.values()))
+        return [part for part in parts if isinstance(part, kind)]
 
     def terms(self) -> OffsetTerms:
         """Weight and bias with all term modifiers applied, in float32; kept in evaluation while the parameters stay the same."""
@@ -87,23 +81,28 @@ class SoftmaxAttention(nn.Module):
                 terms = modifier(terms)
         return terms
 
-    def _projection(self, fold: bool) -> tuple[Tensor, Tensor | None]:
+    def _projection(self, fold: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.qkv.weight, self.packed_bias()
         for modifier in self._stage(WeightModifier):
             weight, bias = modifier.fold(weight) if fold else weight, modifier.fold_bias(bias)
-        return weight, bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def project(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C): q, then k, then v.
 
-        Weight modifiers are folded into the weight where it keeps its full precision, unless there are so few tokens that adding to
-        the tokens is the smaller work.
+        Weight modifiers are folded into the weight in evaluation, where that is done once, and in training where the weight keeps its
+        full precision, unless there are so few tokens that adding to the tokens is the smaller work.
         """
-        full = not torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float64)
-        fold = full and (not torch.is_grad_enabled() or x.numel() > FEW_TOKENS * self.dim * self.dim)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.qkv.weight.dtype
+        once = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        full = self.qkv.weight.dtype == wide and (once or dtype == wide)
+        fold = full and (once or x.numel() > FEW_TOKENS * self.dim * self.dim)
         sources = [parameter for parameter in self._parameters.values() if parameter is not None]
         sources += [parameter for parameter in self.qkv.parameters()]
-        qkv = F.linear(x, *self.cache.get(f"projection {fold}", sources, lambda: self._projection(fold)))
+        dtype = dtype if once else self.qkv.weight.dtype  # in training autocast casts
+        qkv = F.linear(x, *self.cache.get(f"projection {fold} {dtype}", sources, lambda: self._projection(fold, dtype)))
         for modifier in [] if fold else self._stage(WeightModifier):
             qkv = modifier.add(x, qkv)
         return qkv
@@ -113,28 +112,48 @@ class SoftmaxAttention(nn.Module):
         qkv, terms = self.project(x), self.terms()
         dropout = self.spec.drop if self.training else 0.0
         if self.is_open():
-            y = self._open(qkv, terms, layout, dropout)
+            y, _ = self._open(qkv, terms, layout, dropout)
         else:
             y = window_attention(qkv, terms, layout, self.num_heads, self.cosine, dropout, self.spec.backend)
-        return self.proj_drop(self.proj(y))
+        return self._result(y, x, qkv)
+
+    def with_map(self, x: Tensor, layout: WindowLayout, carried: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same in the open, and the map that multiplied v, (B*nW, G, N, N), before dropout.
+
+        carried: (B*nW, H, N, N), added to the softmaxed map before the modifiers of the map.
+        """
+        qkv = self.project(x)
+        y, attn = self._open(qkv, self.terms(), layout, self.spec.drop if self.training else 0.0, carried)
+        return self._result(y, x, qkv), attn
+
+    def _result(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
+        return self.finish(self.proj_drop(self.proj(self.before_projection(y, x))), x, qkv)
+
+    def before_projection(self, y: Tensor, x: Tensor) -> Tensor:
+        """The heads' results y, given the module's input x; a form that norms or gates them does it here."""
+        return y
+
+    def finish(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
+        """The result y, given the module's input x and its projection qkv; a form with a skip of its own adds it here."""
+        return y
 
     def is_open(self) -> bool:
         """Whether the N x N matrix is formed in the open: a modifier needs it, or a hook looks at it through a tap."""
         hooked = self.logit_tap._forward_hooks or self.map_tap._forward_hooks
         return bool(hooked or self._stage(LogitMixer) or self._stage(MapModifier))
 
-    def _open(self, qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, dropout: float) -> Tensor:
+    def _open(self, qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, dropout: float,
+              carried: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same with the N x N matrix in the open, for modifiers of the matrix itself and for hooks on the two taps."""
         q, k, v = split_windows(qkv, layout, self.num_heads)
         q, k = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if self.cosine else (q, k)
         logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("weight")
         logits = logits if terms.bias is None else logits + terms.dense("bias")
         with torch.autocast(qkv.device.type, enabled=False):
-            attn = self._map(logits, terms, layout.mask)
-        attn = F.dropout(self.map_tap(attn), dropout).to(v.dtype)
-        return merge_windows(attn @ _cut(v, attn.shape[1]), layout)
+            attn = self.map_tap(self._map(logits, terms, layout.mask, carried))
+        return merge_windows(weigh(attn, v, dropout), layout), attn
 
-    def _map(self, logits: Tensor, terms: OffsetTerms, mask: Tensor | None) -> Tensor:
+    def _map(self, logits: Tensor, terms: OffsetTerms, mask: Tensor | None, carried: Tensor | None) -> Tensor:
         """Weighted and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N), modifiers and all in float32."""
         for modifier in self._stage(LogitMixer):
             logits = modifier(logits)
@@ -142,13 +161,19 @@ class SoftmaxAttention(nn.Module):
         if terms.post is not None:
             attn = attn * terms.dense("post")
             attn = attn / attn.sum(-1, keepdim=True) if terms.renormalise else attn
+        attn = attn if carried is None else attn + carried
         for modifier in self._stage(MapModifier):
             attn = modifier.settle(_zero_masked(modifier(attn), mask))
         return attn
 
+    def map_flops(self, layout: WindowLayout) -> int:
+        """Multiply-accumulates for all windows of one map."""
+        return layout.num_windows * self.flops(layout.area)
+
     def flops(self, tokens: int) -> int:
         """Multiply-accumulates for one window of `tokens` tokens, by the reference's count: projections and the two products."""
-        return tokens * self.dim * 3 * self.dim + 2 * tokens * tokens * self.dim + tokens * self.dim * self.dim
+        inner = self.geometry.inner
+        return tokens * self.dim * 3 * inner + 2 * tokens * tokens * inner + tokens * inner * self.proj.out_features
 
 
 def _zero_masked(attn: Tensor, mask: Tensor | None) -> Tensor:
@@ -158,9 +183,11 @@ def _zero_masked(attn: Tensor, mask: Tensor | None) -> Tensor:
     return (attn.unflatten(0, (-1, len(mask))) * (mask == 0)[:, None]).flatten(0, 1)
 
 
-def _cut(v: Tensor, heads: int) -> Tensor:
-    """(B*nW, H, N, D) -> (B*nW, heads, N, H D / heads): the same channels, cut anew for a map of more heads."""
-    return v if v.shape[1] == heads else v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """A map (B*nW, G, N, N) times v (B*nW, H, N, D), whose channels are cut anew for a map of more heads: (B*nW, G, N, H D / G)."""
+    heads = attn.shape[1]
+    v = v if v.shape[1] == heads else v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+    return F.dropout(attn, dropout).to(v.dtype) @ v
 
 
 class WindowAttention(SoftmaxAttention):
@@ -175,7 +202,7 @@ class WindowAttention(SoftmaxAttention):
     def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, qk_scale: float | None = None,
                  proj_drop: float = 0.0):
         super().__init__(geometry, spec)
-        self.scale = qk_scale or (geometry.dim // geometry.num_heads) ** -0.5
+        self.scale = qk_scale or geometry.head_channels ** -0.5
         self.relative_position_bias_table = nn.Parameter(trunc_normal(torch.empty(geometry.num_offsets, geometry.num_heads), 0.02))
         self.register_buffer("relative_position_index", relative_position_index(geometry.window))
         self.register_buffer("uniform_scale", torch.full((1, geometry.num_heads), self.scale), persistent=False)

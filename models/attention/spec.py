@@ -10,7 +10,8 @@ class AttentionSpec:
     modifiers: "name" or "name(option=value)" in the order they apply; the names are those of models/attention/modifiers.
     drop: probability of dropping an entry of the softmaxed map while training.
     logit_scale_init: SwinV2's initial multiplier of the cosine (its logarithm is the parameter). bias_sigmoid: SwinV2's bias is
-    16 sigmoid(mlp) as published; False is the variant without squashing. backend: see kernels.window_attention.
+    16 sigmoid(mlp) as published; False is the variant without squashing. backend: see kernels.window_attention. mixer: "softmax", or what
+    takes the place of softmax attention, "name(option=value)" (models/attention/mixers.py).
     """
 
     modifiers: tuple[str, ...] = ()
@@ -18,3 +19,4 @@ class AttentionSpec:
     logit_scale_init: float = 10.0
     bias_sigmoid: bool = True
     backend: str = "auto"
+    mixer: str = "softmax"

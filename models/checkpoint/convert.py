@@ -21,7 +21,7 @@ def is_rebuilt(key: str) -> bool:
 def detect(state: State) -> tuple[str, str]:
     """Which implementation's names a state dict uses, and the reason.
 
-    Returns: (format, reason), format one of reference, rpe_mlp, simmim, identity, timm, torchvision, unknown.
+    Returns: (format, reason), format one of reference, rpe_mlp, simmim, identity, timm, torchvision, swiftformer, unknown.
     """
     for name, (test, reason) in TESTS.items():
         found = next((key for key in state if test(key)), None)
@@ -40,6 +40,7 @@ TESTS = {  # in this order: an encoder's weights may themselves carry old names
     "identity": (lambda key: re.search(r"\.(qk_weight_residual|rp_affine\.|cpw_mlp\.)|(^|\.)pre_norm\.", key),
                  "'{key}' is a name of the original identity-sharpened implementation"),
     "timm": (lambda key: key.startswith("head.fc."), "'{key}' is timm's name of the head"),
+    "swiftformer": (lambda key: re.match(r"network\.\d+\.|dist_head\.", key), "'{key}' is a name of the released SwiftFormer"),
     "rpe_mlp": (lambda key: ".rpe_mlp." in key, "'{key}' is an early name of cpb_mlp"),
 }
 
@@ -142,5 +143,19 @@ def check_identity(key: str, residual: Tensor) -> None:
         raise CheckpointError(f"'{key}' is not the constant [I; I; 0] (shape {tuple(residual.shape)}), so it cannot become qk_residual")
 
 
+def from_swiftformer(state: State) -> dict[str, Tensor]:
+    """The released SwiftFormer: `network` alternates stages and downsamplings, patch_embed is stem, dist_head is head_dist, layer scales
+    are bare parameters."""
+    return {re.sub(r"(layer_scale(_\d)?)$", r"\1.gamma", swiftformer_place(key)): value
+            for key, value in rename(state, (r"^dist_head\.", "head_dist."), (r"^patch_embed\.", "stem."), (r"\.Proj\.", ".proj.")).items()}
+
+
+def swiftformer_place(key: str) -> str:
+    if not (found := re.match(r"network\.(\d+)\.(.*)", key)):
+        return key
+    index = int(found[1])
+    return f"stages.{(index + 1) // 2}.{'downsample' if index % 2 else 'blocks'}.{found[2]}"
+
+
 CONVERTERS = {"simmim": from_simmim, "torchvision": from_torchvision, "identity": from_identity, "timm": from_timm,
-              "rpe_mlp": from_rpe_mlp}
+              "swiftformer": from_swiftformer, "rpe_mlp": from_rpe_mlp}

@@ -11,7 +11,8 @@ from torch import Tensor
 from .errors import CheckpointError
 
 CLASSES_1K, CLASSES_22K, SYNSETS_21K = 1000, 21841, 21843
-HEAD = ("head.weight", "head.bias")
+# Linear layers to the classes: most models' own, the second one of distilled models, Refiner's of every token, ResNet's.
+CLASSIFIERS = ("head", "head_dist", "aux_head", "fc")
 # Teddy bear, n04399382: not in the 21k list. The reference's map has 5564 here, n03013580 "chemise, ..., teddy": it matched the lemma.
 # Kept so that released recipes give the same numbers; the row can only matter before fine-tuning.
 TEDDY_1K, TEDDY_22K = 850, 5564
@@ -54,8 +55,8 @@ def synsets(name: str, count: int) -> list[str]:
     return names
 
 
-def fit_head(state: dict[str, Tensor], classes: int, mode: str = "auto") -> tuple[dict[str, Tensor], str]:
-    """Fits `head.weight` (K, C) and `head.bias` (K) to a model with `classes` classes, by the reference's rules.
+def fit_head(state: dict[str, Tensor], classes: int, mode: str = "auto", layer: str = "head") -> tuple[dict[str, Tensor], str]:
+    """Fits `head.weight` (K, C) and `head.bias` (K), or another `layer` of CLASSIFIERS, to `classes` classes, by the reference's rules.
 
     mode: 'auto' keeps a head of the same size, picks the 1k rows of a 22k head, and sets any other to zero; 'reset' always sets it
     to zero; 'keep' demands the same size. Without a head in the file the model keeps its own. 'evaluate' refuses every case in which
@@ -64,9 +65,10 @@ def fit_head(state: dict[str, Tensor], classes: int, mode: str = "auto") -> tupl
     """
     if mode not in ("auto", "reset", "keep", "evaluate"):
         raise CheckpointError(f"head={mode!r} is unknown; choose from auto, reset, keep, evaluate")
-    names = [key for key in HEAD if key in state]
+    names = [key for key in (f"{layer}.weight", f"{layer}.bias") if key in state]
     if mode == "evaluate" and classes and not names:
-        raise CheckpointError("the file has no classifier (head.weight, head.bias), so there is nothing to evaluate; train one first")
+        raise CheckpointError(f"the file has no classifier ({layer}.weight, {layer}.bias), so there is nothing to evaluate; "
+                              "train one first")
     if not names or not classes:
         return without(state, names), head_absent(names, classes)
     given = len(state[names[0]])

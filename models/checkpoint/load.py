@@ -1,15 +1,17 @@
 """State dict -> model: convert the names, fit the shapes, count what fits, refuse the rest. The model is touched last, or not at all."""
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from .convert import from_rpe_mlp, is_rebuilt, to_reference
 from .errors import CheckpointError, list_keys
-from .heads import HEAD, fit_head
+from .heads import CLASSIFIERS, fit_head
 from .read import Weights, unwrap
 from .residual import (
     OURS,
@@ -122,11 +124,12 @@ def decide_residual(weights: Weights, steps: list, target: str, rule: str, asked
 def fit(model: nn.Module, state: dict[str, Tensor], report: LoadReport, head: str, resize: str) -> dict[str, Tensor]:
     """The rules of fine-tuning: head, input channels, position tables."""
     wanted = model.state_dict()
-    classes = len(wanted["head.weight"]) if "head.weight" in wanted else 0
-    state, note = fit_head(state, classes, head)
-    if note:
-        report.notes.append(note)
-        report.fresh += [key for key in HEAD if key in wanted and "mapped" not in note]
+    for layer in [layer for layer in CLASSIFIERS if f"{layer}.weight" in wanted] or CLASSIFIERS:
+        classes = len(wanted[f"{layer}.weight"]) if f"{layer}.weight" in wanted else 0
+        state, note = fit_head(state, classes, head, layer)
+        if note:
+            report.notes.append(note if layer == "head" else f"{layer}: {note}")
+            report.fresh += [key for key in (f"{layer}.weight", f"{layer}.bias") if key in wanted and "mapped" not in note]
     method = ("geometric" if "simmim" in report.format else "bicubic") if resize == "auto" else resize
     for key in [key for key in state if key in wanted]:
         fitted = fit_tensor(key, state, wanted, model, method)
@@ -145,12 +148,29 @@ def fit_tensor(key: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tenso
         return fit_table(value, like, state.get(index), wanted.get(index), method)
     if value.shape == like.shape:
         return value
-    if key == "absolute_pos_embed" and value.shape[-1] == like.shape[-1]:
-        grid = getattr(getattr(model, "patch_embed", None), "patches_resolution", None)
-        return resize_absolute(value, grid_extent(value.shape[1]), grid_extent(like.shape[1], tuple(grid) if grid else None))
+    if key in ("absolute_pos_embed", "pos_embed") and value.dim() == like.dim() == 3 and value.shape[-1] == like.shape[-1]:
+        return fit_positions(value, like, model)
+    if key == "pos_embed" and value.dim() == like.dim() == 3 and value.shape[-1] == like.shape[-1] and hasattr(model, "patch_embed"):
+        extra = like.shape[1] - model.patch_embed.num_patches  # class tokens come first and are kept
+        fitted = resize_absolute(value[:, extra:], grid_extent(value.shape[1] - extra), tuple(model.patch_embed.patches_resolution))
+        return torch.cat([value[:, :extra], fitted], dim=1)
     if key == "patch_embed.proj.weight" and like.shape == (value.shape[0], 1, *value.shape[2:]):
         return value.sum(1, keepdim=True)  # a grey image repeated over the channels gives the same result
     return value
+
+
+def fit_positions(value: Tensor, like: Tensor, model: nn.Module) -> Tensor:
+    """An absolute position embedding (1, prefix + positions, C) for another grid; tokens in front, as many in both, keep theirs.
+
+    Where the file's cannot be, because what remains is no square, it is returned as it is, to be reported.
+    """
+    embed = getattr(model, "patch_embed", None)
+    grid = getattr(embed, "patches_resolution", None) or getattr(embed, "grid_size", None)  # the latter is timm's word
+    prefix = like.shape[1] - grid[0] * grid[1] if grid else 0
+    if prefix and math.isqrt(value.shape[1] - prefix) ** 2 != value.shape[1] - prefix:
+        return value
+    extent = grid_extent(like.shape[1] - prefix, tuple(grid) if grid else None)
+    return torch.cat([value[:, :prefix], resize_absolute(value[:, prefix:], grid_extent(value.shape[1] - prefix), extent)], dim=1)
 
 
 def fit_table(value: Tensor, like: Tensor, index: Tensor | None, like_index: Tensor | None, method: str) -> Tensor:

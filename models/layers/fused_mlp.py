@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .linear import Linear
 
 # A hidden activation above WHOLE_BYTES is worked on in chunks of CHUNK_BYTES, which stay in the cache; from 32 MiB on the C library
 # would map and clear fresh pages for every such activation. Below, plain layers are as fast.
@@ -11,23 +13,25 @@ WHOLE_BYTES = 16 << 20
 CHUNK_BYTES = 4 << 20
 
 
-def fused_mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+def fused_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
     """(..., C) -> (..., C), equal to fc2(gelu(fc1(x))).
 
     A large activation on the CPU in eager mode is worked on in chunks, and only its values before the GELU are kept for the
-    backward. Everything else, also under autocast and where the layers are hooked, goes through the plain layers.
+    backward; under autocast in its dtype. Everything else, also where the layers are hooked, goes through the plain layers.
     """
-    parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    small = x.numel() // x.shape[-1] * fc1.out_features * x.element_size() <= WHOLE_BYTES
-    if small or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or _is_hooked(fc1, fc2):
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    small = x.numel() // x.shape[-1] * fc1.out_features * dtype.itemsize <= WHOLE_BYTES
+    if small or x.device.type != "cpu" or torch.compiler.is_compiling() or _is_hooked(fc1, fc2):
         return fc2(F.gelu(fc1(x)))
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
-        return _Mlp.apply(x, *parameters)
-    return _forward(x, *parameters)[0]
+    operands = (x.to(dtype), *fc1.operands("cpu"), *fc2.operands("cpu"))
+    with torch.autocast("cpu", enabled=False):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+            return _Mlp.apply(*operands)
+        return _forward(*operands)[0]
 
 
-def _is_hooked(*layers: nn.Linear) -> bool:
-    return any(type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+def _is_hooked(*layers: Linear) -> bool:
+    return any(type(layer) is not Linear or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
                for layer in layers)
 
 

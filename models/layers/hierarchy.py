@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention.layout import Size
-from models.attention import AttentionSpec, SoftmaxAttention
+from models.attention import AttentionSpec
 
+from .backbone import Backbone
 from .init import init_linear_and_norm, own_random_numbers, trunc_normal
 from .patch_embed import PatchEmbed, PatchMerging, resize_positions
 from .pre_mlp import PLACES, PreMlp
@@ -108,7 +109,7 @@ class Stage(nn.Module):
         return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(self.input_resolution[0] * self.input_resolution[1]))
 
 
-class PyramidTransformer(nn.Module):
+class PyramidTransformer(Backbone):
     """Base of the three families. A subclass sets `norm_first` and gives `make_block`.
 
     Shapes: (B, in_chans, H, W) -> logits (B, num_classes), or pooled features (B, 8 embed_dim) where num_classes is 0.
@@ -133,11 +134,17 @@ class PyramidTransformer(nn.Module):
         self.norm = options.norm_layer(self.num_features)
         self.head = nn.Linear(self.num_features, options.num_classes) if options.num_classes else nn.Identity()
         self.pre_mlp = self._make_pre_mlp("stem", options, self.embed_dim, 0.0)
-        self._initialise()
+        self.initialise()
 
     def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int, drop_path: nn.Module) -> nn.Module:
         """Block number `block` of stage number `stage`, both from 0."""
         raise NotImplementedError
+
+    def block_arguments(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int, drop_path: nn.Module) -> dict:
+        """What the blocks of Swin and SwinV2 take alike; odd blocks are shifted."""
+        return dict(dim=dim, input_resolution=resolution, num_heads=options.num_heads[stage], window_size=options.window_size,
+                    shifted=block % 2 == 1, mlp_ratio=options.mlp_ratio, drop=options.drop_rate, drop_path=drop_path,
+                    norm_layer=options.norm_layer, sw_mlp=options.sw_mlp, attention=options.attention)
 
     def _make_stages(self, options: PyramidOptions) -> Iterable[Stage]:
         rates = iter(torch.linspace(0, options.drop_path_rate, sum(options.depths), device="cpu").tolist())
@@ -160,19 +167,6 @@ class PyramidTransformer(nn.Module):
         with own_random_numbers(f"pre_mlp {dim}"):
             pre_mlp = PreMlp(dim, options.pre_mlp_ratio, options.drop_rate, drop_path if options.pre_mlp_drop_path else 0.0)
             return pre_mlp.apply(init_linear_and_norm)
-
-    def _initialise(self) -> None:
-        own = [name for name, module in self.named_modules() if isinstance(module, PreMlp) or name.endswith(".modifiers")]
-        for name, module in self.named_modules():
-            if not any(name.startswith(prefix) for prefix in own):
-                init_linear_and_norm(module)
-        self.initialise_norms()
-        for name, module in self.named_modules():
-            if isinstance(module, SoftmaxAttention):
-                module.initialise_modifiers(name)
-
-    def initialise_norms(self) -> None:
-        """Called after the general rule; SwinV2 sets its post-norms here."""
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
         """(B, in_chans, H, W) -> tokens (B, L, embed_dim) and their grid."""
@@ -217,14 +211,9 @@ class PyramidTransformer(nn.Module):
         macs += self.num_features * tokens // 2**self.num_layers + self.num_features * self.num_classes
         return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(tokens))
 
-    def no_weight_decay(self) -> set[str]:
-        """Full names of parameters without weight decay: position embeddings, and what the attention modifiers name."""
-        names = {"absolute_pos_embed"}
-        for module_name, module in self.named_modules():
-            if isinstance(module, SoftmaxAttention):
-                for key, modifier in module.modifiers.items():
-                    names |= {f"{module_name}.modifiers.{key}.{own}" for own in modifier.no_weight_decay()}
-        return names
+    def position_names(self) -> set[str]:
+        """The absolute position embedding."""
+        return {"absolute_pos_embed"}
 
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of names without weight decay."""

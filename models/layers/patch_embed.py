@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from kernels.window_attention.layout import Size, to_pair
 
+from .linear import Linear
+
 
 class PatchEmbed(nn.Module):
     """A convolution whose kernel and stride are the patch, then flattened, then a norm if there is a `norm_layer`.
@@ -56,7 +58,7 @@ class PatchMerging(nn.Module):
     def __init__(self, input_resolution: Size, dim: int, norm_first: bool, norm_layer: type[nn.Module] = nn.LayerNorm):
         super().__init__()
         self.input_resolution, self.dim, self.norm_first = input_resolution, dim, norm_first
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(4 * dim if norm_first else 2 * dim)
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:

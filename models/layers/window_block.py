@@ -100,7 +100,7 @@ class AttentionBlock(WindowBlock):
         """Multiply-accumulates for one image by the reference's count (softmax, bias and position MLPs are not counted)."""
         tokens = self.input_resolution[0] * self.input_resolution[1]
         extra = 0 if self.sw_mlp is None else self.sw_mlp.flops(tokens, self.dim)
-        return self.mlp_flops() + self.windows() * self.attn.flops(self.window[0] * self.window[1]) + extra
+        return self.mlp_flops() + self.attn.map_flops(self.layout(self.input_resolution, None)) + extra
 
 
 def block_geometry(block: WindowBlock, pretrained_window: Size = (0, 0)) -> Geometry:

@@ -1,4 +1,6 @@
 """From a config to loaders, for every data set."""
+import math
+
 import pytest
 import torch
 from torchvision import datasets
@@ -39,6 +41,23 @@ def test_a_contradicting_class_count_names_both_numbers(tmp_path):
 def test_mixing_off_means_hard_targets_and_no_mixup(tmp_path):
     data = build_data(settings(tmp_path, DATA__DATASET="folder", DATA__DATA_PATH=fakes.class_folder(tmp_path), **PLAIN))
     assert data.mixup is None and not data.soft_targets
+
+
+def test_the_small_image_recipe_reaches_the_transforms(tmp_path):
+    """Data set's own policy, padded crops, erasing of at most 0.4 of the area with the mean, mixed every second time."""
+    config = settings(tmp_path, DATA__DATASET="folder", DATA__DATA_PATH=fakes.class_folder(tmp_path), AUG__AUTO_AUGMENT="svhn",
+                      AUG__RANDOM_CROP_PADDING=4, AUG__REAREA=(0.02, 0.4), AUG__REMODE="const", AUG__MIXUP=1.0, AUG__CUTMIX=1.0,
+                      AUG__MIXUP_PROB=0.5)
+    data = build_data(config)
+    steps = {type(step).__name__: step for step in data.train_loader.dataset.transform.transforms}
+    assert steps["RandomCrop"].padding == 4 and steps["AutoAugment"].policy.name == "SVHN" and steps["RandomHorizontalFlip"].p == 0.5
+    erasing = steps["RandomErasing"]
+    assert (erasing.probability, erasing.min_area, erasing.max_area) == (0.25, 0.02, 0.4)
+    assert not erasing.per_pixel and not erasing.rand_color
+    assert erasing.log_aspect_ratio == (math.log(0.3), math.log(1 / 0.3))
+    mixes = [data.mixup._params_per_batch() for _ in range(600)]  # (share, whether it is cutmix)
+    mixed = [cut for share, cut in mixes if share < 1]
+    assert 0.4 < len(mixed) / 600 < 0.6 and 0.35 < sum(mixed) / len(mixed) < 0.65
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -126,3 +126,41 @@ def test_values_unknown_to_timm_are_refused_with_examples():
         train_transform((40, 40), **STATS, auto_augment="rnd-m9")
     with pytest.raises(DataError, match="INTERPOLATION 'cubic' is unknown; allowed: random, bilinear"):
         eval_transform((40, 40), **STATS, interpolation="cubic")
+
+
+LEARNED = {"cifar10": T.AutoAugmentPolicy.CIFAR10, "svhn": T.AutoAugmentPolicy.SVHN, "imagenet": T.AutoAugmentPolicy.IMAGENET}
+
+
+@pytest.mark.parametrize("policy", LEARNED)
+def test_a_learned_policy_is_torchvisions_after_crop_and_mirror(policy):
+    transform = train_transform((32, 32), **STATS, auto_augment=policy, hflip=0.5, erase_prob=0.25, erase_mode="const")
+    names = [type(step).__name__ for step in transform.transforms]
+    assert names == ["Resize", "RandomCrop", "RandomHorizontalFlip", "AutoAugment", "MaybeToTensor", "Normalize", "RandomErasing"]
+    step = transform.transforms[3]
+    assert step.policy == LEARNED[policy] and step.fill == [124, 116, 104]  # 255 times the mean
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", LEARNED)
+def test_a_learned_policy_changes_the_image(policy, channels):
+    stats = {"mean": STATS["mean"][:channels], "std": STATS["std"][:channels]}
+    augment, plain = (train_transform((32, 32), **stats, auto_augment=name, hflip=0, crop_padding=0, color_jitter=0)
+                      for name in (policy, "none"))
+    image, outputs = picture(3, (32, 32)), []
+    for number in range(30):
+        seed_sample(0, Key(0, number))
+        outputs.append(augment(image))
+        assert outputs[-1].shape == (channels, 32, 32) and outputs[-1].isfinite().all()
+    changed = sum(not torch.equal(output, plain(image)) for output in outputs)
+    assert changed >= 10 and len({output.numpy().tobytes() for output in outputs}) >= 10
+
+
+def test_random_erasing_fills_at_most_the_asked_area_with_the_mean():
+    transform = train_transform((64, 64), **STATS, hflip=0, crop_padding=0, color_jitter=0, erase_prob=1.0, erase_mode="const",
+                                erase_area=(0.3, 0.4))
+    for number in range(40):
+        seed_sample(0, Key(0, number))
+        erased = (transform(picture(3, (64, 64))) == 0).all(0)
+        rows, columns = erased.any(1).sum().item(), erased.any(0).sum().item()
+        assert 0.28 <= erased.float().mean() <= 0.42 and rows * columns == erased.sum()  # a rectangle, rounded to whole pixels
+        assert 0.28 <= rows / columns <= 3.6

@@ -10,7 +10,7 @@ from tests.engine.runs import run
 from tests.helpers import ROOT
 
 GRID = sorted(path.relative_to(ROOT) for path in (ROOT / "configs" / "digits").glob("digits_swin*.yaml"))
-OTHERS = ["elm", "gmm", "re_attention", "refiner", "talking_heads"]
+OTHERS = ["efficient_additive", "elm", "gmm", "re_attention", "refiner", "talking_heads"]
 OPTIONS = ["TRAIN.MAX_STEPS", "2", "DATA.NUM_WORKERS", "0", "LOG.TENSORBOARD", "False", "LOG.PLOT", "False", "DEVICE", "cpu"]
 
 

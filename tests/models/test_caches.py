@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from tests.models.builders import ATTENTION_FAMILIES, identity_options, randomise, small
+from tests.models.builders import WINDOW_FAMILIES, identity_options, randomise, small
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
@@ -16,7 +16,7 @@ def sharpened(family):
     return randomise(small(family, **identity_options(True, True, True))).eval()
 
 
-@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 def test_tables_are_built_once_in_evaluation_and_each_step_in_training(family):
     model = sharpened(family)
     calls = []
@@ -53,7 +53,7 @@ def change_by_replacing(model):
     attention.qkv.weight = torch.nn.Parameter(attention.qkv.weight.detach() * 1.1)
 
 
-@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 @pytest.mark.parametrize("change", [change_in_place, change_by_loading, change_by_training, change_by_replacing])
 def test_a_changed_weight_is_seen_at_once(family, change):
     model = sharpened(family)
@@ -67,7 +67,7 @@ def test_a_changed_weight_is_seen_at_once(family, change):
     assert (after - before).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 def test_inference_mode_dtype_and_copies_use_their_own_values(family):
     model = sharpened(family)
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def test_a_model_of_shapes_alone_leaves_nothing_behind_for_the_next():
     assert small("swinv2")(IMAGES).isfinite().all()
 
 
-@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 @pytest.mark.parametrize("backend", ["reference", "eager", "auto"])
 def test_what_inference_mode_leaves_behind_can_be_trained_with(family, backend):
     options = {**identity_options(True, True, True), "img_size": (18, 22)}

@@ -47,7 +47,7 @@ def test_loading_follows_the_references_rules(name):
         assert torch.allclose(after[key], value, rtol=0, atol=1e-5) if resized else torch.equal(after[key], value), key
     with torch.no_grad():
         tolerance = 1e-4 if meta["target_family"] == "swinv2" else 2e-5
-        assert torch.allclose(model(tensors["input"]), tensors["logits_after"], rtol=0, atol=tolerance)
+        assert torch.allclose(model(tensors["input"]), tensors["logits_after"], rtol=1e-6, atol=tolerance)  # logits reach 1e4
 
 
 def test_the_golden_checkpoint_file_gives_its_logits():

@@ -7,10 +7,10 @@ from kernels.window_attention import OffsetTerms, window_attention, window_layou
 from models.attention import AttentionSpec
 from models.attention.geometry import Geometry
 from models.attention.modifiers import MODIFIERS
-from tests.models.builders import ATTENTION_FAMILIES, randomise, small
+from tests.models.builders import WINDOW_FAMILIES, randomise, small
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-both_families = pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+both_families = pytest.mark.parametrize("family", WINDOW_FAMILIES)
 
 
 def with_modifiers(family, *modifiers):

@@ -13,12 +13,12 @@ from models.attention.geometry import Geometry
 from models.attention.modifiers import MODIFIERS
 from models.attention.modifiers.gaussian_mixture_mask import squared_distances
 from tests.helpers import golden, subtree
-from tests.models.builders import ATTENTION_FAMILIES, randomise, small
+from tests.models.builders import WINDOW_FAMILIES, randomise, small
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NAME = "gaussian_mixture_mask"
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-both_families = pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+both_families = pytest.mark.parametrize("family", WINDOW_FAMILIES)
 
 
 def mask(window=(4, 4), heads=2, prefix=0, **options):

@@ -8,9 +8,9 @@ from kernels.window_attention import window_layout
 from models.attention import AttentionSpec, WindowAttention, WindowAttentionV2
 from models.attention.geometry import Geometry
 from models.attention.modifiers import MODIFIERS, MapModifier, TermModifier
-from tests.models.builders import ATTENTION_FAMILIES, GRID, identity_options, randomise, small
+from tests.models.builders import GRID, WINDOW_FAMILIES, identity_options, randomise, small
 
-both_families = pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+both_families = pytest.mark.parametrize("family", WINDOW_FAMILIES)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 CRPW_OPTIONS = ["crpw", "crpw(source=table)", "crpw(mode=one_plus)", "crpw(source=table, mode=one_plus)", "crpw(apply=probs)",
                 "crpw(apply=probs, renormalise=True)"]
@@ -137,12 +137,28 @@ def test_in_bfloat16_autocast_the_residual_is_added_to_the_tokens_and_costs_no_p
         unfolded = F.linear(x, attention.qkv.weight, attention.packed_bias())
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low[..., :64], (unfolded[..., :64] + x.repeat(1, 1, 2).bfloat16()))
-    folded = F.linear(x, attention._projection(True)[0].bfloat16().float())[..., :64] - x.repeat(1, 1, 2)
+    folded = F.linear(x, attention._projection(True, torch.float32)[0].bfloat16().float())[..., :64] - x.repeat(1, 1, 2)
     assert (unfolded[..., :64].float() - exact).abs().mean() < 0.5 * (folded - exact).abs().mean()
 
 
+@both_families
+def test_in_bfloat16_evaluation_the_residual_is_folded_in_float32_and_errs_little_more(family):
+    model = with_modifiers(family, "qk_residual", embed_dim=32)
+    attention = model.layers[0].blocks[0].attn
+    torch.nn.init.normal_(attention.qkv.weight, std=0.02)
+    x = torch.randn(4, 64, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        added = attention.project(x)
+        with torch.no_grad():
+            folded, again = attention.project(x), attention.project(x)
+    exact = F.linear(x.double(), attention._projection(True, torch.float64)[0], None if attention.packed_bias() is None
+                     else attention.packed_bias().double())
+    assert folded.dtype == torch.bfloat16 and torch.equal(folded, again)
+    assert (folded - exact).abs().mean() < 2 * (added - exact).abs().mean()
+
+
 def test_dropped_biases_have_no_effect_and_the_value_bias_keeps_its_own():
-    for family in ATTENTION_FAMILIES:
+    for family in WINDOW_FAMILIES:
         model = randomise(with_modifiers(family, "qk_residual(drop_bias=True)"))
         gradients = loss_and_gradients(model)
         name = "layers.0.blocks.0.attn."
@@ -165,7 +181,7 @@ def test_one_adamw_step_without_gradient_moves_the_effective_weight_towards_the_
     torch.optim.AdamW(weights, lr=0.1, weight_decay=0.05).step()
     for block, old, new in zip((b for layer in model.layers for b in layer.blocks), before, weights, strict=True):
         torch.testing.assert_close(new, old * (1 - 0.1 * 0.05))
-        effective = block.attn._projection(True)[0][:block.dim]
+        effective = block.attn._projection(True, torch.float32)[0][:block.dim]
         torch.testing.assert_close(effective - torch.eye(block.dim), old[:block.dim] * (1 - 0.1 * 0.05), rtol=1e-5, atol=1e-6)
 
 
@@ -307,7 +323,7 @@ def test_a_modifier_defined_in_one_place_works_in_every_model_without_another_ed
             return torch.eye(attn.shape[-1]).expand_as(attn)
 
     try:
-        for family in ATTENTION_FAMILIES:
+        for family in WINDOW_FAMILIES:
             plain = randomise(small(family))
             halved = copy_shared(plain, with_modifiers(family, "halve_logits"))
             assert (halved(IMAGES) - plain(IMAGES)).abs().max() > 1e-5
@@ -321,7 +337,7 @@ def test_a_modifier_defined_in_one_place_works_in_every_model_without_another_ed
 
 
 def test_the_open_path_equals_the_fast_one():
-    for family in ATTENTION_FAMILIES:
+    for family in WINDOW_FAMILIES:
         model = randomise(small(family, **identity_options(True, True, True)))
         fast = model(IMAGES)
         for layer in model.layers:

@@ -9,7 +9,7 @@ from models.attention import AttentionSpec
 from models.attention.geometry import Geometry
 from models.attention.modifiers import MODIFIERS
 from tests.helpers import golden, subtree
-from tests.models.builders import ATTENTION_FAMILIES, randomise, small
+from tests.models.builders import WINDOW_FAMILIES, randomise, small
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 PLANES = ("raster", "key_grid", "query_grid")
@@ -35,7 +35,7 @@ def captured_map(attention, x, layout):
     return maps[0]
 
 
-@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 @pytest.mark.parametrize("options", ["", "expand=1", "expand=2, kernel=4", "reduce=False, expand=2", "reduce=False, expand=1",
                                      "residual=True", "residual=True, reduce=False, expand=1", "act=relu6", "renorm=row",
                                      "geometry=key_grid", "geometry=query_grid",
@@ -120,7 +120,7 @@ def test_an_included_class_token_is_the_neighbour_of_the_first_patch():
 
 
 @pytest.mark.parametrize("options", ["", "preset=release", "geometry=key_grid", "renorm=row", "reduce=False, expand=2"])
-@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 def test_masked_pairs_are_exactly_zero_in_shifted_windows(options, family):
     attention = randomise(small(family, attention=AttentionSpec((f"refiner({options})",)))).layers[0].blocks[1].attn
     layout = window_layout((8, 8), (4, 4), (2, 2))

@@ -6,8 +6,13 @@ import pytest
 import timm
 import torch
 
+from config import load_config
+from models.attention.additive import EfficientAdditiveAttention
+from models.build import ModelError, build_model
+from models.checkpoint import load_weights
+from models.checkpoint.convert import from_swiftformer
 from models.swiftformer import SIZES, SwiftFormer, swiftformer
-from tests.helpers import golden, subtree
+from tests.helpers import ROOT, golden, subtree
 from tests.models.builders import randomise
 
 SMALL = dict(num_classes=5, embed_dims=(8, 8, 12), depths=(2, 1, 2))
@@ -65,12 +70,44 @@ def test_timm_s_weights_give_timm_s_logits(size):
 
 def own_name(key):
     """The original's state-dict name -> ours."""
-    def place(match):
-        index = int(match[1])
-        return f"stages.{(index + 1) // 2}.{'downsample' if index % 2 else 'blocks'}."
-    key = re.sub(r"^network\.(\d+)\.", place, key)
-    key = re.sub(r"^patch_embed\.", "stem.", re.sub(r"^dist_head\.", "head_dist.", key)).replace(".Proj.", ".proj.")
-    return f"{key}.gamma" if re.search(r"layer_scale(_\d)?$", key) else key
+    return next(iter(from_swiftformer({key: torch.zeros(0)})))
+
+
+def test_released_weights_load_by_their_own_names():
+    meta, tensors = golden("swiftformer_model")
+    config = meta["config"]
+    model = SwiftFormer(24, num_classes=config["num_classes"], embed_dims=config["embed_dims"], depths=config["layers"]).eval()
+    report = load_weights(model, {"model": subtree(tensors, "state_dict")}, rule="exact")
+    assert report.format == "swiftformer" and report.coverage == 1 and not report.missing
+    torch.testing.assert_close(model(tensors["input"]), tensors["logits"], rtol=0, atol=1e-5)
+
+
+def configured(*opts, cfg="configs/digits/digits_swiftformer.yaml"):
+    return build_model(load_config(ROOT / cfg, list(opts)))
+
+
+def test_the_published_sizes_are_built_from_their_yamls():
+    for size, (with_head, without, _) in PUBLISHED.items():
+        with torch.device("meta"):
+            models = [configured(cfg=f"configs/swiftformer/swiftformer_{size}{tail}.yaml") for tail in ("", "_no_teacher")]
+        assert [sum(p.numel() for p in model.parameters()) for model in models] == [with_head, without]
+
+
+def test_another_mixer_is_taken_from_the_one_place_for_all_families():
+    model = configured("MODEL.ATTENTION.MIXER", "local(kernel_size=3)", "MODEL.SWIFTFORMER.NUM_HEADS", "[2, 4]")
+    assert [stage.blocks[-1].attn.num_heads for stage in model.stages] == [2, 4]
+    assert isinstance(configured().stages[0].blocks[-1].attn, EfficientAdditiveAttention)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("MODEL.ATTENTION.MIXER", "softmax", "too many tokens for N x N maps; leave it at auto"),
+    ("MODEL.ATTENTION.MODIFIERS", "[qk_residual]", "which mixer efficient_additive does not form"),
+    ("MODEL.ATTENTION.DROP", "0.1", "MODEL.ATTENTION.DROP: only softmax attention has that"),
+    ("MODEL.SWIFTFORMER.NUM_HEADS", "[2, 2]", "which has no heads; leave it out"),
+    ("MODEL.PRE_MLP.WHERE", "stem", "swiftformer has no such part"), ("TRAIN.USE_CHECKPOINT", "True", "running statistics")])
+def test_keys_without_a_meaning_are_refused_with_the_reason(key, value, message):
+    with pytest.raises(ModelError, match=message):
+        configured(key, value)
 
 
 def test_logits_features_and_gradients_are_the_original_s():
@@ -118,7 +155,8 @@ def before_a_norm(name):
 @pytest.mark.parametrize("attention", ["efficient_additive", "efficient_additive(pool_norm=softmax, residual=none)", "separable",
                                        "local(kernel_size=3)"])
 def test_every_parameter_learns_within_three_steps(attention):
-    model = small(attention=attention, num_heads=[2, 2, 2], drop_rate=0.1, drop_path_rate=0.1)
+    heads = [2, 2, 2] if attention.startswith("local") else None
+    model = small(attention=attention, num_heads=heads, drop_rate=0.1, drop_path_rate=0.1)
     optimizer, touched = torch.optim.AdamW(model.parameters(), lr=1e-2), set()
     for _ in range(3):
         optimizer.zero_grad()

@@ -8,14 +8,14 @@ from kernels.window_attention.reference import add_mask, merge_windows, split_wi
 from models.attention import AttentionSpec
 from models.attention.geometry import Geometry
 from models.attention.modifiers import MODIFIERS
-from tests.models.builders import ATTENTION_FAMILIES, randomise, small
+from tests.models.builders import WINDOW_FAMILIES, randomise, small
 
 NAME = "talking_heads"
 WHERE = ("both", "pre", "post")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_fresh_one_is_the_plain_model(family, where, bias):

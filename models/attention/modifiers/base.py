@@ -32,8 +32,14 @@ class WeightModifier(Modifier):
     """Changes the projections q, k, v = x Wᵀ + b before the head split, in one of two equal ways.
 
     `fold` works on the weight: no pass over the tokens. `add` works on the projected tokens: exact where the weight would be
-    rounded to 16 bits first. `fold_bias` serves both.
+    rounded to 16 bits first. `fold_bias` serves both. Raises ValueError where q and k are not as wide as x.
     """
+
+    def __init__(self, geometry: Geometry):
+        super().__init__(geometry)
+        if geometry.inner != geometry.dim:
+            raise ValueError(f"{type(self).__name__}: x has {geometry.dim} channels, q and k have {geometry.inner} "
+                             f"({geometry.num_heads} heads of {geometry.head_channels}); x can be added to q and k only where both agree")
 
     def fold(self, weight: Tensor) -> Tensor:
         """(3C, C) -> (3C, C)."""
@@ -73,6 +79,10 @@ class MapModifier(Modifier):
         G is H, or a multiple of it that divides the channels: V is then cut into G heads.
         """
         raise NotImplementedError
+
+    def num_maps(self) -> int:
+        """G."""
+        return self.geometry.num_heads
 
     def settle(self, attn: Tensor) -> Tensor:
         """(B*nW, G, N, N) -> the same, after masked pairs have become zero; must leave them so."""

@@ -42,7 +42,7 @@ class Refiner(MapModifier):
         reduction (H, r H): matrices, which weight decay reaches.
     Raises: ValueError for what is not one of the above, and for combinations without a meaning, with the reason.
     Source: Refiner, arXiv:2106.03714, and github.com/zhoudaquan/Refiner_ViT. This is what one block can do on its own: the release's
-        carry of a map into later blocks and its sharing of maps between blocks are not part of it.
+        carry of a map into later blocks and its sharing of maps between blocks are models/refined_vit.py's.
     """
 
     def __init__(self, place: Geometry, /, preset: str = "paper", expand: int = 3, kernel: int = 3, reduce: bool = True,
@@ -56,7 +56,7 @@ class Refiner(MapModifier):
         options = {**given, **{name: value for name, value in PRESETS[preset].items() if given[name] == "preset"}}
         _check(options, place, expand, kernel, reduce)
         self.act, self.residual, self.init, self.plane = (options[name] for name in ("act", "residual", "init", "geometry"))
-        self.renorm, self.factor = options["renorm"], (place.dim // place.num_heads) ** -0.5 if rescale else 1.0
+        self.renorm, self.factor = options["renorm"], place.head_channels**-0.5 if rescale else 1.0
         self.excluded = place.prefix if options["cls"] == "exclude" else 0
         self._create(place.num_heads, expand, kernel, reduce, options["bn"])
         self.initialise(self)
@@ -98,6 +98,10 @@ class Refiner(MapModifier):
         if self.reduction is not None:
             maps = self._norm("reduced", mix_heads(maps, self.reduction))
         return self._norm("refined", maps + attn if self.residual else maps) * self.factor
+
+    def num_maps(self) -> int:
+        """H, or r H without `reduce`."""
+        return len(self.kernel) if self.reduction is None else len(self.reduction)
 
     def settle(self, attn: Tensor) -> Tensor:
         """Normalises the rows, where that is asked for, once the masked pairs are zero."""
@@ -142,8 +146,8 @@ def _check(options: dict, place: Geometry, expand: int, kernel: int, reduce: boo
             raise ValueError(f"refiner({name}={value}): allowed are {', '.join(map(str, ALLOWED[name]))}")
     if expand < 1 or kernel < 1:
         raise ValueError(f"refiner(expand={expand}, kernel={kernel}): both are at least 1")
-    if not reduce and place.dim % (place.num_heads * expand):
-        raise ValueError(f"refiner(expand={expand}, reduce=False): {place.dim} channels cannot be split into "
+    if not reduce and place.inner % (place.num_heads * expand):
+        raise ValueError(f"refiner(expand={expand}, reduce=False): {place.inner} channels cannot be split into "
                          f"{place.num_heads * expand} heads; choose expand so that it divides the channels of a head")
     if not reduce and expand > 1 and options["residual"]:
         raise ValueError(f"refiner(expand={expand}, reduce=False, residual=True): the map has fewer heads than what it is added to")

@@ -27,9 +27,9 @@ class HeadMixing(Modifier):
         self.bias = nn.Parameter(torch.zeros(geometry.num_heads)) if bias else None
 
     def initialise(self, attention: nn.Module) -> None:
-        """The identity stays, or N(0, 1) is drawn."""
-        if self.init == "normal":
-            nn.init.normal_(self.weight)
+        """The identity stays, or N(0, 1) is drawn, or ("small") N(0, 0.02^2), what the released CaiT starts with."""
+        if self.init != "identity":
+            nn.init.normal_(self.weight, std=1.0 if self.init == "normal" else 0.02)
 
     def forward(self, matrices: Tensor) -> Tensor:
         """(B*nW, H, N, N) -> (B*nW, H, N, N)."""

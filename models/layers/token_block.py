@@ -1,0 +1,53 @@
+"""The block that ViT and its relatives share: attention and an MLP, each behind a norm and added to the tokens."""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from .mlp import Mlp
+
+
+class LayerScale(nn.Module):
+    """x * gamma, one factor a channel.
+
+    Shapes: (..., C) -> (..., C); gamma (C,).
+    """
+
+    def __init__(self, dim: int, start: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(start)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return x * self.gamma
+
+
+class TokenBlock(nn.Module):
+    """x + drop_path(ls1(attn(norm1(x)))), then x + drop_path(ls2(mlp(norm2(x)))).
+
+    Args:
+        attn: (B, N, C) -> (B, N, C), with `flops(tokens)`. hidden: width of the MLP. drop: dropout in the MLP. drop_path: stochastic depth
+        of both branches. layer_scale: initial gamma of ls1 and ls2; None leaves them out.
+    Shapes: (B, N, C) -> (B, N, C). State-dict keys are timm's ViT block's.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, hidden: int, drop: float = 0.0, drop_path: float = 0.0, layer_scale: float | None = None,
+                 norm_layer: Callable[[int], nn.Module] = nn.LayerNorm):
+        super().__init__()
+        self.dim, self.hidden = dim, hidden
+        self.norm1, self.attn = norm_layer(dim), attn
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2, self.mlp = norm_layer(dim), Mlp(dim, hidden, drop)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+    def flops(self, tokens: int) -> int:
+        """Multiply-accumulates of the linear layers and the attention products for one image; norms count once per number."""
+        return self.attn.flops(tokens) + 2 * tokens * self.dim * self.hidden + 2 * tokens * self.dim
