@@ -17,7 +17,7 @@ MAY_IMPORT = {"kernels": set(), "models": {"kernels"}, "data": set(), "engine": 
 OUTSIDE = {"matplotlib": {"engine/curves.py"}, "yacs": {"config.py"}}
 OWN = {*MAY_IMPORT, "main", "tests", "tools", "benchmarks"}
 # The others compile too, but take minutes together.
-COMPILED = [family if family in ("swin", "swinv2", "vit") else pytest.param(family, marks=pytest.mark.slow) for family in ATTENTION_FAMILIES]
+COMPILED = [name if name in ("swin", "swinv2", "vit") else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION_FAMILIES]
 MODIFIER_NAMES = MODIFIERS.names()  # before any test registers its own
 
 

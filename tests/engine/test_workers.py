@@ -32,7 +32,7 @@ def images(tmp_path):
 def test_a_run_with_loading_processes_and_image_files_ends(images, tmp_path):
     """Workers start with SIGTERM blocked, so the interpreter's own request to end at exit would wait for them for ever."""
     run = run_main("--cfg", CONFIG, "--data-path", images, "--batch-size", 4, "--epochs", 1, "--output", tmp_path / "output", "--opts",
-                   *OPTIONS, timeout=120)
+                   *OPTIONS, timeout=300)
     assert run.returncode == 0, run.stderr
 
 
