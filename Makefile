@@ -1,5 +1,6 @@
 # make quickstart          install into .venv, then train the digits example: accuracy, checkpoint and curves in about two minutes
 # make test                install the same way, then the default tests; make test-slow: those that train longer; make test-all: both
+# make kernels             compile the fused attention kernel where a compiler is; the commands above do so too
 # make lint | bench | clean
 #
 # PYTHON=python            use that interpreter's environment (conda, container, ...); nothing is created or installed
@@ -10,6 +11,8 @@ VENV ?= .venv
 SYSTEM_PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
+# Compiled once for each state of the sources; without a compiler this is one line that says so.
+KERNELS = $(RUN) -m kernels.window_attention
 PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 ifdef PYTHON
@@ -23,27 +26,35 @@ DEV_READY = $(VENV)/requirements-dev.done
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help quickstart test test-slow test-all lint bench clean check-run check-dev
+.PHONY: help kernels quickstart test test-slow test-all lint bench clean check-run check-dev
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(RUN_READY)
+	@$(KERNELS)
 	$(RUN) main.py --cfg configs/digits/digits_tiny.yaml $(ARGS)
 
 test: $(DEV_READY)
+	@$(KERNELS)
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(DEV_READY)
+	@$(KERNELS)
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: $(DEV_READY)
+	@$(KERNELS)
 	$(PYTEST) $(ARGS)
+
+kernels: $(RUN_READY)
+	@$(KERNELS)
 
 lint: $(DEV_READY)
 	$(RUN) -m ruff check .
 
 bench: $(RUN_READY)
+	@$(KERNELS)
 	$(RUN) benchmarks/cpu_models.py $(ARGS)
 
 clean:

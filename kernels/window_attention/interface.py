@@ -6,28 +6,40 @@ import torch
 from torch import Tensor
 
 from .eager import window_attention_eager
+from .fused import cannot, missing, window_attention_fused
 from .layout import WindowLayout
 from .reference import window_attention_reference
 from .sdpa import window_attention_sdpa
 from .terms import OffsetTerms
 
-# A fused kernel joins here under its own name, and in `explain` with the conditions under which it applies.
-BACKENDS = {"reference": window_attention_reference, "eager": window_attention_eager, "sdpa": window_attention_sdpa}
+BACKENDS = {"reference": window_attention_reference, "eager": window_attention_eager, "sdpa": window_attention_sdpa,
+            "fused": window_attention_fused}
 ENVIRONMENT = "WINDOW_ATTENTION_BACKEND"
 
 
 def explain(qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> tuple[str, str]:
-    """The backend that `window_attention` picks for these arguments when none is forced, and the reason."""
+    """The backend that `window_attention` picks for these arguments when none is forced, and the reason.
+
+    Where the fused kernel applies, the first call loads it, and compiles it if need be (see build.py).
+    """
+    unfused = why_not_fused(qkv, terms)
+    if unfused is None:
+        return "fused", "one compiled operation, which forms no N x N matrix in memory"
     if torch.compiler.is_compiling():
-        return "reference", "under torch.compile the plain formula is what the compiler fuses best"
+        return "reference", f"not fused ({unfused}), and under torch.compile the plain formula is what the compiler fuses best"
     if terms.post is not None:
-        return "reference", "a weight after the softmax needs the softmaxed map"
+        return "reference", f"not fused ({unfused}), and a weight after the softmax needs the softmaxed map"
     uniform = terms.weight.dim() == 2 and terms.weight.shape[0] == 1
     if qkv.device.type == "cuda" and uniform:
-        return "sdpa", "on CUDA, and the weight is one number per head"
+        return "sdpa", f"not fused ({unfused}); on CUDA, and the weight is one number per head"
     if dropout:
-        return "reference", "dropout of the map"
-    return "eager", "the weight differs between offsets" if not uniform else "not on CUDA, where eager attention is faster than SDPA"
+        return "reference", f"not fused ({unfused}), and dropout needs the softmaxed map"
+    return "eager", f"not fused ({unfused}); SDPA " + ("has no weight per offset" if not uniform else "is slower than eager attention here")
+
+
+def why_not_fused(qkv: Tensor, terms: OffsetTerms) -> str | None:
+    """Why the fused kernel is not taken for these arguments on this machine, or None."""
+    return cannot(qkv, terms) or missing(qkv.device.type)
 
 
 def window_attention(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,

@@ -91,7 +91,7 @@ class WindowLayout:
     """How one grid is cut into windows; made by `window_layout`, which keeps it for the next forward.
 
     grid, padded: tokens (rows, columns) before and after padding. tokens: (nW*N,) the padded grid's token behind each
-    window position. mask: (nW, N, N) float32 or None.
+    window position. mask: (nW, N, N) float32 or None; mask_value: its entries between tokens that the roll brought together.
     """
 
     grid: Size
@@ -100,6 +100,7 @@ class WindowLayout:
     shift: Size
     tokens: Tensor
     mask: Tensor | None
+    mask_value: float = -100.0
     rows: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -150,7 +151,7 @@ def window_layout(grid: Size, window: Size, shift: Size = (0, 0), mask_value: fl
     tokens = torch.arange(padded[0] * padded[1], device="cpu").view(1, *padded, 1).roll((-shift[0], -shift[1]), (1, 2))
     mask = _pair_mask(grid, padded, window, shift, mask_value)
     return WindowLayout(grid, padded, window, shift, window_partition(tokens, window).flatten().to(device),
-                        None if mask is None else mask.to(device))
+                        None if mask is None else mask.to(device), mask_value)
 
 
 def pad_grid(x: Tensor, layout: WindowLayout) -> Tensor:

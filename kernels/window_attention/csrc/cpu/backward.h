@@ -1,0 +1,249 @@
+// Backward of one head of a run of windows: P is formed again from q, k and the saved log-sum-exp.
+//
+//   G = dO vᵀ * factors        dS = P (G - rowsum(P G))        H = dS * weight (cosine: * 1 / (|q_i| |k_j|))
+//   dq = H k    dk = Hᵀ q    dv = (P * factors)ᵀ dO    d weight = dS * logits    d bias = dS    d post = P * keep / (1 - dropout) * dO vᵀ
+//
+// (cosine: dq - q (q dq) / |q|^2, and the same for k.) The rows of P are divided by their sums once more, because a rounded log-sum-exp
+// would shift a whole row.
+#pragma once
+#include "forward.h"
+
+namespace wa {
+namespace WA_ISA {
+
+template <class Unit>
+struct Backward : Head<Unit> {
+    using Base = Head<Unit>;
+    static constexpr bool PAIRS = Base::PAIRS;
+    float *q, *k, *v, *g, *turned_k, *turned_v, *paired_q, *paired_k, *paired_g;  // g: grad_out
+    float *logits, *map, *grads, *left, *map_pairs, *grad_pairs;  // (queries, columns) each
+    float *grad_q, *grad_k, *grad_v, *kept, *line;
+    Dense sum_weight, sum_bias, sum_post;
+    double uniform;
+    int queries;
+
+    Backward(const Job* j, int h, Carver* c) : Base(j, h, c) {
+        const WindowAttentionArgs& a = this->a;
+        const int64_t rows = this->columns, width = this->width, packed = rows * this->packed, paired = PAIRS ? rows / 2 * width : 0;
+        queries = block_of(j->area);
+        q = c->take<float>(packed), k = c->take<float>(packed), v = c->take<float>(packed), g = c->take<float>(packed);
+        turned_k = c->take<float>(packed), turned_v = c->take<float>(packed);
+        paired_q = c->take<float>(paired), paired_k = c->take<float>(paired), paired_g = c->take<float>(paired);
+        const int64_t block = queries * rows;
+        logits = c->take<float>(block), map = c->take<float>(block), grads = c->take<float>(block), kept = c->take<float>(rows);
+        left = c->take<float>(PAIRS ? block / 2 : 0), map_pairs = c->take<float>(PAIRS ? block / 2 : 0), grad_pairs = c->take<float>(PAIRS ? block / 2 : 0);
+        grad_q = c->take<float>(queries * width), grad_k = c->take<float>(rows * width), grad_v = c->take<float>(rows * width);
+        const int64_t pairs = int64_t(j->area) * rows;
+        sum_weight = {c->take<float>(!a.grad_weight ? 0 : a.weight_rows == 1 ? rows : pairs), a.weight_rows == 1 ? 0 : rows};
+        sum_bias = {c->take<float>(a.grad_bias ? pairs : 0), rows}, sum_post = {c->take<float>(a.grad_post ? pairs : 0), rows};
+        line = (float*)c->take<double>(j->offsets);
+    }
+
+    template <class T>
+    void run(int run_index) {
+        const Job* job = this->job;
+        const WindowAttentionArgs& a = this->a;
+        const int64_t pairs = int64_t(job->area) * this->columns * sizeof(float);
+        uniform = 0;
+        if (a.grad_weight && a.weight_rows > 1) memset(sum_weight.at, 0, pairs);
+        if (a.grad_bias) memset(sum_bias.at, 0, pairs);
+        if (a.grad_post) memset(sum_post.at, 0, pairs);
+        const int64_t end = least(job->windows, int64_t(run_index + 1) * job->run);
+        for (int64_t index = int64_t(run_index) * job->run; index < end; ++index) window<T>(index);
+        float* to = job->partial + (int64_t(this->head) * job->runs + run_index) * job->partial_size;
+        if (a.grad_weight && a.weight_rows == 1) *to++ = float(uniform);
+        else if (a.grad_weight) collect(job, sum_weight.at, this->columns, (double*)line, to), to += job->offsets;
+        if (a.grad_bias) collect(job, sum_bias.at, this->columns, (double*)line, to), to += job->offsets;
+        if (a.grad_post) collect(job, sum_post.at, this->columns, (double*)line, to);
+    }
+
+    template <class T>
+    void window(int64_t index) {
+        const WindowAttentionArgs& a = this->a;
+        const int columns = this->columns, width = this->width, packed = this->packed, area = this->job->area;
+        this->go_to(index);
+        const T* const from = (const T*)a.qkv;
+        this->take(from, 3, 0, q), this->take(from, 3, 1, k), this->take(from, 3, 2, v), this->take((const T*)a.grad_out, 1, 0, g);
+        turn(k, packed, turned_k, columns, columns, packed), turn(v, packed, turned_v, columns, columns, packed);
+        if (PAIRS) pair_rows(q, packed, paired_q, columns, width), pair_rows(k, packed, paired_k, columns, width), pair_rows(g, packed, paired_g, columns, width);
+        if (a.cosine) this->invert_norms(q, this->inverse_q), this->invert_norms(k, this->inverse_k);
+        for (int first = 0; first < area; first += queries) {
+            const int count = int(least(queries, area - first)), units = (count + Unit::SIZE - 1) / Unit::SIZE;
+            product<Unit>({q + first * packed, packed, 1}, turned_k, columns, logits, columns, count, columns, this->depth, false);
+            product<Unit>({g + first * packed, packed, 1}, turned_v, columns, grads, columns, count, columns, this->depth, false);
+            const bool one_weight = a.grad_weight && a.weight_rows == 1;
+            if (one_weight) memset(sum_weight.at, 0, columns * sizeof(float));
+            const bool quick = columns == 4 * W && !this->has_factors();
+            if (quick) quick_rows<T>(index, first, count);
+            else for (int r = 0; r < count; ++r) this->template ask<T>(first + r, true), row(index, first, r);
+            for (int n = 0; one_weight && n < area; ++n) uniform += sum_weight.at[n];
+            if (PAIRS && !quick) round_block(count);
+            const Strided rows = PAIRS ? Strided{left, columns / 2, 1} : Strided{grads, columns, 1};
+            product<Unit>(rows, PAIRS ? paired_k : k, width, grad_q, width, count, width, this->keys, false);
+            const int64_t skip = int64_t(first / Unit::SIZE) * width;
+            const Strided down{PAIRS ? grad_pairs : grads, 1, columns}, map_down{PAIRS ? map_pairs : map, 1, columns};
+            product<Unit>(down, (PAIRS ? paired_q : q) + skip, width, grad_k, width, area, width, units, first > 0);
+            product<Unit>(map_down, (PAIRS ? paired_g : g) + skip, width, grad_v, width, area, width, units, first > 0);
+            for (int r = 0; r < count; ++r) give<T>(0, first + r, grad_q + r * width, q, this->inverse_q, LN2);
+        }
+        for (int j = 0; j < area; ++j) {
+            give<T>(1, j, grad_k + j * width, k, this->inverse_k, LN2);
+            give<T>(2, j, grad_v + j * width, nullptr, nullptr, 1);
+        }
+    }
+
+    // Writes token i's gradient of part 0, 1 or 2; cosine: takes out what lies along the vector itself, rows of `packed`.
+    template <class T>
+    void give(int part, int i, float* grad, const float* packed, const float* inverse, float factor) {
+        const WindowAttentionArgs& a = this->a;
+        const int64_t token = this->place.token[i];
+        if (token < 0) return;
+        if (a.cosine && packed) {
+            const float* x = packed + i * this->packed;
+            float along = 0;
+            for (int d = 0; d < this->dim; ++d) along += channel(x, d) * grad[d];
+            along *= inverse[i] * inverse[i];
+            for (int d = 0; d < this->dim; ++d) grad[d] -= channel(x, d) * along;
+        }
+        give_row((const float*)grad, factor, (T*)a.grad_qkv + ((token * 3 + part) * a.heads + this->head) * this->dim, this->dim);
+    }
+
+    static inline float channel(const float* row, int d) {
+        if (!PAIRS) return row[d];
+        const uint32_t bits = uint32_t(bits_of(row[d / 2]));
+        return float_of(d % 2 ? bits & 0xffff0000u : bits << 16);
+    }
+
+    // From the logits and dO vᵀ of query i: P * factors in `map`, H in `grads`, and the sums of the tables' gradients.
+    void row(int64_t index, int first, int r) {
+        const WindowAttentionArgs& a = this->a;
+        const int i = first + r, columns = this->columns;
+        float *const s = logits + r * columns, *const p = map + r * columns, *const h = grads + r * columns;
+        if (this->place.token[i] < 0) {
+            memset(p, 0, columns * sizeof(float)), memset(h, 0, columns * sizeof(float));
+            return;
+        }
+        if (a.cosine) this->normalise(s, i);
+        const float *const weight = this->weight.at + i * this->weight.row, *const bias = this->bias_row(i);
+        const float* const factors = this->has_factors() ? this->factors_row(index, i, true) : nullptr;
+        if (factors && a.grad_post) memcpy(kept, h, columns * sizeof(float));
+        const vf lse = all(a.lse[(index * a.heads + this->head) * this->job->area + i] * LOG2E);
+        vf totals = {}, along = {};
+        for (int n = 0; n < columns; n += W) {
+            const vf e = exp2v<Unit::SIZE == 1>(load(s + n) * load(weight + n) + load(bias + n) - lse);
+            vf x = load(h + n);
+            if (factors) x *= load(factors + n), store(h + n, x);
+            totals += e, along += e * x;
+            store(p + n, e);
+        }
+        const float scale = 1 / sum(totals);
+        const vf by = all(scale), mean = all(sum(along) * scale);
+        float *const to_weight = sum_weight.at + i * sum_weight.row, *const to_bias = sum_bias.at + i * sum_bias.row;
+        if (a.grad_weight && a.grad_bias) differentiate<true, true>(s, p, h, weight, by, mean, to_weight, to_bias);
+        else if (a.grad_weight) differentiate<true, false>(s, p, h, weight, by, mean, to_weight, nullptr);
+        else if (a.grad_bias) differentiate<false, true>(s, p, h, weight, by, mean, nullptr, to_bias);
+        else differentiate<false, false>(s, p, h, weight, by, mean, nullptr, nullptr);
+        if (a.cosine) this->normalise(h, i);
+        if (!factors) return;
+        for (int n = 0; n < columns; n += W) store(s + n, load(p + n)), store(p + n, load(p + n) * load(factors + n));
+        if (!a.grad_post) return;
+        const float* const keep = this->factors_row(index, i, false);
+        float* const to_post = sum_post.at + i * sum_post.row;
+        for (int n = 0; n < columns; n += W) store(to_post + n, load(to_post + n) + load(s + n) * load(keep + n) * load(kept + n));
+    }
+
+    // As `row` and `round_block` together, for rows of four vectors, which stay in registers.
+    template <class T>
+    void quick_rows(int64_t index, int first, int count) {
+        const WindowAttentionArgs& a = this->a;
+        if (a.grad_weight && a.grad_bias) quick_rows_with<T, true, true>(index, first, count);
+        else if (a.grad_weight) quick_rows_with<T, true, false>(index, first, count);
+        else if (a.grad_bias) quick_rows_with<T, false, true>(index, first, count);
+        else quick_rows_with<T, false, false>(index, first, count);
+    }
+
+    template <class T, bool WEIGHT, bool BIAS>
+    void quick_rows_with(int64_t index, int first, int count) {
+        const int columns = this->columns;
+        for (int r = 0; r < count; r += Unit::SIZE) {
+            vf p[Unit::SIZE][4] = {}, h[Unit::SIZE][4] = {};
+#pragma GCC unroll 2
+            for (int one = 0; one < Unit::SIZE; ++one)
+                if (r + one < count) {
+                    this->template ask<T>(first + r + one, true);
+                    if (this->place.token[first + r + one] >= 0) quick_row<WEIGHT, BIAS>(index, first, r + one, p[one], h[one]);
+                }
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) {
+                if constexpr (PAIRS) {
+                    store(map_pairs + r / 2 * columns + n * W, pair(p[0][n], p[1][n]));
+                    store(grad_pairs + r / 2 * columns + n * W, pair(h[0][n], h[1][n]));
+                    *(vh_any*)((uint16_t*)left + r * columns + n * W) = to_bf16(h[0][n]);
+                    *(vh_any*)((uint16_t*)left + (r + 1) * columns + n * W) = to_bf16(h[1][n]);  // the block has an even number of rows
+                } else {
+                    store(map + r * columns + n * W, p[0][n]), store(grads + r * columns + n * W, h[0][n]);
+                }
+            }
+        }
+    }
+
+    template <bool WEIGHT, bool BIAS>
+    inline __attribute__((always_inline)) void quick_row(int64_t index, int first, int r, vf* p, vf* h) {
+        const WindowAttentionArgs& a = this->a;
+        const int i = first + r, columns = this->columns;
+        float *const s = logits + r * columns, *const g_row = grads + r * columns;
+        if (a.cosine) this->normalise(s, i);
+        const float *const weight = this->weight.at + i * this->weight.row, *const bias = this->bias_row(i);
+        const vf lse = all(a.lse[(index * a.heads + this->head) * this->job->area + i] * LOG2E);
+        vf totals = {}, along = {};
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            p[n] = exp2v<Unit::SIZE == 1>(load(s + n * W) * load(weight + n * W) + load(bias + n * W) - lse);
+            totals += p[n], along += p[n] * load(g_row + n * W);
+        }
+        const float scale = 1 / sum(totals);
+        const vf by = all(scale), mean = all(sum(along) * scale);
+        float *const to_weight = sum_weight.at + i * sum_weight.row, *const to_bias = sum_bias.at + i * sum_bias.row;
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            p[n] *= by;
+            const vf grad = p[n] * (load(g_row + n * W) - mean);
+            h[n] = grad * load(weight + n * W);
+            if (WEIGHT) store(to_weight + n * W, load(to_weight + n * W) + grad * load(s + n * W));
+            if (BIAS) store(to_bias + n * W, load(to_bias + n * W) + grad);
+        }
+        if (a.cosine) {
+            const vf own = all(this->inverse_q[i]);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) h[n] *= own * load(this->inverse_k + n * W);
+        }
+    }
+
+    template <bool WEIGHT, bool BIAS>
+    void differentiate(const float* s, float* p, float* h, const float* weight, vf by, vf mean, float* to_weight, float* to_bias) {
+        for (int n = 0; n < this->columns; n += W) {
+            const vf x = load(p + n) * by, grad = x * (load(h + n) - mean);
+            store(p + n, x), store(h + n, grad * load(weight + n));
+            if (WEIGHT) store(to_weight + n, load(to_weight + n) + grad * load(s + n));
+            if (BIAS) store(to_bias + n, load(to_bias + n) + grad);
+        }
+    }
+
+    // `map` and `grads` of a block of queries as bf16: pairs along the queries of both, pairs along the keys of `grads`.
+    void round_block(int count) {
+        const int columns = this->columns;
+        for (int r = 0; r < count; r += 2) {
+            const bool last = r + 1 == count;
+            const float *p = map + r * columns, *h = grads + r * columns;
+            for (int n = 0; n < columns; n += W) {
+                store(map_pairs + r / 2 * columns + n, pair(load(p + n), last ? vf{} : load(p + columns + n)));
+                store(grad_pairs + r / 2 * columns + n, pair(load(h + n), last ? vf{} : load(h + columns + n)));
+                *(vh_any*)((uint16_t*)left + r * columns + n) = to_bf16(load(h + n));
+                if (!last) *(vh_any*)((uint16_t*)left + (r + 1) * columns + n) = to_bf16(load(h + columns + n));
+            }
+        }
+    }
+};
+
+}  // namespace WA_ISA
+}  // namespace wa

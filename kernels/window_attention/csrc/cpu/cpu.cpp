@@ -1,0 +1,105 @@
+// Entry points of the CPU kernel (kernels.h): chooses the instruction set, cuts the work into tasks, sums what they leave.
+#include "../kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "job.h"
+#include "processor.h"
+#include "threads.h"
+
+namespace {
+
+using wa::Job;
+using wa::Kernels;
+
+int ceiling(int count, int of) { return (count + of - 1) / of; }
+
+Job make_job(const WindowAttentionArgs* a, int backward) {
+    Job job{};
+    job.args = a;
+    job.down = ceiling(a->height, a->window[0]), job.across = ceiling(a->width, a->window[1]);
+    job.area = a->window[0] * a->window[1], job.offsets = (2 * a->window[0] - 1) * (2 * a->window[1] - 1);
+    job.windows = int64_t(a->batch) * job.down * job.across;
+    // the tables are spread once per task: many small windows in one, few large ones
+    job.run = job.area >= 1024 ? 1 : 1024 / job.area < 16 ? 1024 / job.area : 16;
+    job.runs = int((job.windows + job.run - 1) / job.run);
+    if (backward) {
+        job.partial = static_cast<float*>(a->workspace);
+        job.partial_size = (a->grad_weight ? a->weight_rows : 0) + (a->grad_bias ? job.offsets : 0) + (a->grad_post ? job.offsets : 0);
+    }
+    return job;
+}
+
+struct Call {
+    const Job* job;
+    const Kernels* kernels;
+    int backward;
+    int64_t scratch;
+};
+
+void run_task(int64_t task, void* of) {
+    const Call& call = *static_cast<const Call*>(of);
+    const int heads = call.job->args->heads;  // heads vary fastest: the rows of one token lie together in memory
+    void* scratch = wa::scratch_of_thread(call.scratch);
+    if (!scratch) return wa::report_failure();
+    (call.backward ? call.kernels->backward : call.kernels->forward)(call.job, int(task % heads), int(task / heads), scratch);
+}
+
+// Adds the runs of one head in their order.
+void sum_head(int64_t head, void* of) {
+    const Job& job = *static_cast<const Call*>(of)->job;
+    const WindowAttentionArgs& a = *job.args;
+    const float* from = job.partial + head * job.runs * job.partial_size;
+    float* const tables[3] = {a.grad_weight, a.grad_bias, a.grad_post};
+    const int rows[3] = {a.weight_rows, job.offsets, job.offsets};
+    for (int which = 0; which < 3; ++which) {
+        if (!tables[which]) continue;
+        for (int t = 0; t < rows[which]; ++t) {
+            double total = 0;
+            for (int run = 0; run < job.runs; ++run) total += from[int64_t(run) * job.partial_size + t];
+            tables[which][int64_t(t) * a.heads + head] = float(total);
+        }
+        from += rows[which];
+    }
+}
+
+int run(const WindowAttentionArgs* a, int backward) {
+    if (wa_cpu_supports(a)) return 1;
+    const Job job = make_job(a, backward);
+    const Kernels* kernels = wa::chosen().kernels;
+    Call call{&job, kernels, backward, kernels->scratch(&job, backward)};
+    if (!wa::run_tasks(int64_t(job.runs) * a->heads, a->threads, run_task, &call)) return 2;
+    if (job.partial_size) wa::run_tasks(a->heads, a->threads, sum_head, &call);
+    return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* wa_cpu_supports(const WindowAttentionArgs* a) {
+    if (const char* refusal = wa::chosen().refusal) return refusal;
+    if (a->dtype != WA_F32 && a->dtype != WA_F16 && a->dtype != WA_BF16) return "the dtype is not float32, float16 or bfloat16";
+    if (a->head_dim < 8 || a->head_dim % 8 || a->head_dim > 256) return "the head dimension is not a multiple of 8 up to 256";
+    if (a->window[0] < 1 || a->window[1] < 1 || a->window[0] > 32 || a->window[1] > 32) return "a side of the window is not in 1 .. 32";
+    for (int axis = 0; axis < 2; ++axis)
+        if (a->shift[axis] < 0 || a->shift[axis] >= a->window[axis]) return "the shift is not in 0 .. window - 1";
+    const int offsets = (2 * a->window[0] - 1) * (2 * a->window[1] - 1);
+    if (a->weight_rows != 1 && a->weight_rows != offsets) return "the weight has neither one row nor one for each offset";
+    if (!(a->dropout >= 0 && a->dropout < 1)) return "the dropout is not in [0, 1)";
+    return nullptr;
+}
+
+int64_t wa_cpu_workspace(const WindowAttentionArgs* a, int backward) {
+    if (!backward) return 0;
+    const Job job = make_job(a, backward);
+    return int64_t(a->heads) * job.runs * job.partial_size * int64_t(sizeof(float));
+}
+
+int wa_cpu_forward(const WindowAttentionArgs* a) { return run(a, 0); }
+int wa_cpu_backward(const WindowAttentionArgs* a) { return run(a, 1); }
+
+const char* wa_cpu_instructions(void) { return wa::chosen().kernels->name; }
+
+}  // extern "C"

@@ -1,0 +1,35 @@
+// One call as the kernels of every instruction set see it, and the table of functions that each instruction set fills.
+// The files that include this are compiled with different processor flags: no templates of the standard library here, because the linker
+// would keep one of their copies for all.
+#pragma once
+#include <stdint.h>
+
+#include "../args.h"
+
+namespace wa {
+
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+
+// Work is cut into tasks, one per head and run of windows, in the same way for any number of threads.
+struct Job {
+    const WindowAttentionArgs* args;
+    int down, across;   // windows per image, down and across
+    int area, offsets;  // N, T
+    int runs, run;      // runs of windows per head; windows in a run
+    int64_t windows;    // in all images
+    float* partial;     // backward: (heads, runs, partial_size) sums of the tables' gradients: weight, bias, post as far as asked for
+    int partial_size;
+};
+
+struct Kernels {
+    const char* name;
+    // bytes of scratch, aligned to 64, that one task needs
+    int64_t (*scratch)(const Job*, int backward);
+    void (*forward)(const Job*, int head, int run, void* scratch);
+    void (*backward)(const Job*, int head, int run, void* scratch);
+};
+
+static inline int up(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace wa

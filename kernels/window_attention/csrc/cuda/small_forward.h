@@ -1,0 +1,155 @@
+// Forward for windows of up to 64 tokens: a block keeps one head's weight and bias fragments in registers and walks over windows.
+//
+// The next window is on its way (cp.async, two stages) while one is worked on. A warp computes 16 rows of S, of P and of O, all keys at
+// once, so the softmax needs no second pass; O leaves through the rows of q, which only this warp reads.
+#pragma once
+#include "small_layout.h"
+
+// W: weight table (else one number a head). COSINE: norms. EXTRA: post-softmax weight, dropout. All three serve arguments without them too.
+template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool EXTRA_> struct ForwardKind {
+    using T = T_;
+    static constexpr int D = D_, NT = NT_, WARPS = (NT + 1) / 2, ROWS = 16 * WARPS, THREADS = 32 * WARPS;
+    static constexpr int TILE = ROWS * D * 2, STAGE = 3 * TILE;
+    static constexpr bool W = W_, COSINE = COSINE_, EXTRA = EXTRA_;
+    static constexpr int BLOCKS = EXTRA ? 1 : W || NT == 8 ? 3 : 4;  // a multiprocessor, as far as registers go
+    static constexpr int PLACES = 2 * STAGE, NORMS = PLACES + ROWS * 4, POST = NORMS + (COSINE ? 2 * ROWS * 4 : 0);
+    static constexpr int SHARED = POST + (EXTRA ? (MOST_OFFSETS + 3) / 4 * 16 : 0);
+};
+
+template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) small_forward(const SmallProblem p) {
+    using T = typename K::T;
+    constexpr int D = K::D, NT = K::NT;
+    WA_DYN_SMEM(shared);
+    uint32_t* places = reinterpret_cast<uint32_t*>(shared + K::PLACES);
+    float* norms = reinterpret_cast<float*>(shared + K::NORMS);
+    float* post = reinterpret_cast<float*>(shared + K::POST);
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, head = blockIdx.x, heads = p.a.heads;
+    const int row = warp * 16 + lane / 4, column = lane % 4 * 2;
+
+    const int last = (int)((int64_t)p.windows * (blockIdx.y + 1) / p.splits);
+    int index = (int)((int64_t)p.windows * blockIdx.y / p.splits);
+    Window window(p, index);
+    if (thread < K::ROWS) places[thread] = place_of(p, thread);
+    __syncthreads();
+    CopyRows<D> here(warp, lane);
+    here.find(p, window, places);
+    CopyRows<D> there = here;  // of the next window
+    fetch<T, D, K::TILE, false>(p, here, head, shared);
+    cp_commit();
+    if (K::EXTRA && p.a.post)
+        for (int t = thread; t < p.offsets; t += K::THREADS) post[t] = p.a.post[t * heads + head];
+    __syncthreads();
+    const PairMask<NT> mask(p, places, row, column);
+    const int from[2] = {place_offset(places[row]) + middle(p), place_offset(places[row + 8]) + middle(p)};
+    float bias[NT][4], weight[K::W ? NT : 1][4];  // in units of log 2
+    const float uniform = p.a.weight[head] * LOG2E;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int key = n * 8 + column + e % 2, offset = key < p.tokens ? from[e / 2] - place_offset(places[key]) : middle(p);
+            bias[n][e] = key >= p.tokens ? -INFINITY : p.a.bias ? p.a.bias[offset * heads + head] * LOG2E : 0.f;
+            if (K::W) weight[n][e] = p.a.weight_rows > 1 ? p.a.weight[offset * heads + head] * LOG2E : uniform;
+        }
+    const uint64_t seed = K::EXTRA && p.threshold ? (uint64_t)*p.a.seed : 0u;
+
+    for (int stage = 0; index < last; ++index, stage ^= 1) {
+        unsigned char *q = shared + stage * K::STAGE, *k = q + K::TILE, *v = k + K::TILE;
+        cp_wait<0>();
+        __syncthreads();  // all of this window is here, and nobody reads the other stage any more
+        if (index + 1 < last) {
+            there.find(p, window.after(p), places);
+            fetch<T, D, K::TILE, false>(p, there, head, shared + (stage ^ 1) * K::STAGE);
+            cp_commit();
+        }
+        if (K::COSINE) {
+            inverse_norm<T, D>(p, q, norms, thread);
+            __syncthreads();
+        }
+
+        uint32_t a[D / 16][4];
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i) ldsm4(a[i], q + at<D>(warp * 16 + lane % 16, i * 2 + lane / 16));
+        float s[NT][4];
+        clear(s);
+        const float norm[2] = {K::COSINE ? norms[row] : 1.f, K::COSINE ? norms[row + 8] : 1.f};
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            uint32_t b[D / 8];
+            rows_as_columns<D>(b, k, n, lane);
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i) mma<T>(s[n], a[i], b[2 * i], b[2 * i + 1]);
+            float2 key_norm = make_float2(1.f, 1.f);
+            if (K::COSINE) key_norm = *reinterpret_cast<const float2*>(norms + K::ROWS + n * 8 + column);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                if (K::COSINE) s[n][e] *= norm[e / 2] * (e % 2 ? key_norm.y : key_norm.x);
+                s[n][e] = s[n][e] * (K::W ? weight[K::W ? n : 0][e] : uniform) + bias[n][e];
+            }
+        }
+        mask.apply(s, p, window, places, column);
+
+        float most[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) most[e / 2] = fmaxf(most[e / 2], s[n][e]);
+        most[0] = across_quad_max(most[0]);
+        most[1] = across_quad_max(most[1]);
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                s[n][e] = ex2(s[n][e] - most[e / 2]);
+                sum[e / 2] += s[n][e];
+            }
+        sum[0] = across_quad_sum(sum[0]);
+        sum[1] = across_quad_sum(sum[1]);
+        const int64_t base = ((int64_t)index * heads + head) * p.tokens;
+        if (K::EXTRA && (p.a.post || p.threshold)) {
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int key = n * 8 + column + e % 2;
+                    if (key >= p.tokens || row + e / 2 * 8 >= p.tokens) continue;
+                    if (p.a.post) s[n][e] *= post[from[e / 2] - place_offset(places[key])];
+                    if (p.threshold && !wa_keep(seed, (uint64_t)(base + row + e / 2 * 8), (uint32_t)key, p.threshold)) s[n][e] = 0.f;
+                }
+        }
+
+        float out[D / 8][4];
+        clear(out);
+#pragma unroll
+        for (int i = 0; i < (NT + 1) / 2; ++i) {
+            const bool whole = 2 * i + 1 < NT;
+            constexpr int LAST = NT - 1;
+            const uint32_t x[4] = {pack2<T>(s[2 * i][0], s[2 * i][1]), pack2<T>(s[2 * i][2], s[2 * i][3]),
+                                   whole ? pack2<T>(s[whole ? 2 * i + 1 : LAST][0], s[whole ? 2 * i + 1 : LAST][1]) : 0u,
+                                   whole ? pack2<T>(s[whole ? 2 * i + 1 : LAST][2], s[whole ? 2 * i + 1 : LAST][3]) : 0u};
+            times_rows<T, D>(out, x, v, i, lane);
+        }
+
+        const float scale = K::EXTRA ? p.keep_scale : 1.f, by[2] = {scale * reciprocal(sum[0]), scale * reciprocal(sum[1])};
+        __syncwarp();  // every lane has read its rows of q
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) put2<T, D>(q, row + 8 * h, n, column, out[n][2 * h] * by[h], out[n][2 * h + 1] * by[h]);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < CopyRows<D>::SLOTS; ++i) {
+            if (here.token[i] < 0) continue;
+            T* to = static_cast<T*>(p.a.out) + ((int64_t)here.token[i] * heads + head) * D + here.chunk * 8;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(q + at<D>(here.row(i), here.chunk));
+        }
+        if (p.a.lse && lane % 4 == 0) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                if (is_query(p, window, places, row + 8 * h)) p.a.lse[base + row + 8 * h] = (most[h] + lg2(sum[h])) * LN2;
+            }
+        }
+        window = window.after(p);
+        here = there;
+    }
+}

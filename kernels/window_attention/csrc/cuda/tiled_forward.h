@@ -1,0 +1,195 @@
+// Forward: one warp works on 16 queries at a time, online softmax over blocks of up to 64 keys. Keys and values of the window stay in
+// shared memory where they fit, else two blocks of them take turns.
+#pragma once
+#include "tiled_window.h"
+
+namespace tiled {
+
+constexpr int kForwardBlock = 64;
+
+template <typename T, int D, int Mode> struct ForwardShared : Shared<Mode> {
+    unsigned char *k, *v, *queries;  // (resident ? rows : 2 * block, D) each; 16 rows a warp
+    WA_HD ForwardShared(Carve& carve, const Args& p, int warps) : Shared<Mode>(carve, p) {
+        const int rows = p.resident ? p.rows : 2 * p.block;
+        k = carve.take<unsigned char>(rows * Row<T, D>::bytes);
+        v = carve.take<unsigned char>(rows * Row<T, D>::bytes);
+        queries = carve.take<unsigned char>(warps * 16 * Row<T, D>::bytes);
+    }
+};
+
+// Running softmax of the lane's two rows, and what it weighs.
+template <typename T, int D, int Mode> struct Attend {
+    const Args& p;
+    const ForwardShared<T, D, Mode>& shared;
+    float uniform;
+    uint64_t seed;
+    int lane, word[2]{};       // words of the two queries
+    int64_t row[2]{};          // their numbers for the dropout
+    float top[2]{}, sum[2]{};     // largest logit so far; sum of exponentials relative to it
+    Fragment<D> o{};
+
+    WA_DEVICE void start(int first, int64_t first_row) {
+        clear<D>(o);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int i = (lane >> 2) + 8 * r;
+            word[r] = shared.word[first + i];
+            row[r] = first_row + first + i;
+            top[r] = -1e30f;
+            sum[r] = 0.f;
+        }
+    }
+
+    // Keys [first, first + count) of the window, at `k` and `v`.
+    WA_DEVICE void block(const Left<T, D>& q, const unsigned char* k, const unsigned char* v, int first, int count, bool special) {
+        const int c = (lane & 3) * 2, centre = centre_of(p);
+        float s[kForwardBlock / 16][2][4], now[2] = {top[0], top[1]};
+#pragma unroll
+        for (int t = 0; t < kForwardBlock / 16; ++t) {
+            if (t * 16 >= count) break;
+            clear<16>(s[t]);
+            q.times_transposed(s[t], k, t * 16, lane);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const int2 of_keys = *reinterpret_cast<const int2*>(shared.word + first + t * 16 + n * 8 + c);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int key = e & 1 ? of_keys.y : of_keys.x, r = e >> 1;
+                    float weight, x = logit<Mode>(shared, uniform, s[t][n][e], (word[r] & kOffset) - (key & kOffset) + centre, weight);
+                    if (special) {
+                        if ((key ^ word[r]) & kRegion) x += p.a.mask_value * Unit<T>::of_natural;
+                        if (key & kOutside) x = -INFINITY;
+                    }
+                    s[t][n][e] = x;
+                    now[r] = fmaxf(now[r], x);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            now[r] = fmaxf(now[r], __shfl_xor_sync(0xffffffffu, now[r], 1));
+            now[r] = fmaxf(now[r], __shfl_xor_sync(0xffffffffu, now[r], 2));
+            const float factor = Unit<T>::exponential(top[r] - now[r]);
+            top[r] = now[r];
+            sum[r] *= factor;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                o[n][2 * r] *= factor;
+                o[n][2 * r + 1] *= factor;
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < kForwardBlock / 16; ++t) {
+            if (t * 16 >= count) break;
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float x = Unit<T>::exponential(s[t][n][e] - top[e >> 1]);
+                    sum[e >> 1] += x;
+                    s[t][n][e] = x;
+                }
+            if (Mode == kFull) after_softmax(s[t], first + t * 16, centre);
+            Operand<T> tile;
+            tile.set(0, s[t][0]);
+            tile.set(1, s[t][1]);
+            Product<T, D>::add(o, tile, v, t * 16, lane);
+        }
+    }
+
+    // The post-softmax weight and the dropout, which the sum of exponentials does not see.
+    WA_DEVICE void after_softmax(Fragment<16>& x, int first, int centre) {
+        const int c = (lane & 3) * 2;
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int j = first + n * 8 + c + (e & 1);
+                x[n][e] *= shared.post[(word[e >> 1] & kOffset) - (shared.word[j] & kOffset) + centre];
+                if (p.drop_below) x[n][e] = wa_keep(seed, (uint64_t)row[e >> 1], (uint32_t)j, p.drop_below) ? x[n][e] * p.keep_factor : 0.f;
+            }
+    }
+};
+
+template <typename T, int D, int Mode>
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forward_kernel(const Args p) {
+    WA_DYN_SMEM(memory);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, head = blockIdx.x;
+    Carve carve{memory};
+    const ForwardShared<T, D, Mode> shared(carve, p, warps);
+    fill_shared<T, Mode>(shared, p, head);
+    const Heads<T> heads(p, head);
+    const T *q = heads.part(p.a.qkv, 0), *k = heads.part(p.a.qkv, 1), *v = heads.part(p.a.qkv, 2);
+    unsigned char* own = shared.queries + warp * 16 * Row<T, D>::bytes;
+    Attend<T, D, Mode> attend{p, shared, p.a.weight[head] * Unit<T>::of_natural, p.drop_below ? (uint64_t)*p.a.seed : 0, lane};
+
+    for (int index = blockIdx.y; index < p.total; index += gridDim.y) {
+        const Window window(p, index);
+        const int64_t first_row = (static_cast<int64_t>(index) * p.a.heads + head) * p.area;
+        __syncthreads();  // the tables are there, the last window is done with
+        for (int i = threadIdx.x; i < p.rows; i += blockDim.x) shared.word[i] = window.word(p, shared.place[i]);
+        auto bring = [&](int first, int count, int at) {
+            load_rows<T, D>(p, window, shared.place, first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
+                            shared.v + at * Row<T, D>::bytes, threadIdx.x, blockDim.x);
+            cp_commit();
+        };
+        auto arrived = [&](int count, int at) {
+            if (p.a.cosine) normalise_rows<T, D>(shared.k + at * Row<T, D>::bytes, nullptr, count, threadIdx.x, blockDim.x);
+        };
+        if (p.resident) {
+            bring(0, p.rows, 0);
+            cp_wait<0>();
+            arrived(p.rows, 0);
+        }
+        __syncthreads();
+        for (int pass = blockIdx.z; pass < p.passes; pass += gridDim.z) {
+            const int tile = pass * warps + warp;
+            const bool active = tile < p.tiles;
+            Left<T, D> left;
+            if (active)
+                load_rows<T, D>(p, window, shared.place, tile * 16, 16, q, heads.stride, own, (const T*)nullptr, 0, nullptr, lane, 32);
+            cp_commit();
+            if (!p.resident) bring(0, p.block < p.rows ? p.block : p.rows, 0);
+            if (active) attend.start(tile * 16, first_row);
+#pragma unroll 1
+            for (int first = 0; first < p.rows; first += p.block) {
+                const int count = p.block < p.rows - first ? p.block : p.rows - first;
+                const int at = p.resident ? first : first / p.block % 2 * p.block, next = first + p.block;
+                if (!p.resident) {
+                    if (next < p.rows) bring(next, p.block < p.rows - next ? p.block : p.rows - next, p.block - at);
+                    else cp_commit();
+                    cp_wait<1>();
+                    arrived(count, at);
+                    __syncthreads();
+                } else if (first == 0) {
+                    cp_wait<0>();
+                }
+                if (active && first == 0) {
+                    if (p.a.cosine) normalise_rows<T, D>(own, nullptr, 16, lane, 32);
+                    __syncwarp();
+                    left.load(own, lane);
+                }
+                if (active)
+                    attend.block(left, shared.k + at * Row<T, D>::bytes, shared.v + at * Row<T, D>::bytes, first, count, window.special);
+                if (!p.resident) __syncthreads();
+            }
+            if (!active) continue;
+            float whole[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                whole[r] = sum_of_row(attend.sum[r]);
+                const int i = tile * 16 + (lane >> 2) + 8 * r;
+                if (p.a.lse && (lane & 3) == 0 && !(attend.word[r] & kOutside))
+                    p.a.lse[first_row + i] = (attend.top[r] + Unit<T>::logarithm(whole[r])) * Unit<T>::in_natural;
+            }
+            __syncwarp();  // the queries' rows are read, and take the output
+            store_fragment<T, D>(own, attend.o, 1.f / whole[0], 1.f / whole[1], lane);
+            __syncwarp();
+            write_rows<T, D>(p, window, shared.place, tile * 16, own, static_cast<T*>(p.a.out) + heads.offset, heads.width, lane);
+            __syncwarp();  // before the next pass brings queries here
+        }
+    }
+    cp_wait<0>();
+}
+
+}  // namespace tiled

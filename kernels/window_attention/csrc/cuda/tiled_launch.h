@@ -1,0 +1,121 @@
+// Host side of the tiled kernels for one data type: picks the instance, plans it, launches it.
+#pragma once
+#include "tiled.h"
+#include "tiled_plan.h"
+
+namespace tiled {
+
+constexpr int kNothingFits = 1;  // cudaErrorInvalidValue: shared memory of this device is too small
+
+// Where the backward's scratch lies. Tables whose sums do not fit side by side are summed in several runs of the query kernel.
+struct Runs {
+    Plan plan[3];
+    int count = 0;
+    int64_t partial = 0;  // floats of the largest
+};
+
+inline int64_t queries_of(const Args& p) { return int64_t{p.total} * p.a.heads * p.area; }
+inline int64_t blocks_of_head(const Plan& plan) { return static_cast<int64_t>(plan.grid.y) * plan.grid.z; }
+inline int64_t floats_of(const Plan& plan) {
+    int64_t rows = 0;
+    for (int bit = 0; bit < 3; ++bit) rows += plan.p.grads >> bit & 1 ? plan.p.offsets : 0;
+    rows += plan.p.grads & kGradUniform ? 1 : 0;
+    return blocks_of_head(plan) * plan.p.a.heads * rows;
+}
+
+template <typename T, int D, int Mode> struct Kernels {
+    static constexpr int registers = blocks_wanted<T, D, Mode>() == 2 ? 128 : 255, key_registers = 65536 / (kKeyThreads * key_blocks(D));
+    using Forward = ForwardShared<T, D, Mode>;
+    using Queries = QueryShared<T, D, Mode>;
+    using Keys = KeyShared<T, D, Mode>;
+
+    static int forward(const WindowAttentionArgs& a, void* stream) {
+        const Plan plan = plan_passes<Forward>(describe(a), kMaxThreads / 32, registers);
+        return plan.bytes ? launch(forward_kernel<T, D, Mode>, plan.grid, plan.block, plan.bytes, stream, plan.p) : kNothingFits;
+    }
+
+    static Runs plan_runs(const WindowAttentionArgs& a) {
+        Args p = describe(a);
+        const int uniform = a.grad_weight && a.weight_rows == 1 ? kGradUniform : 0;
+        const int pairs = (a.grad_bias ? kGradBias : 0) | (a.grad_weight && !uniform ? kGradWeight : 0) | (a.grad_post ? kGradPost : 0);
+        Runs runs;
+        p.grads = pairs | uniform;
+        runs.plan[0] = plan_queries<Queries>(p, registers);
+        if (runs.plan[0].bytes) {
+            runs.count = 1;
+        } else {
+            for (int bit = 0; bit < 3; ++bit)
+                if (pairs >> bit & 1) {
+                    p.grads = 1 << bit | (runs.count == 0 ? uniform : 0);
+                    runs.plan[runs.count] = plan_queries<Queries>(p, registers);
+                    if (!runs.plan[runs.count++].bytes) return Runs{};
+                }
+        }
+        for (int run = 0; run < runs.count; ++run) runs.partial = std::max(runs.partial, floats_of(runs.plan[run]));
+        return runs;
+    }
+
+    static int64_t workspace(const WindowAttentionArgs& a) {
+        const Args p = describe(a);
+        return (queries_of(p) * (sizeof(T) == 4 ? 2 : 1) + plan_runs(a).partial) * 4;
+    }
+
+    static int sum_tables(const Plan& plan, void* stream) {
+        const WindowAttentionArgs& a = plan.p.a;
+        float* const grads[4] = {a.grad_bias, a.grad_weight, a.grad_post, a.grad_weight};
+        const float* from = plan.p.partial;
+        for (int bit = 0; bit < 4; ++bit) {
+            if (!(plan.p.grads >> bit & 1)) continue;
+            const int rows = bit == 3 ? 1 : plan.p.offsets;
+            const int code = launch(sum_blocks_kernel, dim3((a.heads * rows + 255) / 256), dim3(256), 0, stream, from, grads[bit],
+                                    blocks_of_head(plan), static_cast<int>(a.heads), rows);
+            if (code) return code;
+            from += blocks_of_head(plan) * a.heads * rows;
+        }
+        return 0;
+    }
+
+    static int backward(const WindowAttentionArgs& a, void* stream) {
+        Runs runs = plan_runs(a);
+        Plan keys = plan_passes<Keys>(describe(a), kKeyThreads / 32, key_registers);
+        if (!runs.count || !keys.bytes) return kNothingFits;
+        float* const delta = static_cast<float*>(a.workspace);
+        float* const factor = sizeof(T) == 4 ? delta + queries_of(keys.p) : nullptr;
+        for (int run = 0; run < runs.count; ++run) {
+            Plan& plan = runs.plan[run];
+            plan.p.delta = delta;
+            plan.p.factor = factor;
+            plan.p.partial = delta + queries_of(keys.p) * (factor ? 2 : 1);
+            int code = launch(query_kernel<T, D, Mode>, plan.grid, plan.block, plan.bytes, stream, plan.p);
+            if (!code) code = sum_tables(plan, stream);
+            if (code) return code;
+        }
+        keys.p.delta = delta;
+        keys.p.factor = factor;
+        return launch(key_kernel<T, D, Mode>, keys.grid, keys.block, keys.bytes, stream, keys.p);
+    }
+};
+
+// Calls `use` with the instance for these arguments. Only head dimension 32 in 16 bits has kernels without the terms that are seldom used.
+template <typename T, typename Use> auto with_kernels(const WindowAttentionArgs& a, Use use) {
+    const int mode = mode_of(a);
+    if constexpr (sizeof(T) == 2) {
+        if (a.head_dim == 32 && mode == kUniform) return use(Kernels<T, 32, kUniform>{});
+        if (a.head_dim == 32 && mode == kTable) return use(Kernels<T, 32, kTable>{});
+    }
+    if (a.head_dim == 16) return use(Kernels<T, 16, kFull>{});
+    return a.head_dim == 32 ? use(Kernels<T, 32, kFull>{}) : use(Kernels<T, 64, kFull>{});
+}
+
+}  // namespace tiled
+
+#define WA_TILED_FOR(NAME, T)                                                                                                              \
+    int wa_tiled_forward_##NAME(const WindowAttentionArgs& a, void* stream) {                                                              \
+        return tiled::with_kernels<T>(a, [&](auto kernels) { return kernels.forward(a, stream); });                                        \
+    }                                                                                                                                      \
+    int wa_tiled_backward_##NAME(const WindowAttentionArgs& a, void* stream) {                                                             \
+        return tiled::with_kernels<T>(a, [&](auto kernels) { return kernels.backward(a, stream); });                                       \
+    }                                                                                                                                      \
+    int64_t wa_tiled_workspace_##NAME(const WindowAttentionArgs& a) {                                                                      \
+        return tiled::with_kernels<T>(a, [&](auto kernels) { return kernels.workspace(a); });                                              \
+    }

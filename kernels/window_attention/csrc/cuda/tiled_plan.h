@@ -1,0 +1,127 @@
+// How the work is spread: warps of a block, rows in shared memory, blocks of the grid. Chosen from the shape and the device alone, so that
+// the same call always sums in the same order.
+#pragma once
+#include <algorithm>
+
+#include "tiled_forward.h"
+#include "tiled_keys.h"
+#include "tiled_queries.h"
+
+namespace tiled {
+
+struct Plan {
+    Args p;
+    dim3 grid, block;
+    int bytes;
+};
+
+inline Args describe(const WindowAttentionArgs& a) {
+    Args p{};
+    p.a = a;
+    for (int axis = 0; axis < 2; ++axis) {
+        const int length = axis ? a.width : a.height;
+        p.padded[axis] = (length + a.window[axis] - 1) / a.window[axis] * a.window[axis];
+    }
+    p.across = p.padded[1] / a.window[1];
+    p.windows = p.across * (p.padded[0] / a.window[0]);
+    p.total = p.windows * a.batch;
+    p.area = a.window[0] * a.window[1];
+    p.tiles = (p.area + 15) / 16;
+    p.rows = p.tiles * 16;
+    p.offsets = (2 * a.window[0] - 1) * (2 * a.window[1] - 1);
+    p.drop_below = static_cast<uint32_t>(static_cast<double>(a.dropout) * 4294967296.0);
+    p.keep_factor = static_cast<float>(1.0 / (1.0 - static_cast<double>(a.dropout)));
+    return p;
+}
+
+inline int mode_of(const WindowAttentionArgs& a) {
+    return a.post || a.dropout > 0.f ? kFull : a.weight_rows == 1 ? kUniform : kTable;
+}
+
+// Blocks of `bytes` of shared memory and `threads` threads that one multiprocessor holds, by an estimate of `registers` each.
+inline int blocks_per_multiprocessor(int bytes, int threads, int registers) {
+    return std::max(1, std::min((shared_bytes_max() + 1024) / (bytes + 1024), 65536 / (threads * registers)));
+}
+
+// Blocks of up to `most` rows, a multiple of `unit`, as even as they can be.
+inline int even_block(int rows, int most, int unit) {
+    const int count = (rows + most - 1) / most;
+    return std::min(most, ((rows + count - 1) / count + unit - 1) / unit * unit);
+}
+
+// The best of the choices that fit: as many warps at work as 16 a multiprocessor, few of them idle, keys resident.
+struct Best {
+    double score = 0.0;
+    Args p{};
+    int warps = 0, bytes = 0, per_multiprocessor = 0;
+    void consider(const Args& candidate, int warps_now, int bytes_now, int registers, double busy) {
+        if (bytes_now > shared_bytes_max()) return;
+        const int blocks = blocks_per_multiprocessor(bytes_now, warps_now * 32, registers);
+        const double now = std::min(16, blocks * warps_now) * busy * (candidate.resident ? 1.25 : 1.0) * (1.0 + 0.002 * candidate.block);
+        if (now <= score) return;
+        score = now;
+        p = candidate;
+        warps = warps_now;
+        bytes = bytes_now;
+        per_multiprocessor = blocks;
+    }
+};
+
+// Spreads the windows over the grid's y, `apart` blocks (grid z) working on each.
+inline Plan spread(const Best& best, int apart) {
+    const int heads = best.p.a.heads;
+    const int64_t wanted = static_cast<int64_t>(multiprocessors()) * best.per_multiprocessor;
+    const int64_t share = wanted / (static_cast<int64_t>(heads) * apart);
+    const int64_t splits = std::max<int64_t>(1, std::min({int64_t{best.p.total}, share, int64_t{65535}}));
+    const int64_t each = (best.p.total + splits - 1) / splits;
+    return {best.p, dim3(heads, static_cast<unsigned>((best.p.total + each - 1) / each), apart), dim3(best.warps * 32), best.bytes};
+}
+
+template <typename Carved> int bytes_of(const Args& p) {
+    Carve carve{nullptr};
+    Carved counted(carve, p);
+    (void)counted;
+    return carve.used;
+}
+template <typename Carved> int bytes_of(const Args& p, int warps) {
+    Carve carve{nullptr};
+    Carved counted(carve, p, warps);
+    (void)counted;
+    return carve.used;
+}
+
+// Forward, and keys: every warp works on a tile of its own at a time. Bytes 0 where nothing fits.
+template <typename Carved> Plan plan_passes(Args p, int most_warps, int registers) {
+    Best best;
+    for (int most : {kForwardBlock, kForwardBlock / 2, 16})
+        for (p.resident = 1; p.resident >= 0; --p.resident)
+            for (int warps = std::min(most_warps, p.tiles); warps >= 1; --warps) {
+                p.block = even_block(p.rows, most, 16);
+                p.passes = (p.tiles + warps - 1) / warps;
+                best.consider(p, warps, bytes_of<Carved>(p, warps), registers, static_cast<double>(p.tiles) / (p.passes * warps));
+            }
+    if (!best.bytes) return Plan{p, dim3(), dim3(), 0};
+    // few windows: several blocks share one
+    const int64_t alone = int64_t{best.p.total} * best.p.a.heads;
+    const int64_t wanted = static_cast<int64_t>(multiprocessors()) * best.per_multiprocessor;
+    const int apart = static_cast<int>(std::min<int64_t>(best.p.passes, std::max<int64_t>(1, wanted / alone)));
+    return spread(best, apart);
+}
+
+// Queries: `strip` tiles of a window, `groups` warps on each.
+template <typename Carved> Plan plan_queries(Args p, int registers) {
+    Best best;
+    for (int most : {64, 32, 16})
+        for (p.resident = 1; p.resident >= 0; --p.resident)
+            for (p.strip = std::min(4, p.tiles); p.strip >= 1; --p.strip)
+                for (p.groups = 1; p.groups <= 4 && p.groups * p.strip <= 8 && p.groups * 16 <= most; p.groups *= 2) {
+                    p.block = even_block(p.rows, most, 16 * p.groups);
+                    const int strips = (p.tiles + p.strip - 1) / p.strip;
+                    const double busy = static_cast<double>(p.tiles) / (strips * p.strip) * (1.0 + 0.1 * p.strip) / (1.0 + 0.05 * p.groups);
+                    best.consider(p, p.strip * p.groups, bytes_of<Carved>(p), registers, busy);
+                }
+    if (!best.bytes) return Plan{p, dim3(), dim3(), 0};
+    return spread(best, (best.p.tiles + best.p.strip - 1) / best.p.strip);
+}
+
+}  // namespace tiled

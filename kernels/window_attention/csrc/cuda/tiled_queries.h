@@ -1,0 +1,319 @@
+// Backward, first kernel: a strip of queries of every window of one head. Forms delta (the sum over keys of P dP), dq, and the gradients of
+// the tables, whose N x N entries stay in shared memory over all windows of the block: each is owned by one thread, so nothing is atomic.
+#pragma once
+#include "tiled_pairs.h"
+
+namespace tiled {
+
+template <typename T, int D, int Mode> struct QueryShared : Shared<Mode> {
+    unsigned char *k, *v;            // (resident ? rows : 2 * block, D)
+    unsigned char *queries, *grads;  // (16 * strip, D): q and dO; then q takes dq
+    float* inverse;                  // (16 * strip,) 1 / |q|
+    float* exchange;                 // (groups, strip, 16, D): parts of delta, then of dq, to be summed over groups
+    float4* sums[3];                 // (strip, tiles, 2, 32) entries of bias, weight, post
+    float* of_warps;                 // (8,)
+    WA_HD QueryShared(Carve& carve, const Args& p) : Shared<Mode>(carve, p) {
+        const int rows = p.resident ? p.rows : 2 * p.block, own = p.strip * 16 * Row<T, D>::bytes;
+        k = carve.take<unsigned char>(rows * Row<T, D>::bytes);
+        v = carve.take<unsigned char>(rows * Row<T, D>::bytes);
+        queries = carve.take<unsigned char>(own);
+        grads = carve.take<unsigned char>(own);
+        inverse = carve.take<float>(p.strip * 16);
+        exchange = carve.take<float>(p.groups > 1 ? p.groups * p.strip * 16 * D : 0);
+        of_warps = carve.take<float>(8);
+        for (int table = 0; table < 3; ++table) sums[table] = carve.take<float4>(p.grads >> table & 1 ? p.strip * p.tiles * 64 : 0);
+    }
+};
+
+template <typename T, int D, int Mode> struct QueryTile {
+    const Args& p;
+    const QueryShared<T, D, Mode>& shared;
+    float uniform;
+    uint64_t seed;
+    int lane, tile;            // within the strip
+    int word[2]{};
+    int64_t row[2]{};
+    float lse[2]{}, delta[2]{};
+    float factor[2]{};         // float only: see Args. The saved log sum exp is rounded, which would show in all of a row alike
+    float of_map[2]{};         // float only: sum of P
+    float of_weight = 0.f;     // this thread's part of the uniform weight's gradient, over all windows
+    Fragment<D> dq{};
+
+    WA_DEVICE void form(Pairs& x, const Left<T, D>& q, const Left<T, D>& grad, const unsigned char* k, const unsigned char* v, int at,
+                        int first, bool special) const {
+        clear<16>(x.product);
+        clear<16>(x.grad);
+        q.times_transposed(x.product, k, at, lane);
+        grad.times_transposed(x.grad, v, at, lane);
+        const int c = (lane & 3) * 2, centre = centre_of(p);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const int2 of_keys = *reinterpret_cast<const int2*>(shared.word + first + n * 8 + c);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int key = e & 1 ? of_keys.y : of_keys.x, r = e >> 1, offset = (word[r] & kOffset) - (key & kOffset) + centre;
+                form_map<T, Mode>(x, n, e, shared, p, uniform, offset, special && ((key ^ word[r]) & kRegion),
+                                  special && (key & kOutside), lse[r]);
+                if (sizeof(T) == 4) x.map[n][e] *= factor[r];
+                x.kept[n][e] = kept_factor<Mode>(shared, p, seed, offset, row[r], first + n * 8 + c + (e & 1));
+            }
+        }
+    }
+
+    WA_DEVICE void add_delta(const Pairs& x) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                delta[e >> 1] += x.map[n][e] * x.kept[n][e] * x.grad[n][e];
+                if (sizeof(T) == 4) of_map[e >> 1] += x.map[n][e];
+            }
+    }
+
+    // Adds the tile's part of dq and of the tables' gradients; `of_window` is the part of the uniform weight's.
+    WA_DEVICE void add_grads(Pairs& x, const unsigned char* k, int at, int first, float& of_window) {
+        Operand<T> of_dot;
+        const int entry = ((tile * p.tiles + first / 16) * 2) * 32 + lane;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            float of_bias[4], of_product[4], of_post[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                of_bias[e] = x.map[n][e] * (x.kept[n][e] * x.grad[n][e] - delta[e >> 1]);
+                of_product[e] = of_bias[e] * x.product[n][e];
+                of_window += of_product[e];
+            }
+            if (p.grads & kGradBias) accumulate(shared.sums[0] + entry + n * 32, of_bias);
+            if (Mode != kUniform && (p.grads & kGradWeight)) accumulate(shared.sums[1] + entry + n * 32, of_product);
+            if (Mode == kFull && (p.grads & kGradPost)) {
+                const int c = (lane & 3) * 2;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int j = first + n * 8 + c + (e & 1);
+                    const bool keep = p.drop_below == 0 || wa_keep(seed, (uint64_t)row[e >> 1], (uint32_t)j, p.drop_below);
+                    of_post[e] = keep ? x.map[n][e] * x.grad[n][e] * p.keep_factor : 0.f;
+                }
+                accumulate(shared.sums[2] + entry + n * 32, of_post);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) of_product[e] = of_bias[e] * x.weight[n][e];
+            of_dot.set(n, of_product);
+        }
+        Product<T, D>::add(dq, of_dot, k, at, lane);
+    }
+
+    static WA_DEVICE void accumulate(float4* sum, const float (&x)[4]) {
+        float4 so_far = *sum;
+        so_far.x += x[0];
+        so_far.y += x[1];
+        so_far.z += x[2];
+        so_far.w += x[3];
+        *sum = so_far;
+    }
+};
+
+// This block's sum of each table entry over the pairs of its strip, in a fixed order. sums: as in QueryShared, complete.
+WA_DEVICE void fold_pairs(const Args& p, const float4* sums, int first, float* to) {
+    const int height = p.a.window[0], width = p.a.window[1], across = 2 * width - 1;
+    const int last = first + p.strip * 16 < p.area ? first + p.strip * 16 : p.area;
+    const float* entries = reinterpret_cast<const float*>(sums);
+    for (int t = threadIdx.x; t < p.offsets; t += blockDim.x) {
+        const int dy = t / across - (height - 1), dx = t % across - (width - 1);
+        const int y_first = first / width > dy ? first / width : dy, x_first = dx > 0 ? dx : 0;
+        float sum = 0.f;
+        for (int y = y_first; y < height && y - dy < height && y * width < last; ++y)
+            for (int x = x_first; x < width && x - dx < width; ++x) {
+                const int i = y * width + x - first, j = (y - dy) * width + x - dx;
+                if (i < 0 || i + first >= last) continue;
+                const int tile = (i >> 4) * p.tiles + (j >> 4), lane = (i & 7) * 4 + ((j & 7) >> 1), e = ((i >> 3) & 1) * 2 + (j & 1);
+                sum += entries[((tile * 2 + ((j >> 3) & 1)) * 32 + lane) * 4 + e];
+            }
+        to[t] = sum;
+    }
+}
+
+template <typename T, int D, int Mode>
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) query_kernel(const Args p) {
+    WA_DYN_SMEM(memory);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x, group = warp / p.strip;
+    Carve carve{memory};
+    const QueryShared<T, D, Mode> shared(carve, p);
+    fill_shared<T, Mode>(shared, p, head);
+    for (int table = 0; table < 3; ++table)
+        if (p.grads >> table & 1)
+            for (int i = threadIdx.x; i < p.strip * p.tiles * 64; i += blockDim.x) shared.sums[table][i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    const Heads<T> heads(p, head);
+    const T *q = heads.part(p.a.qkv, 0), *k = heads.part(p.a.qkv, 1), *v = heads.part(p.a.qkv, 2);
+    const T* grad_out = static_cast<const T*>(p.a.grad_out) + heads.offset;
+    const int first_query = blockIdx.z * p.strip * 16;
+    const int queries = p.strip * 16 < p.rows - first_query ? p.strip * 16 : p.rows - first_query;
+    const uint64_t seed = p.drop_below ? (uint64_t)*p.a.seed : 0;
+    QueryTile<T, D, Mode> own{p, shared, p.a.weight[head] * Unit<T>::of_natural, seed, lane, warp % p.strip};
+    const bool active = own.tile * 16 < queries;
+    const int own_row = own.tile * 16 * Row<T, D>::bytes;
+
+    for (int index = blockIdx.y; index < p.total; index += gridDim.y) {
+        const Window window(p, index);
+        const int64_t first_row = (static_cast<int64_t>(index) * p.a.heads + head) * p.area;
+        __syncthreads();  // tables and sums are there, the last window is done with
+        for (int i = threadIdx.x; i < p.rows; i += blockDim.x) shared.word[i] = window.word(p, shared.place[i]);
+        load_rows<T, D>(p, window, shared.place, first_query, queries, q, heads.stride, shared.queries, grad_out, heads.width, shared.grads,
+                        threadIdx.x, blockDim.x);
+        auto bring = [&](int first, int at) {
+            const int count = p.resident || p.rows - first < p.block ? p.rows - first : p.block;
+            load_rows<T, D>(p, window, shared.place, first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
+                            shared.v + at * Row<T, D>::bytes, threadIdx.x, blockDim.x);
+            cp_commit();
+            return count;
+        };
+        auto arrived = [&](int count, int at) {
+            if (p.a.cosine) normalise_rows<T, D>(shared.k + at * Row<T, D>::bytes, nullptr, count, threadIdx.x, blockDim.x);
+        };
+        cp_commit();
+        bring(0, 0);
+        if (p.a.cosine || p.resident) {
+            cp_wait<0>();
+            if (p.a.cosine) normalise_rows<T, D>(shared.queries, shared.inverse, queries, threadIdx.x, blockDim.x);
+            if (p.resident) arrived(p.rows, 0);
+        } else {
+            cp_wait<1>();
+        }
+        __syncthreads();
+        Left<T, D> left, left_grad;
+        if (active) {
+            left.load(shared.queries + own_row, lane);
+            left_grad.load(shared.grads + own_row, lane);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int i = first_query + own.tile * 16 + (lane >> 2) + 8 * r;
+                own.word[r] = shared.word[i];
+                own.row[r] = first_row + i;
+                own.lse[r] = own.word[r] & kOutside ? INFINITY : p.a.lse[first_row + i] * Unit<T>::of_natural;
+                own.delta[r] = own.of_map[r] = 0.f;
+                own.factor[r] = 1.f;
+            }
+            clear<D>(own.dq);
+        }
+        float of_window = 0.f;
+        int turn = 0;
+#pragma unroll 1
+        for (int phase = 0; phase < 2; ++phase) {
+#pragma unroll 1
+            for (int first = 0; first < p.rows; first += p.block, ++turn) {
+                const int count = p.block < p.rows - first ? p.block : p.rows - first, at = place_of_block(p, first, turn);
+                if (!p.resident) {
+                    const int next = first + p.block < p.rows ? first + p.block : phase == 0 ? 0 : -1;
+                    if (next >= 0) bring(next, place_of_block(p, next, turn + 1));
+                    else cp_commit();
+                    cp_wait<1>();
+                    arrived(count, at);
+                    __syncthreads();
+                }
+                const unsigned char *k_block = shared.k + at * Row<T, D>::bytes, *v_block = shared.v + at * Row<T, D>::bytes;
+                if (active)
+#pragma unroll 1
+                    for (int step = group * 16; step < count; step += p.groups * 16) {
+                        Pairs x;
+                        own.form(x, left, left_grad, k_block, v_block, step, first + step, window.special);
+                        if (phase == 0) own.add_delta(x);
+                        else own.add_grads(x, k_block, step, first + step, of_window);
+                    }
+                if (!p.resident) __syncthreads();
+            }
+            if (phase == 1) break;
+            // delta of a query, summed over the lanes and groups that share it
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                own.delta[r] = sum_of_row(own.delta[r]);
+                if (sizeof(T) == 4) own.of_map[r] = sum_of_row(own.of_map[r]);
+            }
+            if (p.groups > 1) {
+                float2* parts = reinterpret_cast<float2*>(shared.exchange);
+                const int slot = own.tile * 16 + (lane >> 2);
+                if ((lane & 3) == 0)
+                    for (int r = 0; r < 2; ++r) parts[group * p.strip * 16 + slot + 8 * r] = make_float2(own.delta[r], own.of_map[r]);
+                __syncthreads();
+                for (int r = 0; r < 2; ++r) {
+                    own.delta[r] = own.of_map[r] = 0.f;
+                    for (int other = 0; other < p.groups; ++other) {
+                        const float2 part = parts[other * p.strip * 16 + slot + 8 * r];
+                        own.delta[r] += part.x;
+                        own.of_map[r] += part.y;
+                    }
+                }
+                __syncthreads();  // before dq takes the place
+            }
+            for (int r = 0; r < 2; ++r) {
+                const bool inside = active && !(own.word[r] & kOutside), writes = inside && group == 0 && (lane & 3) == 0;
+                if (sizeof(T) == 4) {
+                    own.factor[r] = inside ? 1.f / own.of_map[r] : 1.f;
+                    own.delta[r] *= own.factor[r];
+                    if (writes) p.factor[own.row[r]] = own.factor[r];
+                }
+                if (writes) p.delta[own.row[r]] = own.delta[r];
+            }
+        }
+        own.of_weight += of_window;
+        if (p.groups > 1) {  // dq of groups 1.. is added to group 0's, in their order
+            float4* parts = reinterpret_cast<float4*>(shared.exchange);
+            if (active && group > 0)
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n)
+                    parts[((group * p.strip + own.tile) * (D / 8) + n) * 32 + lane] =
+                        make_float4(own.dq[n][0], own.dq[n][1], own.dq[n][2], own.dq[n][3]);
+            __syncthreads();
+            if (active && group == 0)
+                for (int other = 1; other < p.groups; ++other)
+#pragma unroll
+                    for (int n = 0; n < D / 8; ++n) {
+                        const float4 part = parts[((other * p.strip + own.tile) * (D / 8) + n) * 32 + lane];
+                        own.dq[n][0] += part.x;
+                        own.dq[n][1] += part.y;
+                        own.dq[n][2] += part.z;
+                        own.dq[n][3] += part.w;
+                    }
+        }
+        if (active && group == 0) {
+            unsigned char* rows = shared.queries + own_row;
+            if (p.a.cosine) through_norm<T, D>(own.dq, rows, shared.inverse + own.tile * 16, lane);
+            __syncwarp();
+            store_fragment<T, D>(rows, own.dq, Unit<T>::in_natural, Unit<T>::in_natural, lane);
+            __syncwarp();
+            write_rows<T, D>(p, window, shared.place, first_query + own.tile * 16, rows, heads.part(p.a.grad_qkv, 0), heads.stride, lane);
+        }
+    }
+
+    cp_wait<0>();
+    // this block's sums: of bias, weight and post in turn, each (blocks of a head, heads, T or 1)
+    __syncthreads();
+    const int64_t blocks = static_cast<int64_t>(gridDim.y) * gridDim.z, mine = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+    float* to = p.partial;
+    for (int table = 0; table < 3; ++table)
+        if (p.grads >> table & 1) {
+            fold_pairs(p, shared.sums[table], first_query, to + (mine * p.a.heads + head) * p.offsets);
+            to += blocks * p.a.heads * p.offsets;
+        }
+    if (p.grads & kGradUniform) {
+        float sum = own.of_weight;
+#pragma unroll
+        for (int step = 1; step < 32; step <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (lane == 0) shared.of_warps[warp] = sum;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            sum = 0.f;
+            for (unsigned other = 0; other < blockDim.x / 32; ++other) sum += shared.of_warps[other];
+            to[mine * p.a.heads + head] = sum;
+        }
+    }
+}
+
+// grad (rows, heads) = sum over blocks of partial (blocks, heads, rows), in their order.
+static __global__ void __launch_bounds__(256) sum_blocks_kernel(const float* partial, float* grad, int64_t blocks, int heads, int rows) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, each = static_cast<int64_t>(heads) * rows;
+    if (i >= each) return;
+    float sum = 0.f;
+    for (int64_t block = 0; block < blocks; ++block) sum += partial[block * each + i];
+    grad[i % rows * heads + i / rows] = sum;
+}
+
+}  // namespace tiled

@@ -1,0 +1,123 @@
+"""The compiled library: installed beforehand, kept from an earlier build, or built now; or the reason why there is none."""
+
+import importlib.util
+import os
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from . import build, operations
+
+BUILD = "WINDOW_ATTENTION_BUILD"            # environment: 0 = never compile on demand
+INSTALLED = "window_attention_kernels"      # the package that `pip install ./kernels` makes; it holds the library alone
+OLDEST = (8, 0)                             # compute capability that the CUDA kernel needs
+
+_lock = threading.Lock()
+_loaded: Path | None = None
+_reason: str | None = None  # set once loading was tried in vain
+
+
+def missing(device: str) -> str | None:
+    """Why there is no kernel for tensors on `device` ("cpu", "cuda"), or None if there is one, which is then loaded.
+
+    The first call may compile (see build.py): one line on stderr says so, and one line says so if that fails; nothing is raised.
+    """
+    if device not in ("cpu", "cuda"):
+        return f"there is no kernel for {device}"
+    if device == "cuda" and device_reason():
+        return device_reason()
+    path, reason = load()
+    if path is None:
+        return reason
+    return "the library was built without CUDA (no nvcc)" if device == "cuda" and "-cuda" not in path.name else None
+
+
+def load(quiet: bool = False) -> tuple[Path | None, str | None]:
+    """The library, loaded into PyTorch, or the reason why there is none, which is also said unless `quiet` or by choice.
+
+    The answer stays the same for the life of the process.
+    """
+    global _loaded, _reason
+    with _lock:
+        if _loaded is None and _reason is None:
+            path, _reason = find()
+            if path is not None:
+                try:
+                    torch.ops.load_library(str(path))
+                    operations.register()
+                    _loaded = path
+                except OSError as error:  # made for another PyTorch or system
+                    _reason = f"{path} cannot be loaded ({str(error).splitlines()[0]})"
+            if _reason and not quiet and not _off():
+                say(f"window_attention: no fused kernel, since {_reason}; PyTorch's own operations are used (same results, slower)")
+    return _loaded, _reason
+
+
+def find(csrc: Path = build.CSRC) -> tuple[Path | None, str | None]:
+    """The library for this machine: with CUDA where a device is here, its sources are and nvcc or a ready library is; else for the CPU."""
+    cuda = device_reason() is None and build.has_cuda_sources(csrc)
+    try:
+        ready = _installed(csrc)
+    except build.BuildError as error:  # no sources
+        return None, str(error)
+    with_cuda = [path for path in ready if "-cuda" in path.name]
+    if with_cuda or (ready and not cuda):
+        return (with_cuda or ready)[0], None
+    path, reason = _on_demand("cuda", csrc) if cuda else (None, None)
+    if path is None and ready:
+        return ready[0], None
+    if path is None:
+        path, reason = _on_demand("cpu", csrc)
+    return path, reason
+
+
+def device_reason() -> str | None:
+    """Why the CUDA kernel cannot run on the current device, or None."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        return "the device has compute capability {}.{}, and {}.{} is needed".format(*capability, *OLDEST)
+    return None
+
+
+def _installed(csrc: Path) -> list[Path]:
+    """What `pip install ./kernels` left here and is made from these very sources."""
+    spec = importlib.util.find_spec(INSTALLED)
+    found = sorted(Path(spec.origin).parent.glob("*.so")) if spec and spec.origin else []
+    ready = [path for path in found if path.name == build.library_name(path.stem.split("-", 3)[-1], csrc)]
+    if found and not ready:
+        say(f"window_attention: the installed {INSTALLED} is of other sources and not used; `pip install ./kernels` renews it")
+    return ready
+
+
+def _on_demand(kind: str, csrc: Path) -> tuple[Path | None, str | None]:
+    """A library of this kind from the cache, or built into it."""
+    architectures = ";".join(map(str, _capabilities())) + "+PTX" if kind == "cuda" else None
+    folder = build.cache_folder()
+    try:
+        if _off():
+            ready = sorted(folder.glob(build.library_name(f"{kind}*", csrc)))
+            return (ready[0], None) if ready else (None, f"it is not built, and {BUILD} is off; `make kernels` builds it")
+        return build.build(kind, folder, csrc, architectures, say), None
+    except build.BuildError as error:
+        if kind == "cuda":  # the library for the CPU follows
+            say(f"window_attention: no fused kernel for CUDA, since {error}")
+        return None, str(error)
+
+
+def _off() -> bool:
+    return os.environ.get(BUILD, "1") in ("0", "off", "no", "false")
+
+
+def _capabilities() -> list[int]:
+    found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    return sorted(10 * major + minor for major, minor in found if (major, minor) >= OLDEST)
+
+
+def say(line: str) -> None:
+    """One line on stderr, from the first process of a machine alone."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
