@@ -32,6 +32,7 @@ from engine.throughput import describe, throughput
 from engine.train import Plan, Trainer, fit, has_two_heads, validate, with_distillation
 from lr_scheduler import ScheduleError, build_scheduler, scaled_rates
 from models import build_model
+from models.attention.report import describe_attention
 from models.build import ModelError
 from models.checkpoint import CheckpointError, load_weights, read_weights, weights_metadata
 from models.checkpoint.read import check_readable, download
@@ -81,6 +82,8 @@ class Program:
     def use_data(self) -> int:
         self.model = self.build_model(self.data.num_classes)
         self.logger.info(describe_model(self.model, self.config.MODEL.NAME))
+        with self.autocast():
+            self.logger.info(describe_attention(self.model))
         if self.config.EVAL_MODE:
             return self.evaluate()
         with FolderLock(self.folder) if self.world.is_main else nullcontext():

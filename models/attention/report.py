@@ -1,6 +1,7 @@
 """Which attention modules of a model run as the fused kernel, and why the others do not."""
 
 import os
+from collections import Counter
 
 import torch
 from torch import nn
@@ -18,6 +19,16 @@ def why_not_fused(model: nn.Module) -> dict[str, str | None]:
     """
     kinds = (SoftmaxAttention, *(MIXERS[name] for name in MIXERS.names()))
     return {name: _reason(module) for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def describe_attention(model: nn.Module) -> str:
+    """One line for a log: how many attention modules run fused, and why the others do not."""
+    reasons = Counter(why_not_fused(model).values())
+    total, fused = reasons.total(), reasons.pop(None, 0)
+    if not total:
+        return "attention: the model has none"
+    others = "".join(f"; {count} not: {reason}" for reason, count in reasons.most_common())
+    return f"attention: {fused} of {total} modules run as the fused kernel{others}"
 
 
 def _reason(attention: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ import torch
 
 from kernels.window_attention import fused, interface
 from models.attention import AttentionSpec
-from models.attention.report import why_not_fused
+from models.attention.report import describe_attention, why_not_fused
 from tests.models.builders import small
 
 WIDE = {"embed_dim": 32}  # head_dim 16
@@ -58,3 +58,10 @@ def test_double_precision_is_not_compiled_and_autocast_to_16_bits_is(built):
     with torch.autocast("cpu", torch.bfloat16):
         assert set(why_not_fused(model.float()).values()) == {None}
     assert fused.DTYPES == (torch.float32, torch.float16, torch.bfloat16)
+
+
+def test_the_log_line_counts_and_gives_the_reason(built):
+    assert describe_attention(small("swin", **WIDE)) == "attention: 3 of 3 modules run as the fused kernel"
+    line = describe_attention(small("swin", attention=AttentionSpec(("talking_heads",)), **WIDE))
+    assert line.startswith("attention: 0 of 3 modules run as the fused kernel; 3 not: ") and "N x N" in line
+    assert describe_attention(small("swin_mlp")) == "attention: the model has none"

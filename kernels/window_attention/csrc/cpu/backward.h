@@ -1,4 +1,4 @@
-// Backward of one head of a run of windows: P is formed again from q, k and the saved log-sum-exp.
+// Backward of a group of heads of a run of windows: P is formed again from q, k and the saved log-sum-exp.
 //
 //   G = dO vᵀ * factors        dS = P (G - rowsum(P G))        H = dS * weight (cosine: * 1 / (|q_i| |k_j|))
 //   dq = H k    dk = Hᵀ q    dv = (P * factors)ᵀ dO    d weight = dS * logits    d bias = dS    d post = P * keep / (1 - dropout) * dO vᵀ
@@ -18,11 +18,13 @@ struct Backward : Head<Unit> {
     float *q, *k, *v, *g, *turned_k, *turned_v, *paired_q, *paired_k, *paired_g;  // g: grad_out
     float *logits, *map, *grads, *left, *map_pairs, *grad_pairs;  // (queries, columns) each
     float *grad_q, *grad_k, *grad_v, *kept, *line;
-    Dense sum_weight, sum_bias, sum_post;
-    double uniform;
+    Dense sum_weight, sum_bias, sum_post;  // of the head at hand
+    float* sums;                           // those of every head of the group
+    int64_t sum_weight_size, sum_bias_size, sum_post_size;
+    double *uniforms, *uniform;
     int queries;
 
-    Backward(const Job* j, int h, Carver* c) : Base(j, h, c) {
+    Backward(const Job* j, int group, Carver* c) : Base(j, group, c) {
         const WindowAttentionArgs& a = this->a;
         const int64_t rows = this->columns, width = this->width, packed = rows * this->packed, paired = PAIRS ? rows / 2 * width : 0;
         queries = block_of(j->area);
@@ -31,27 +33,42 @@ struct Backward : Head<Unit> {
         paired_q = c->take<float>(paired), paired_k = c->take<float>(paired), paired_g = c->take<float>(paired);
         const int64_t block = queries * rows;
         logits = c->take<float>(block), map = c->take<float>(block), grads = c->take<float>(block), kept = c->take<float>(rows);
-        left = c->take<float>(PAIRS ? block / 2 : 0), map_pairs = c->take<float>(PAIRS ? block / 2 : 0), grad_pairs = c->take<float>(PAIRS ? block / 2 : 0);
+        const int64_t halves = PAIRS ? block / 2 : 0;
+        left = c->take<float>(halves), map_pairs = c->take<float>(halves), grad_pairs = c->take<float>(halves);
         grad_q = c->take<float>(queries * width), grad_k = c->take<float>(rows * width), grad_v = c->take<float>(rows * width);
         const int64_t pairs = int64_t(j->area) * rows;
-        sum_weight = {c->take<float>(!a.grad_weight ? 0 : a.weight_rows == 1 ? rows : pairs), a.weight_rows == 1 ? 0 : rows};
-        sum_bias = {c->take<float>(a.grad_bias ? pairs : 0), rows}, sum_post = {c->take<float>(a.grad_post ? pairs : 0), rows};
+        sum_weight.row = a.weight_rows == 1 ? 0 : rows, sum_bias.row = sum_post.row = rows;
+        sum_weight_size = !a.grad_weight ? 0 : a.weight_rows == 1 ? rows : pairs;
+        sum_bias_size = a.grad_bias ? pairs : 0, sum_post_size = a.grad_post ? pairs : 0;
+        sums = c->take<float>((sum_weight_size + sum_bias_size + sum_post_size) * j->group), uniforms = c->take<double>(j->group);
         line = (float*)c->take<double>(j->offsets);
     }
 
     template <class T>
     void run(int run_index) {
         const Job* job = this->job;
-        const WindowAttentionArgs& a = this->a;
-        const int64_t pairs = int64_t(job->area) * this->columns * sizeof(float);
-        uniform = 0;
-        if (a.grad_weight && a.weight_rows > 1) memset(sum_weight.at, 0, pairs);
-        if (a.grad_bias) memset(sum_bias.at, 0, pairs);
-        if (a.grad_post) memset(sum_post.at, 0, pairs);
+        memset(sums, 0, (sum_weight_size + sum_bias_size + sum_post_size) * this->heads * sizeof(float));
+        memset(uniforms, 0, this->heads * sizeof(double));
         const int64_t end = least(job->windows, int64_t(run_index + 1) * job->run);
-        for (int64_t index = int64_t(run_index) * job->run; index < end; ++index) window<T>(index);
+        for (int64_t index = int64_t(run_index) * job->run; index < end; ++index) {
+            this->go_to(index);
+            for (int slot = 0; slot < this->heads; ++slot) take_up(slot), window<T>(index);
+        }
+        for (int slot = 0; slot < this->heads; ++slot) take_up(slot), leave(run_index);
+    }
+
+    void take_up(int slot) {
+        this->choose(slot);
+        sum_weight.at = sums + slot * (sum_weight_size + sum_bias_size + sum_post_size);
+        sum_bias.at = sum_weight.at + sum_weight_size, sum_post.at = sum_bias.at + sum_bias_size, uniform = uniforms + slot;
+    }
+
+    // Writes the tables' gradients from this head and run.
+    void leave(int run_index) {
+        const Job* job = this->job;
+        const WindowAttentionArgs& a = this->a;
         float* to = job->partial + (int64_t(this->head) * job->runs + run_index) * job->partial_size;
-        if (a.grad_weight && a.weight_rows == 1) *to++ = float(uniform);
+        if (a.grad_weight && a.weight_rows == 1) *to++ = float(*uniform);
         else if (a.grad_weight) collect(job, sum_weight.at, this->columns, (double*)line, to), to += job->offsets;
         if (a.grad_bias) collect(job, sum_bias.at, this->columns, (double*)line, to), to += job->offsets;
         if (a.grad_post) collect(job, sum_post.at, this->columns, (double*)line, to);
@@ -61,11 +78,13 @@ struct Backward : Head<Unit> {
     void window(int64_t index) {
         const WindowAttentionArgs& a = this->a;
         const int columns = this->columns, width = this->width, packed = this->packed, area = this->job->area;
-        this->go_to(index);
         const T* const from = (const T*)a.qkv;
         this->take(from, 3, 0, q), this->take(from, 3, 1, k), this->take(from, 3, 2, v), this->take((const T*)a.grad_out, 1, 0, g);
         turn(k, packed, turned_k, columns, columns, packed), turn(v, packed, turned_v, columns, columns, packed);
-        if (PAIRS) pair_rows(q, packed, paired_q, columns, width), pair_rows(k, packed, paired_k, columns, width), pair_rows(g, packed, paired_g, columns, width);
+        if (PAIRS) {
+            pair_rows(q, packed, paired_q, columns, width), pair_rows(k, packed, paired_k, columns, width);
+            pair_rows(g, packed, paired_g, columns, width);
+        }
         if (a.cosine) this->invert_norms(q, this->inverse_q), this->invert_norms(k, this->inverse_k);
         for (int first = 0; first < area; first += queries) {
             const int count = int(least(queries, area - first)), units = (count + Unit::SIZE - 1) / Unit::SIZE;
@@ -76,7 +95,7 @@ struct Backward : Head<Unit> {
             const bool quick = columns == 4 * W && !this->has_factors();
             if (quick) quick_rows<T>(index, first, count);
             else for (int r = 0; r < count; ++r) this->template ask<T>(first + r, true), row(index, first, r);
-            for (int n = 0; one_weight && n < area; ++n) uniform += sum_weight.at[n];
+            for (int n = 0; one_weight && n < area; ++n) *uniform += sum_weight.at[n];
             if (PAIRS && !quick) round_block(count);
             const Strided rows = PAIRS ? Strided{left, columns / 2, 1} : Strided{grads, columns, 1};
             product<Unit>(rows, PAIRS ? paired_k : k, width, grad_q, width, count, width, this->keys, false);
@@ -100,18 +119,18 @@ struct Backward : Head<Unit> {
         if (token < 0) return;
         if (a.cosine && packed) {
             const float* x = packed + i * this->packed;
-            float along = 0;
-            for (int d = 0; d < this->dim; ++d) along += channel(x, d) * grad[d];
-            along *= inverse[i] * inverse[i];
-            for (int d = 0; d < this->dim; ++d) grad[d] -= channel(x, d) * along;
+            vf products = {};
+            for (int d = 0; d < this->width; d += W) products += channels(x, d) * load(grad + d);
+            const vf along = all(sum(products) * inverse[i] * inverse[i]);
+            for (int d = 0; d < this->width; d += W) store(grad + d, load(grad + d) - channels(x, d) * along);
         }
         give_row((const float*)grad, factor, (T*)a.grad_qkv + ((token * 3 + part) * a.heads + this->head) * this->dim, this->dim);
     }
 
-    static inline float channel(const float* row, int d) {
-        if (!PAIRS) return row[d];
-        const uint32_t bits = uint32_t(bits_of(row[d / 2]));
-        return float_of(d % 2 ? bits & 0xffff0000u : bits << 16);
+    // Channels d .. d + W - 1 of a packed row.
+    static inline vf channels(const float* row, int d) {
+        if (!PAIRS) return load(row + d);
+        return (vf)(__builtin_convertvector(*(const vh_any*)((const uint16_t*)row + d), vi) << 16);
     }
 
     // From the logits and dO vᵀ of query i: P * factors in `map`, H in `grads`, and the sums of the tables' gradients.
@@ -177,9 +196,8 @@ struct Backward : Head<Unit> {
             for (int n = 0; n < 4; ++n) {
                 if constexpr (PAIRS) {
                     store(map_pairs + r / 2 * columns + n * W, pair(p[0][n], p[1][n]));
-                    store(grad_pairs + r / 2 * columns + n * W, pair(h[0][n], h[1][n]));
-                    *(vh_any*)((uint16_t*)left + r * columns + n * W) = to_bf16(h[0][n]);
-                    *(vh_any*)((uint16_t*)left + (r + 1) * columns + n * W) = to_bf16(h[1][n]);  // the block has an even number of rows
+                    uint16_t* const rows = (uint16_t*)left + r * columns + n * W;  // the block has an even number of rows
+                    store(grad_pairs + r / 2 * columns + n * W, pair(h[0][n], h[1][n], rows, columns));
                 } else {
                     store(map + r * columns + n * W, p[0][n]), store(grads + r * columns + n * W, h[0][n]);
                 }

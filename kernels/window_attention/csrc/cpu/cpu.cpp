@@ -15,6 +15,19 @@ using wa::Kernels;
 
 int ceiling(int count, int of) { return (count + of - 1) / of; }
 
+// The heads of a token lie together in memory, so a task takes several, as far as their tables stay in the second-level cache and every
+// thread still finds a few tasks.
+void group_heads(Job* job, int backward) {
+    const WindowAttentionArgs& a = *job->args;
+    const int tables = (a.weight_rows > 1) + (a.bias != nullptr) + (a.post != nullptr);
+    const int64_t bytes = int64_t(4) * job->area * (job->area + 15) * tables * (backward ? 2 : 1), cache = 320 << 10;
+    int64_t most = bytes ? cache / bytes : a.heads;
+    if (a.threads > 1) most = wa::least(most, a.heads * int64_t(job->runs) / (4 * a.threads));
+    job->groups = ceiling(a.heads, most < 1 ? 1 : int(wa::least(most, a.heads)));
+    job->group = ceiling(a.heads, job->groups);
+    job->groups = ceiling(a.heads, job->group);
+}
+
 Job make_job(const WindowAttentionArgs* a, int backward) {
     Job job{};
     job.args = a;
@@ -24,6 +37,7 @@ Job make_job(const WindowAttentionArgs* a, int backward) {
     // the tables are spread once per task: many small windows in one, few large ones
     job.run = job.area >= 1024 ? 1 : 1024 / job.area < 16 ? 1024 / job.area : 16;
     job.runs = int((job.windows + job.run - 1) / job.run);
+    group_heads(&job, backward);
     if (backward) {
         job.partial = static_cast<float*>(a->workspace);
         job.partial_size = (a->grad_weight ? a->weight_rows : 0) + (a->grad_bias ? job.offsets : 0) + (a->grad_post ? job.offsets : 0);
@@ -40,10 +54,10 @@ struct Call {
 
 void run_task(int64_t task, void* of) {
     const Call& call = *static_cast<const Call*>(of);
-    const int heads = call.job->args->heads;  // heads vary fastest: the rows of one token lie together in memory
+    const int groups = call.job->groups;  // they vary fastest: the rows of one token lie together in memory
     void* scratch = wa::scratch_of_thread(call.scratch);
     if (!scratch) return wa::report_failure();
-    (call.backward ? call.kernels->backward : call.kernels->forward)(call.job, int(task % heads), int(task / heads), scratch);
+    (call.backward ? call.kernels->backward : call.kernels->forward)(call.job, int(task % groups), int(task / groups), scratch);
 }
 
 // Adds the runs of one head in their order.
@@ -69,7 +83,7 @@ int run(const WindowAttentionArgs* a, int backward) {
     const Job job = make_job(a, backward);
     const Kernels* kernels = wa::chosen().kernels;
     Call call{&job, kernels, backward, kernels->scratch(&job, backward)};
-    if (!wa::run_tasks(int64_t(job.runs) * a->heads, a->threads, run_task, &call)) return 2;
+    if (!wa::run_tasks(int64_t(job.runs) * job.groups, a->threads, run_task, &call)) return 2;
     if (job.partial_size) wa::run_tasks(a->heads, a->threads, sum_head, &call);
     return 0;
 }

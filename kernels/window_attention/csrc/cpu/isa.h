@@ -24,14 +24,14 @@ static int64_t scratch(const Job* job, int backward) {
 }
 
 template <template <class> class Pass>
-static void task(const Job* job, int head, int run, void* memory) {
+static void task(const Job* job, int group, int run, void* memory) {
     Carver carver{(char*)memory, 0};
 #ifdef WA_TILES
     [[maybe_unused]] const Tiles tiles;
 #endif
-    if (job->args->dtype == WA_BF16) Pass<UnitOfBf16>(job, head, &carver).template run<Bf16>(run);
-    else if (job->args->dtype == WA_F16) Pass<Floats>(job, head, &carver).template run<Half>(run);
-    else Pass<Floats>(job, head, &carver).template run<float>(run);
+    if (job->args->dtype == WA_BF16) Pass<UnitOfBf16>(job, group, &carver).template run<Bf16>(run);
+    else if (job->args->dtype == WA_F16) Pass<Floats>(job, group, &carver).template run<Half>(run);
+    else Pass<Floats>(job, group, &carver).template run<float>(run);
 }
 
 }  // namespace WA_ISA

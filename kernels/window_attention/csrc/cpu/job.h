@@ -10,12 +10,13 @@ namespace wa {
 
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
-// Work is cut into tasks, one per head and run of windows, in the same way for any number of threads.
+// Work is cut into tasks, one per group of heads and run of windows. Sums are kept per head and run, so no result depends on the groups.
 struct Job {
     const WindowAttentionArgs* args;
     int down, across;   // windows per image, down and across
     int area, offsets;  // N, T
     int runs, run;      // runs of windows per head; windows in a run
+    int groups, group;  // groups of heads; heads in a group, in the last one perhaps fewer
     int64_t windows;    // in all images
     float* partial;     // backward: (heads, runs, partial_size) sums of the tables' gradients: weight, bias, post as far as asked for
     int partial_size;
@@ -25,8 +26,8 @@ struct Kernels {
     const char* name;
     // bytes of scratch, aligned to 64, that one task needs
     int64_t (*scratch)(const Job*, int backward);
-    void (*forward)(const Job*, int head, int run, void* scratch);
-    void (*backward)(const Job*, int head, int run, void* scratch);
+    void (*forward)(const Job*, int group, int run, void* scratch);
+    void (*backward)(const Job*, int group, int run, void* scratch);
 };
 
 static inline int up(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }

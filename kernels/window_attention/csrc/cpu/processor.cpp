@@ -54,10 +54,12 @@ Choice choose() {
         {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"), true},
 #endif
 #ifdef WA_HAVE_AVX512
-        {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"), true},
+        {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+                              && __builtin_cpu_supports("avx512dq"), true},
 #endif
 #ifdef WA_HAVE_AVX512_BF16
-        {&kernels_avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"), true},
+        {&kernels_avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")
+                                   && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"), true},
 #endif
 #ifdef WA_HAVE_AMX
         {&kernels_amx, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && may_use_tiles(), true},

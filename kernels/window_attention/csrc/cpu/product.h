@@ -30,7 +30,8 @@ struct Strided {
 };
 
 template <class Unit, int R, int C>
-static inline __attribute__((always_inline)) void block(Strided a, const float* b, int64_t b_row, float* out, int64_t out_row, int depth, bool add) {
+static inline __attribute__((always_inline)) void block(Strided a, const float* b, int64_t b_row, float* out, int64_t out_row, int depth,
+                                                        bool add) {
     vf sums[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -60,7 +61,8 @@ static void columns(Strided a, const float* b, int64_t b_row, float* out, int64_
     for (; m + R <= rows; m += R)
         block<Unit, R, C>({a.at + m * a.row, a.row, a.step}, b, b_row, out + m * out_row, out_row, depth, add);
     if constexpr (R > 1)
-        if (m < rows) columns<Unit, R / 2, C>({a.at + m * a.row, a.row, a.step}, b, b_row, out + m * out_row, out_row, rows - m, depth, add);
+        if (m < rows)
+            columns<Unit, R / 2, C>({a.at + m * a.row, a.row, a.step}, b, b_row, out + m * out_row, out_row, rows - m, depth, add);
 }
 
 // width: columns of `out`, a multiple of W. Row r of `out` begins at out + r * out_row.

@@ -26,13 +26,34 @@ static inline vh to_bf16(vf x) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// 16 + 16 bf16 -> one of each per lane, the first in the low half.
+static inline vf interleave(__m512i x) {
+    const __m512i order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (vf)_mm512_permutexvar_epi16(order, x);
+}
+#endif
+
 // One unit of `Pairs` per lane: low from a, high from b.
 static inline vf pair(vf a, vf b) {
 #if defined(__AVX512BF16__)
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a)), high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
-    return (vf)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 #else
     return (vf)(((rounded(a) >> 16) & all_int(0xffff)) | (rounded(b) & all_int(int32_t(0xffff0000u))));
+#endif
+}
+
+// As above; also leaves the bf16 of a in `rows` and those of b `step` numbers behind.
+static inline vf pair(vf a, vf b, uint16_t* rows, int64_t step) {
+#if defined(__AVX512BF16__)
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    _mm256_storeu_si256((__m256i*)rows, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i*)(rows + step), _mm512_extracti64x4_epi64(both, 1));
+    return interleave(both);
+#else
+    *(vh_any*)rows = to_bf16(a), *(vh_any*)(rows + step) = to_bf16(b);
+    return pair(a, b);
 #endif
 }
 
@@ -54,7 +75,8 @@ static inline void narrow(float x, Half& to) {
     const uint32_t bits = uint32_t(bits_of(x)), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
     if (rest >= 0x7f800001u) to.bits = uint16_t(sign | 0x7e00);
     else if (rest >= 0x477ff000u) to.bits = uint16_t(sign | 0x7c00);  // 65520 and more
-    else if (rest < 0x38800000u) to.bits = uint16_t(sign | uint32_t(bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)));  // subnormal: in steps of 2^-24
+    else if (rest < 0x38800000u)  // subnormal: in steps of 2^-24
+        to.bits = uint16_t(sign | uint32_t(bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)));
     else to.bits = uint16_t(sign | ((rest - 0x38000000u + 0xfff + ((rest >> 13) & 1)) >> 13));
 }
 
@@ -115,7 +137,7 @@ static inline void turn_block(const float* from, int64_t from_row, float* to, in
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_row);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]), r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
@@ -149,7 +171,8 @@ static inline void turn(const float* from, int64_t from_row, float* to, int64_t 
 // (rows, width) of bf16 -> (rows / 2, width) of units: what stood one above the other becomes a pair. row: units between rows of `from`.
 static inline void pair_rows(const float* from, int64_t row, float* to, int rows, int width) {
 #if defined(__AVX512F__)
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     for (int i = 0; i < rows; i += 2)
         for (int d = 0; d < width; d += 16) {
             const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(from + i * row + d / 2)));

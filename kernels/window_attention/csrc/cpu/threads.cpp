@@ -81,4 +81,6 @@ void* scratch_of_thread(int64_t bytes) {
 }  // namespace wa
 
 // Lets a host that has a pool of threads lend it: run(count, body, of) calls body on ranges that cover 0 .. count - 1.
-extern "C" void wa_cpu_set_parallel_for(void (*run)(int64_t count, void (*body)(int64_t begin, int64_t end, void*), void*)) { parallel_for = run; }
+extern "C" void wa_cpu_set_parallel_for(void (*run)(int64_t count, void (*body)(int64_t begin, int64_t end, void*), void*)) {
+    parallel_for = run;
+}

@@ -12,7 +12,9 @@ namespace WA_ISA {
 struct Tiles {
     static inline thread_local float tile[8][16][16];
     template <int N> static void zero() { memset(tile[N], 0, sizeof tile[N]); }
-    template <int N> static void take(const float* from, int64_t row) { for (int i = 0; i < 16; ++i) memcpy(tile[N][i], from + i * row, 64); }
+    template <int N> static void take(const float* from, int64_t row) {
+        for (int i = 0; i < 16; ++i) memcpy(tile[N][i], from + i * row, 64);
+    }
     template <int N> static void give(float* to, int64_t row) { for (int i = 0; i < 16; ++i) memcpy(to + i * row, tile[N][i], 64); }
     // C += A B; a unit of A or B is a pair along the summed dimension
     template <int C, int A, int B>
@@ -33,17 +35,21 @@ struct Tiles {
         struct alignas(64) { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {};
         shape.palette = 1;
         for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = 16;
+        fence(&shape);
         _tile_loadconfig(&shape);
+        fence(&shape);
     }
     ~Tiles() { _tile_release(); }
+    // The compiler's intrinsics do not all say that they read memory: what is written before must be there, what is written after not yet.
+    static void fence(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
     // the intrinsics take literal numbers
-#define WA_EACH(N) if constexpr (NUMBER == N)
-#define WA_ALL(DO) WA_EACH(0) DO(0); WA_EACH(1) DO(1); WA_EACH(2) DO(2); WA_EACH(3) DO(3); WA_EACH(4) DO(4); WA_EACH(5) DO(5); WA_EACH(6) DO(6); WA_EACH(7) DO(7);
+#define WA_EACH(N, DO) if constexpr (NUMBER == N) { DO(N); }
+#define WA_ALL(DO) WA_EACH(0, DO) WA_EACH(1, DO) WA_EACH(2, DO) WA_EACH(3, DO) WA_EACH(4, DO) WA_EACH(5, DO) WA_EACH(6, DO) WA_EACH(7, DO)
 #define WA_ZERO(N) _tile_zero(N)
 #define WA_TAKE(N) _tile_loadd(N, from, row * 4)
 #define WA_GIVE(N) _tile_stored(N, to, row * 4)
     template <int NUMBER> static void zero() { WA_ALL(WA_ZERO) }
-    template <int NUMBER> static void take(const float* from, int64_t row) { WA_ALL(WA_TAKE) }
+    template <int NUMBER> static void take(const float* from, int64_t row) { fence(from); WA_ALL(WA_TAKE) fence(from); }
     template <int NUMBER> static void give(float* to, int64_t row) { WA_ALL(WA_GIVE) }
     template <int C, int A, int B>
     static void multiply_add() {
@@ -62,7 +68,8 @@ struct Tiles {
 
 #endif
 
-// Tile NUMBER = rows m .. m + 15 and units k .. k + 15 of a; units from `depth` on may be anything finite where the step is 1, else they are 0.
+// Tile NUMBER = rows m .. m + 15 and units k .. k + 15 of a; units from `depth` on may be anything finite where the step is 1,
+// else they are 0.
 template <int NUMBER>
 static inline void take_left(Strided a, int m, int k, int depth) {
     if (a.step == 1) return Tiles::take<NUMBER>(a.at + m * a.row + k, a.row);

@@ -1,4 +1,4 @@
-// One head of a run of windows: where the tokens are, and the tables spread over pairs.
+// A group of heads of a run of windows: where the tokens are, and the tables spread over pairs.
 #pragma once
 #include "job.h"
 #include "rows.h"
@@ -96,38 +96,55 @@ static void collect(const Job* job, const float* at, int columns, double* line, 
     for (int t = 0; t < job->offsets; ++t) sums[t] = float(line[job->offsets - 1 - t]);
 }
 
-// What forward and backward share of one task.
+// What forward and backward share of one task. `head` is the one at hand.
 template <class Unit>
 struct Head {
     static constexpr bool PAIRS = Unit::SIZE == 2;
     const Job* job;
     const WindowAttentionArgs& a;
-    int head;
+    int first_head, heads, head, next_head;  // of the group the first one and their number; next_head: of what is computed next
     int dim, width, depth, packed;  // channels, padded to vectors; units of a row, padded
     int columns, keys;              // keys, padded; units along the keys
-    Window place, next;  // the window at hand, and the one after it
-    int64_t found;       // index of the window that `next` describes
-    Dense weight, bias, post;
+    Window place, next;          // the window at hand, and the one after it
+    const Window* ahead;         // where what is computed next lies, or null
+    int64_t found;               // index of the window that `next` describes
+    Dense weight, bias, post;    // of `head`
+    float* tables;               // weight, bias and post of every head of the group
+    int64_t weight_size, bias_size, post_size;
     float *masked, *factors, *inverse_q, *inverse_k;
 
-    Head(const Job* j, int h, Carver* c) : job(j), a(*j->args), head(h) {
+    Head(const Job* j, int group, Carver* c) : job(j), a(*j->args), first_head(group * j->group) {
+        heads = int(least(j->group, a.heads - first_head));
         dim = a.head_dim, width = up(dim, 16), depth = dim / Unit::SIZE, packed = up(depth, 16);
         columns = up(job->area, COLUMNS), keys = (job->area + Unit::SIZE - 1) / Unit::SIZE;
         for (Window* w = &place; w; w = w == &place ? &next : nullptr)
             w->token = c->take<int64_t>(columns), w->region = c->take<int32_t>(columns), w->padding = c->take<float>(columns);
         found = -1;
-        masked = c->take<float>(columns), factors = c->take<float>(columns), inverse_q = c->take<float>(columns), inverse_k = c->take<float>(columns);
+        masked = c->take<float>(columns), factors = c->take<float>(columns);
+        inverse_q = c->take<float>(columns), inverse_k = c->take<float>(columns);
         const int64_t pairs = int64_t(job->area) * columns;
-        weight = {c->take<float>(a.weight_rows == 1 ? columns : pairs), a.weight_rows == 1 ? 0 : columns};
-        bias = {c->take<float>(a.bias ? pairs : columns), a.bias ? columns : 0};
-        post = {c->take<float>(a.post ? pairs : 0), columns};
+        weight.row = a.weight_rows == 1 ? 0 : columns, bias.row = a.bias ? columns : 0, post.row = columns;
+        weight_size = a.weight_rows == 1 ? columns : pairs, bias_size = a.bias ? pairs : columns, post_size = a.post ? pairs : 0;
+        tables = c->take<float>((weight_size + bias_size + post_size) * job->group);
         float* const line = c->take<float>(job->offsets);
         if (!c->base) return;
-        if (a.weight_rows == 1) for (int n = 0; n < columns; ++n) weight.at[n] = a.weight[head] * LOG2E;
-        else spread(job, a.weight, head, LOG2E, 0, columns, line, weight.at);
-        if (!a.bias) for (int n = 0; n < columns; ++n) bias.at[n] = n < job->area ? 0 : NEVER;
-        else spread(job, a.bias, head, LOG2E, NEVER, columns, line, bias.at);
-        if (a.post) spread(job, a.post, head, 1, 0, columns, line, post.at);
+        for (int slot = 0; slot < heads; ++slot) {
+            choose(slot);
+            if (a.weight_rows == 1) for (int n = 0; n < columns; ++n) weight.at[n] = a.weight[head] * LOG2E;
+            else spread(job, a.weight, head, LOG2E, 0, columns, line, weight.at);
+            if (!a.bias) for (int n = 0; n < columns; ++n) bias.at[n] = n < job->area ? 0 : NEVER;
+            else spread(job, a.bias, head, LOG2E, NEVER, columns, line, bias.at);
+            if (a.post) spread(job, a.post, head, 1, 0, columns, line, post.at);
+        }
+    }
+
+    // Takes up head `slot` of the group; behind it comes the next head of this window, or the first of the next window.
+    void choose(int slot) {
+        head = first_head + slot;
+        weight.at = tables + slot * (weight_size + bias_size + post_size), bias.at = weight.at + weight_size, post.at = bias.at + bias_size;
+        const bool last = slot + 1 == heads;
+        next_head = last ? first_head : head + 1;
+        ahead = !last ? &place : found >= 0 ? &next : nullptr;
     }
 
     // Finds the tokens of window `index` and of the one behind it.
@@ -140,8 +157,8 @@ struct Head {
         if (found >= 0) find_tokens(job, found, columns, &next);
     }
 
-    // Asks the memory for what token i of the next window reads and what token i of this one writes: a head's rows are too far apart for the
-    // processor to foresee them. (Inlined by force: the compiler takes a function that only prefetches for one that does nothing.)
+    // Asks the memory for what token i reads of the next head or window and for what it writes of this one: the rows are too far apart for
+    // the processor to foresee them. (Inlined by force: the compiler takes a function that only prefetches for one that does nothing.)
     template <class T>
     inline __attribute__((always_inline)) void ask(int i, bool backward) const {
         const int64_t bytes = int64_t(dim) * sizeof(T), part = bytes * a.heads;
@@ -152,9 +169,9 @@ struct Head {
                 if (backward) __builtin_prefetch(to + part + d, 1), __builtin_prefetch(to + 2 * part + d, 1);
             }
         }
-        if (found < 0 || next.token[i] < 0) return;
-        const char* from = (const char*)a.qkv + (next.token[i] * 3 * a.heads + head) * bytes;
-        const char* grad = (const char*)a.grad_out + (next.token[i] * a.heads + head) * bytes;
+        if (!ahead || ahead->token[i] < 0) return;
+        const char* from = (const char*)a.qkv + (ahead->token[i] * 3 * a.heads + next_head) * bytes;
+        const char* grad = (const char*)a.grad_out + (ahead->token[i] * a.heads + next_head) * bytes;
         for (int64_t d = 0; d < bytes; d += 64) {
             __builtin_prefetch(from + d), __builtin_prefetch(from + part + d), __builtin_prefetch(from + 2 * part + d);
             if (backward) __builtin_prefetch(grad + d);
@@ -166,7 +183,12 @@ struct Head {
     void take(const T* from, int parts, int part, float* to) const {
         from += (int64_t(part) * a.heads + head) * dim;
         const int64_t row = int64_t(parts) * a.heads * dim;
-        for (int i = 0; i < job->area; ++i)
+        if (sizeof(T) * Unit::SIZE == 4 && depth == W && packed == W) {  // rows of one vector, the usual case of bf16
+            for (int i = 0; i < job->area; ++i) {
+                const int64_t token = place.token[i];
+                store(to + i * W, token >= 0 ? load((const float*)(from + token * row)) : vf{});
+            }
+        } else for (int i = 0; i < job->area; ++i)
             take_row<Unit, T>(place.token[i] >= 0 ? from + place.token[i] * row : nullptr, to + i * packed, dim, packed);
         if (columns > job->area) memset(to + job->area * packed, 0, (columns - job->area) * packed * sizeof(float));
     }
