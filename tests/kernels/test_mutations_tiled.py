@@ -54,7 +54,7 @@ MUTANTS = {
     "the norm's gradient lacks its second term": (TILE, "along = factor < 1e12f ? along : 0.f;", "along = 0.f;"),
     "half a warp skips a shuffle": (TILE, "    x += __shfl_xor_sync(0xffffffffu, x, 1);",
                                     "    if (threadIdx.x % 32 < 16) x += __shfl_xor_sync(0xffffffffu, x, 1);"),
-    "the mask is forgotten in the backward": (PAIRS, "masked ? s + p.a.mask_value * Unit<T>::of_natural : s", "s"),
+    "the mask is forgotten in the backward": (PAIRS, "masked ? s + p.a.mask_value * Unit<T>::of_natural : s", "masked ? s + 0.f * p.a.mask_value : s"),
     "sums of the tables are not cleared": (QUERIES, "shared.sums[table][i] = make_float4(0.f, 0.f, 0.f, 0.f);", ";"),
     "delta leaves out the dropout": (QUERIES, "x.map[n][e] * x.kept[n][e] * x.grad[n][e];", "x.map[n][e] * x.grad[n][e];"),
     "delta of one group alone": (QUERIES, "for (int other = 0; other < p.groups; ++other)", "for (int other = 0; other < 1; ++other)"),
