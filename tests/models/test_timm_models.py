@@ -76,7 +76,8 @@ class TestEveryModel:
         assert model.state_dict().keys() == reference.state_dict().keys()
         for key, p in model.named_parameters():
             drawn = reference.get_parameter(key).std(correction=0)
-            torch.testing.assert_close(p.std(correction=0), drawn, rtol=0.5, atol=1e-3, msg=key)
+            rtol = 0.5 if p.numel() >= 256 else 3.0  # a few random numbers tell little
+            torch.testing.assert_close(p.std(correction=0), drawn, rtol=rtol, atol=1e-3, msg=key)
 
     def test_the_program_finds_what_it_needs(self, name):
         model = ours(MODELS[name], "crpw")
