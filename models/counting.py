@@ -13,6 +13,8 @@ from models.attention.modifiers import Modifier
 from models.attention.softmax import SoftmaxAttention
 
 _ATEN = torch.ops.aten
+# PyTorch before 2.15 has no formula for its attention on the CPU; it is that of the same operation on CUDA.
+_FORMULAS = {_ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention], **flop_registry}
 
 
 @dataclass
@@ -95,8 +97,8 @@ class _Counter(TorchDispatchMode):
         operation = func._overloadpacket
         if operation is _ATEN.native_layer_norm:
             self.macs.norm += 2 * args[0].numel()
-        elif operation in flop_registry:
-            count = flop_registry[operation](*args, **kwargs, out_val=out) // 2
+        elif operation in _FORMULAS:
+            count = _FORMULAS[operation](*args, **kwargs, out_val=out) // 2
             if self.modifiers or _is_product(str(operation), args):
                 self.macs.attention += count
             else:

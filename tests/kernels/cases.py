@@ -7,6 +7,7 @@ out of place in the margins.
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -232,10 +233,16 @@ def distances(found: Tensor, exact: Tensor) -> tuple[float, float]:
     return difference.norm().item(), difference.abs().max().item()
 
 
+def rounding(size: float, dtype: torch.dtype) -> float:
+    """Half a unit in the last place of a number of this size: what rounding it correctly may cost."""
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(size)) / 2 if size else 0.0
+
+
 def check_accuracy(found: dict[str, Tensor], drawn: Drawn, factor: float = 2.0, only: str = "") -> None:
     """Each result errs at most `factor` times as much as the specification run in the case's own dtype, in norm and in the worst element.
 
-    only: names of results, separated by spaces.
+    Storing the exact result in that dtype may cost half a unit in the last place of the largest element; where the specification's worst
+    element is closer, it was lucky, and that half unit is the yardstick. only: names of results, separated by spaces.
     """
     c = drawn.case
     exact, plain = drawn.expected
@@ -247,4 +254,5 @@ def check_accuracy(found: dict[str, Tensor], drawn: Drawn, factor: float = 2.0, 
         error, worst = distances(ours[name], exact[name])
         error_plain, worst_plain = distances(plain[name], exact[name])
         assert error <= factor * error_plain + 1e-6 * norm, f"{name}: error {error:.2e} in norm, PyTorch's is {error_plain:.2e} ({c})"
+        worst_plain = max(worst_plain, rounding(size, ours[name].dtype))
         assert worst <= factor * worst_plain + 1e-6 * size, f"{name}: worst element {worst:.2e} off, PyTorch's {worst_plain:.2e} ({c})"
