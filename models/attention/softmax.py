@@ -12,6 +12,7 @@ from kernels.window_attention.reference import add_mask, merge_windows, split_wi
 from models.layers.cache import EvalCache
 from models.layers.init import trunc_normal
 from models.layers.linear import Linear
+from models.layers.products import Ready, computed_in, keeps_ready, linear, result_dtype
 
 from .geometry import Geometry, relative_coords_table
 from .modified import Modified
@@ -81,11 +82,11 @@ class SoftmaxAttention(Modified):
                 terms = modifier(terms)
         return terms
 
-    def _projection(self, fold: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def _projection(self, fold: bool) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.qkv.weight, self.packed_bias()
         for modifier in self._stage(WeightModifier):
             weight, bias = modifier.fold(weight) if fold else weight, modifier.fold_bias(bias)
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return weight, bias
 
     def project(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C): q, then k, then v.
@@ -93,16 +94,17 @@ class SoftmaxAttention(Modified):
         Weight modifiers are folded into the weight in evaluation, where that is done once, and in training where the weight keeps its
         full precision, unless there are so few tokens that adding to the tokens is the smaller work.
         """
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.qkv.weight.dtype
-        once = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        full = self.qkv.weight.dtype == wide and (once or dtype == wide)
-        fold = full and (once or x.numel() > FEW_TOKENS * self.dim * self.dim)
-        sources = [parameter for parameter in self._parameters.values() if parameter is not None]
-        sources += [parameter for parameter in self.qkv.parameters()]
-        dtype = dtype if once else self.qkv.weight.dtype  # in training autocast casts
-        qkv = F.linear(x, *self.cache.get(f"projection {fold} {dtype}", sources, lambda: self._projection(fold, dtype)))
+        kind, dtype, own = x.device.type, result_dtype(x), self.qkv.weight.dtype
+        once = keeps_ready()
+        wide = torch.float64 if own == torch.float64 else torch.float32
+        exact = own == wide and computed_in(dtype, kind) == wide
+        fold = own == wide and (once or (exact and x.numel() > FEW_TOKENS * self.dim * self.dim))
+        if once:
+            sources = [parameter for parameter in (*self._parameters.values(), *self.qkv.parameters()) if parameter is not None]
+            name = f"projection {fold} {dtype} {kind}"
+            qkv = self.cache.get(name, sources, lambda: Ready(*self._projection(fold), dtype, kind))(x)
+        else:
+            qkv = linear(x, *self._projection(fold))
         for modifier in [] if fold else self._stage(WeightModifier):
             qkv = modifier.add(x, qkv)
         return qkv

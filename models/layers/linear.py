@@ -1,14 +1,13 @@
-"""A linear layer that casts its weight once, not in every forward, while a model is evaluated under autocast."""
+"""A linear layer that is made ready once for evaluation, not in every forward."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import EvalCache
+from .products import Ready, keeps_ready, linear, result_dtype
 
 
 class Linear(nn.Linear):
-    """nn.Linear, same parameters and result. In evaluation under autocast the cast weight and bias are kept while they stay unchanged.
+    """nn.Linear, same parameters and result. In evaluation the weight is kept cast and laid out as the product needs it.
 
     Shapes: (..., in_features) -> (..., out_features).
     """
@@ -17,16 +16,12 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.cache = EvalCache()
 
-    def operands(self, kind: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in the dtype of autocast on devices of `kind`, or as they are where autocast is off."""
-        if not torch.is_autocast_enabled(kind):
-            return self.weight, self.bias
-        dtype = torch.get_autocast_dtype(kind)
+    def ready(self, x: Tensor) -> Ready:
+        """The layer made ready for inputs like x; kept while weight and bias stay unchanged."""
+        dtype, kind = result_dtype(x), x.device.type
         sources = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return self.cache.get(str(dtype), sources, lambda: (self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)))
+        return self.cache.get(f"{dtype} {kind}", sources, lambda: Ready(self.weight, self.bias, dtype, kind))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.linear(x, self.weight, self.bias)  # autocast casts
-        return F.linear(x, *self.operands(x.device.type))
+        return self.ready(x)(x) if keeps_ready() else linear(x, self.weight, self.bias)

@@ -8,6 +8,7 @@ from kernels.window_attention import window_layout
 from models.attention import AttentionSpec, WindowAttention, WindowAttentionV2
 from models.attention.geometry import Geometry
 from models.attention.modifiers import MODIFIERS, MapModifier, TermModifier
+from models.layers import products
 from tests.models.builders import GRID, WINDOW_FAMILIES, identity_options, randomise, small
 
 both_families = pytest.mark.parametrize("family", WINDOW_FAMILIES)
@@ -124,8 +125,9 @@ def test_few_and_many_tokens_take_different_ways_to_the_same_gradients(family, m
 
 
 @both_families
-def test_in_bfloat16_autocast_the_residual_is_added_to_the_tokens_and_costs_no_precision(family):
+def test_in_bfloat16_autocast_the_residual_is_added_to_the_tokens_and_costs_no_precision(family, monkeypatch):
     """The identity folded into a bfloat16 weight would round w to steps of 2^-8; added to the tokens the error is the plain model's."""
+    monkeypatch.setattr(products, "WIDENED", frozenset())
     model = with_modifiers(family, "qk_residual", embed_dim=32)
     for block in (b for layer in model.layers for b in layer.blocks):
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.003)
@@ -137,12 +139,26 @@ def test_in_bfloat16_autocast_the_residual_is_added_to_the_tokens_and_costs_no_p
         unfolded = F.linear(x, attention.qkv.weight, attention.packed_bias())
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low[..., :64], (unfolded[..., :64] + x.repeat(1, 1, 2).bfloat16()))
-    folded = F.linear(x, attention._projection(True, torch.float32)[0].bfloat16().float())[..., :64] - x.repeat(1, 1, 2)
+    folded = F.linear(x, attention._projection(True)[0].bfloat16().float())[..., :64] - x.repeat(1, 1, 2)
     assert (unfolded[..., :64].float() - exact).abs().mean() < 0.5 * (folded - exact).abs().mean()
 
 
 @both_families
-def test_in_bfloat16_evaluation_the_residual_is_folded_in_float32_and_errs_little_more(family):
+def test_where_bfloat16_is_multiplied_in_float32_the_folded_residual_is_rounded_once(family, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset([torch.bfloat16]))
+    attention = with_modifiers(family, "qk_residual", embed_dim=32).layers[0].blocks[0].attn
+    torch.nn.init.normal_(attention.qkv.weight, std=0.003)
+    x = torch.randn(4, 64, 32)
+    exact = attention.project(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(attention.project(x), exact.bfloat16(), rtol=2**-7, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(attention.project(x), exact.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+@both_families
+def test_in_bfloat16_evaluation_the_residual_is_folded_in_float32_and_errs_little_more(family, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset())
     model = with_modifiers(family, "qk_residual", embed_dim=32)
     attention = model.layers[0].blocks[0].attn
     torch.nn.init.normal_(attention.qkv.weight, std=0.02)
@@ -151,7 +167,7 @@ def test_in_bfloat16_evaluation_the_residual_is_folded_in_float32_and_errs_littl
         added = attention.project(x)
         with torch.no_grad():
             folded, again = attention.project(x), attention.project(x)
-    exact = F.linear(x.double(), attention._projection(True, torch.float64)[0], None if attention.packed_bias() is None
+    exact = F.linear(x.double(), attention._projection(True)[0].double(), None if attention.packed_bias() is None
                      else attention.packed_bias().double())
     assert folded.dtype == torch.bfloat16 and torch.equal(folded, again)
     assert (folded - exact).abs().mean() < 2 * (added - exact).abs().mean()
@@ -181,7 +197,7 @@ def test_one_adamw_step_without_gradient_moves_the_effective_weight_towards_the_
     torch.optim.AdamW(weights, lr=0.1, weight_decay=0.05).step()
     for block, old, new in zip((b for layer in model.layers for b in layer.blocks), before, weights, strict=True):
         torch.testing.assert_close(new, old * (1 - 0.1 * 0.05))
-        effective = block.attn._projection(True, torch.float32)[0][:block.dim]
+        effective = block.attn._projection(True)[0][:block.dim]
         torch.testing.assert_close(effective - torch.eye(block.dim), old[:block.dim] * (1 - 0.1 * 0.05), rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,150 @@
+"""x Wᵀ + b by every way there is: in float32 for 16-bit results, with the weight kept ready, in chunks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.layers import fused_mlp, products
+from models.layers.linear import Linear
+from models.layers.mlp import Mlp
+
+BF16, F16 = torch.bfloat16, torch.float16
+both_ways = pytest.mark.parametrize("widened", [True, False])
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(products, "CHUNK_BYTES", 1)  # the least number of rows, 64
+    monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 0)
+
+
+def error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def outcome(module, x, dtype, weight):
+    """Result and gradients of x and the parameters, under autocast to `dtype`."""
+    leaves = [x, *module.parameters()]
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        y = module(x)
+    return [y, *torch.autograd.grad((y.to(weight.dtype) * weight).sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("make", [lambda: Linear(24, 40), lambda: Linear(24, 40, bias=False), lambda: Mlp(24, 48)])
+@pytest.mark.parametrize("tokens", [3, 500])
+def test_a_16_bit_product_in_float32_errs_no_more_than_pytorch_s_own_in_values_and_gradients(dtype, make, tokens, monkeypatch):
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(2, tokens, 24, requires_grad=True)
+    monkeypatch.setattr(products, "WIDENED", frozenset([dtype]))
+    with torch.autocast("cpu", dtype):
+        weight = torch.randn(module(x).shape)
+    ours = outcome(module, x, dtype, weight)
+    monkeypatch.setattr(products, "WIDENED", frozenset())
+    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 1 << 40)  # the plain layers
+    native = outcome(module, x, dtype, weight)
+    exact = outcome(module.double(), x.detach().double().requires_grad_(), None, weight.double())
+    for own, theirs, right in zip(ours, native, exact, strict=True):
+        assert own.dtype == theirs.dtype
+        assert error(own, right) <= 1.1 * error(theirs, right) + 1e-6
+    assert ours[0].dtype == dtype
+
+
+def test_a_widened_product_keeps_its_input_in_16_bits_for_the_backward(monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]))
+    layer, mlp, kept = Linear(16, 16), Mlp(16, 64), []
+    x = torch.randn(300, 16, dtype=BF16, requires_grad=True)
+    with torch.autocast("cpu", BF16), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+        mlp(x)
+    assert all(tensor.dtype == BF16 for tensor in kept if len(tensor) == 300)
+    assert sum(tensor.numel() for tensor in kept if len(tensor) == 300) == 300 * (16 + 16 + 64)
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 24), (7, 24), (2, 5, 5, 24), (3, 200, 24), (0, 24), (2, 0, 24)])
+def test_in_evaluation_a_layer_and_an_mlp_give_what_they_give_in_training(dtype, shape, widened, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    torch.manual_seed(1)
+    for module in (Linear(24, 40), Linear(24, 40, bias=False), Mlp(24, 96)):
+        x = torch.randn(shape)
+        if dtype == torch.float64:
+            module, x = module.double(), x.double()
+        with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+            recorded = module(x).detach()
+            for inference in (torch.no_grad, torch.inference_mode):
+                with inference():
+                    kept = module(x)
+                    assert kept.dtype == dtype and kept.shape == recorded.shape
+                    tolerance = {torch.float32: 1e-5, BF16: 2e-2, torch.float64: 1e-12}[dtype]
+                    torch.testing.assert_close(kept, recorded, rtol=tolerance, atol=tolerance)
+                    torch.testing.assert_close(module(x.mT.contiguous().mT), kept, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_the_weight_is_laid_out_once_with_the_gelu_in_the_product(monkeypatch):
+    calls = []
+    mlp, x = Mlp(24, 96), torch.randn(64, 24)
+    original = products._MKLDNN._reorder_linear_weight
+    monkeypatch.setattr(products, "_MKLDNN", type("", (), {
+        "_reorder_linear_weight": staticmethod(lambda w: calls.append("laid out") or original(w)),
+        "_linear_pointwise": staticmethod(lambda *a: calls.append(a[3]) or torch.ops.mkldnn._linear_pointwise(*a)),
+        "_is_mkldnn_bf16_supported": staticmethod(lambda: False)}))
+    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 1 << 40)
+    with torch.no_grad():
+        mlp(x), mlp(x)
+    assert calls == ["laid out", "laid out", "gelu", "none", "gelu", "none"]
+
+
+def test_a_flop_counter_and_torch_func_see_ordinary_products_in_evaluation():
+    mlp, x = Mlp(8, 32), torch.randn(10, 8)
+    with torch.no_grad():
+        mlp(x)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            mlp(x)
+        by_image = torch.func.vmap(mlp)(x.view(5, 2, 8))
+        torch.testing.assert_close(by_image.view(10, 8), mlp(x), rtol=1e-5, atol=1e-5)
+        twin = {name: value * 2 for name, value in mlp.state_dict().items()}
+        doubled = torch.func.functional_call(mlp, twin, x)
+    assert counter.get_total_flops() == 2 * 2 * 10 * 8 * 32
+    plain = F.linear(F.gelu(F.linear(x, twin["fc1.weight"], twin["fc1.bias"])), twin["fc2.weight"], twin["fc2.bias"])
+    torch.testing.assert_close(doubled, plain, rtol=1e-5, atol=1e-5)
+
+
+@both_ways
+def test_a_compiled_layer_gives_the_eager_result_and_gradients(widened, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    layer = Mlp(16, 32)
+    x = torch.randn(100, 16, requires_grad=True)
+    weight = torch.randn(100, 16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for own, theirs in zip(outcome(compiled, x, BF16, weight), outcome(layer, x, BF16, weight), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+
+
+@both_ways
+def test_results_may_be_changed_in_place(widened, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    for layer in (Linear(16, 16), Mlp(16, 32)):
+        x = torch.randn(2, 50, 16, requires_grad=True)
+        with torch.autocast("cpu", BF16):
+            plain, changed = layer(x), layer(x)
+        torch.testing.assert_close(torch.autograd.grad(changed.mul_(2).sum(), x)[0], 2 * torch.autograd.grad(plain.sum(), x)[0])
+
+
+@both_ways
+def test_frozen_parts_ask_for_nothing(widened, monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    layer, x = Linear(16, 8), torch.randn(100, 16, requires_grad=True)
+    layer.requires_grad_(False)
+    with torch.autocast("cpu", BF16):
+        layer(x).sum().backward()
+    assert x.grad is not None and layer.weight.grad is None
+    layer.weight.requires_grad_(True)
+    with torch.autocast("cpu", BF16):
+        layer(x.detach()).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.detach().sum(0).expand(8, 16), rtol=2e-2, atol=0.1)
