@@ -1,6 +1,7 @@
 """The CPU kernel of every instruction set against the specification in float64, by the accuracy rule of replay.problems."""
 
 import itertools
+import platform
 
 import pytest
 import torch
@@ -96,6 +97,22 @@ def test_results_are_the_same_bits_for_any_number_of_threads_and_again(instructi
         results.append({**call.results(), "lse": call.buffers["lse"].tensor})
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere subnormal numbers cost little and are kept")
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_subnormal_results_are_zero_within_the_kernel_and_kept_outside(instructions):
+    drawn = Drawn(Case(windows=(1, 1), dtype=F32))
+    drawn.qkv[..., 128:] = 1e-39  # v; its mean over a row is subnormal too
+    assert not available(instructions).run(drawn)["out"].any()
+    assert (torch.tensor([2e-39]) * 0.5).item() > 0
+
+
+@pytest.mark.parametrize("case", [Case(shift=(3, 3), dtype=dtype, **more) for dtype in DTYPES for more in ({}, {"cosine": True})], ids=str)
+def test_small_gradients_err_no_more_than_pytorch(case):
+    drawn = Drawn(case)
+    drawn.grad_out *= 2.0 ** (-10 if case.dtype == F16 else -30)  # float16 ends at 2^-24
+    assert not problems(cpu_kernel().run(drawn), drawn)
 
 
 @pytest.mark.parametrize("case", SUMS, ids=str)

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "denormals.h"
 #include "job.h"
 #include "processor.h"
 #include "threads.h"
@@ -57,6 +58,7 @@ void run_task(int64_t task, void* of) {
     const int groups = call.job->groups;  // they vary fastest: the rows of one token lie together in memory
     void* scratch = wa::scratch_of_thread(call.scratch);
     if (!scratch) return wa::report_failure();
+    const wa::FlushDenormals flush;
     (call.backward ? call.kernels->backward : call.kernels->forward)(call.job, int(task % groups), int(task / groups), scratch);
 }
 
