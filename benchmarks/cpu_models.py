@@ -6,7 +6,8 @@
 
 Every round times each model once, in an order that rotates, so that a busy machine slows all of them alike; a ratio is the median over
 rounds of the ratio within a round. The same random images for all. A training step is forward, cross entropy, backward and an AdamW
-update. "plain formula" is this project's model with the reference backend: the operations of eager Swin, one after the other.
+update. "plain formula" is this project's model with the reference backend for attention; its other layers are ours. "timm, eager
+attention" is the original Swin's sequence of operations throughout.
 bfloat16 is autocast. Peak memory (Linux) is what training steps of one model alone add to the resident size of a process of its own.
 """
 
@@ -39,6 +40,16 @@ def without_drop_path(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def eager_timm(name: str) -> torch.nn.Module:
+    """timm's model with softmax attention operation by operation, as in the original Swin; its SwinV2 has no other form."""
+    fused = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        return timm.create_model(name, drop_path_rate=0.0)
+    finally:
+        timm.layers.set_fused_attn(bool(fused))
+
+
 IDENTITY = AttentionSpec(("qk_residual", "crpw"))
 PLAIN_FORMULA = AttentionSpec(backend="reference")
 FAMILIES = {
@@ -47,6 +58,7 @@ FAMILIES = {
         "ours + qk_residual + crpw": lambda: SwinTransformer(drop_path_rate=0.0, attention=IDENTITY),
         "plain formula": lambda: SwinTransformer(drop_path_rate=0.0, attention=PLAIN_FORMULA),
         "timm": lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0),
+        "timm, eager attention": lambda: eager_timm("swin_tiny_patch4_window7_224"),
         "torchvision": lambda: without_drop_path(torchvision.models.swin_t()),
     }),
     "swinv2_t": (256, {
@@ -160,7 +172,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--kind", choices=["inference", "training step", "both"], default="both")
-    every = list(next(iter(FAMILIES.values()))[1])
+    every = list({name: None for _, makers in FAMILIES.values() for name in makers})
     parser.add_argument("--models", nargs="+", choices=every, default=every)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each model in a process of its own")
