@@ -37,6 +37,7 @@ from models.build import ModelError
 from models.checkpoint import CheckpointError, load_weights, read_weights, weights_metadata
 from models.checkpoint.read import check_readable, download
 from models.counting import count_macs
+from models.layers.products import describe_products
 from optimizer import OptimizerError, build_optimizer
 from utils import RunError, World
 
@@ -84,6 +85,8 @@ class Program:
         self.logger.info(describe_model(self.model, self.config.MODEL.NAME))
         with self.autocast():
             self.logger.info(describe_attention(self.model))
+        if words := describe_products(self.dtype, self.world.device.type):
+            self.logger.info(words)
         if self.config.EVAL_MODE:
             return self.evaluate()
         with FolderLock(self.folder) if self.world.is_main else nullcontext():

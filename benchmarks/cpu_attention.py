@@ -11,7 +11,6 @@ in the same dtype.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.machine import environment
 from kernels.window_attention import BACKENDS, OffsetTerms, window_layout
 from kernels.window_attention.fused import missing
 
@@ -116,8 +116,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measure(shape, dtype, arguments.batch if shape[2] < 16 else 2, arguments.rounds) for shape in SHAPES
             for dtype in (torch.float32, torch.bfloat16)]
-    versions = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1,
-                "capability": torch.backends.cpu.get_cpu_capability(), "batch": arguments.batch, "rounds": arguments.rounds}
+    versions = {**environment(), "batch": arguments.batch, "rounds": arguments.rounds}
     print(table(rows), versions, sep="\n")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ bfloat16 is autocast. Peak memory (Linux) is what training steps of one model al
 import argparse
 import functools
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.machine import environment
 from models import SwinTransformer, SwinTransformerV2
 from models.attention import AttentionSpec
 
@@ -186,9 +186,7 @@ def main() -> None:
         run_alone(arguments.family, arguments.only, arguments.batch)
         return
     rows = [row for family in (FAMILIES if arguments.family == "all" else [arguments.family]) for row in measure(family, arguments)]
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "torchvision": torchvision.__version__,
-                "threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine(), "batch": arguments.batch,
-                "rounds": arguments.rounds}
+    versions = {**environment("cpu", timm, torchvision), "batch": arguments.batch, "rounds": arguments.rounds}
     print(table(rows), "\n", versions, sep="")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,7 @@ reported and the next one runs; the exit status is 1 if any did. No part of this
 
 import argparse
 import ctypes
-import datetime
 import json
-import os
-import platform
 import random
 import shutil
 import subprocess
@@ -29,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import kernel_speed
+from benchmarks.machine import environment
 from kernels.window_attention import OffsetTerms, library, window_attention, window_layout
 from tests.kernels.cases import Case, Drawn, by_part
 from tests.kernels.replay import Kernel, by_pytorch, distances, problems
@@ -201,26 +199,6 @@ def table(rows: list[dict]) -> str:
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows])
-
-
-def environment(device: str) -> dict:
-    """Hardware, versions, date and commit."""
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    now = datetime.datetime.now(datetime.timezone.utc)
-    found = {"date": now.isoformat(timespec="seconds"), "commit": git("rev-parse", "HEAD"),
-             "uncommitted files": len(git("status", "--porcelain").splitlines()),
-             "torch": torch.__version__, "CUDA": torch.version.cuda,
-             "python": platform.python_version(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "multiprocessors": properties.multi_processor_count,
-                  "memory GiB": properties.total_memory >> 30, "capability": list(torch.cuda.get_device_capability())}
-    else:
-        found |= {"device": "CPU", "threads": torch.get_num_threads()}
-    return found
 
 
 def run_parts(run: Run, parts: list[str]) -> dict[str, list[dict]]:

@@ -42,6 +42,14 @@ def computed_in(dtype: torch.dtype, kind: str) -> torch.dtype:
     return torch.float32 if kind == "cpu" and dtype in WIDENED else dtype
 
 
+def describe_products(dtype: torch.dtype, kind: str) -> str | None:
+    """A line for a log where linear layers do not compute in autocast's dtype, else None."""
+    if computed_in(dtype, kind) == dtype:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"products: this processor has no {name} arithmetic; linear layers compute in float32, their results are {name}"
+
+
 def chunks(rows: int, width: int, inner: torch.dtype) -> Iterator[slice]:
     """Slices of `rows` rows of `width` numbers of dtype `inner`."""
     step = max(64, CHUNK_BYTES // (width * inner.itemsize))

@@ -126,6 +126,12 @@ def test_a_compiled_layer_gives_the_eager_result_and_gradients(widened, monkeypa
         torch.testing.assert_close(own, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
 
 
+def test_what_is_not_computed_in_its_own_dtype_is_said(monkeypatch):
+    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]))
+    assert "no bfloat16 arithmetic" in products.describe_products(BF16, "cpu")
+    assert products.describe_products(BF16, "cuda") is None and products.describe_products(torch.float32, "cpu") is None
+
+
 @both_ways
 def test_results_may_be_changed_in_place(widened, monkeypatch):
     monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
