@@ -23,9 +23,13 @@ def _not_multiplied() -> frozenset[torch.dtype]:
     """16-bit dtypes whose matrices this processor does not multiply itself. Other processors than x86-64 are taken to do so."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
-    bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    float16 = torch.backends.mkldnn.is_available() and _MKLDNN._is_mkldnn_fp16_supported()
-    return frozenset([torch.bfloat16] * (not bfloat16) + [torch.float16] * (not float16))
+
+    def has(place: object, *questions: str) -> bool:  # what PyTorch cannot tell is taken to be there
+        return any(getattr(place, question, lambda: True)() for question in questions)
+
+    found = {torch.bfloat16: has(torch.cpu, "_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+             torch.float16: torch.backends.mkldnn.is_available() and has(_MKLDNN, "_is_mkldnn_fp16_supported")}
+    return frozenset(dtype for dtype, multiplied in found.items() if not multiplied)
 
 
 WIDENED = _not_multiplied()  # what is multiplied in float32 on the CPU
