@@ -175,11 +175,13 @@ def main() -> None:
     every = list({name: None for _, makers in FAMILIES.values() for name in makers})
     parser.add_argument("--models", nargs="+", choices=every, default=every)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--flush-denormals", action="store_true", help="subnormal numbers count as 0 for all, as in main.py")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each model in a process of its own")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_flush_denormal(arguments.flush_denormals)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.only:
