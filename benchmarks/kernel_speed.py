@@ -120,7 +120,7 @@ def clock(device: str) -> Callable[[Callable], float]:
 
     def on_cuda(call: Callable) -> float:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(200_000)  # so that the launches are all queued before the first one runs
+        torch.cuda._sleep(2_000_000)  # a millisecond, so that the launches are queued before the first one runs
         before.record()
         call()
         after.record()
@@ -147,6 +147,14 @@ def interleaved(calls: dict[str, Callable], rounds: int, device: str, warm_up: i
     return {**rows, **{name: {"failed": reason} for name, reason in failed.items()}}
 
 
+def copy_rate(device: str, repeats: int = 5) -> float:
+    """GB/s, read and written, of a copy of a gigabyte (on the CPU 64 MiB): what memory allows."""
+    source = torch.randn((1 << 28) if device == "cuda" else 1 << 24, device=device)
+    target, timer = torch.empty_like(source), clock(device)
+    seconds = [timer(lambda: target.copy_(source)) for _ in range(repeats)]
+    return 2 * source.nbytes / min(seconds[1:]) / 1e9
+
+
 def op_calls(inputs: Inputs, name: str, function: Callable) -> dict[str, Callable]:
     """The forward in inference, and forward with backward to qkv and both tables."""
     def forward() -> None:
@@ -162,6 +170,7 @@ def op_calls(inputs: Inputs, name: str, function: Callable) -> dict[str, Callabl
 
 def time_ops(shapes: list[Shape], device: str, dtype: torch.dtype, rounds: int, time_is_up: Callable[[], bool]) -> Iterator[dict]:
     """One row a shape, kind and contestant. The least bytes: q, k, v and the output once, and in the backward their gradients too."""
+    copied = copy_rate(device)
     for shape in shapes:
         if time_is_up():
             yield {"shape": shape.name, "failed": "no time left"}
@@ -175,7 +184,7 @@ def time_ops(shapes: list[Shape], device: str, dtype: torch.dtype, rounds: int, 
                 speed = found["fused"]["ms"] / row["ms"] if "ms" in row and "ms" in found["fused"] else None
                 rate = moved * tokens / row["ms"] / 1e6 if "ms" in row else None
                 yield {"shape": shape.name, "N": shape.window**2, "batch": shape.batch, "kind": kind, "by": name, **row,
-                       "speed relative to fused": speed, "GB/s of the least bytes": rate}
+                       "speed relative to fused": speed, "GB/s of the least bytes": rate, "share of a copy's": rate and rate / copied}
         del inputs, calls
         torch.compiler.reset()
         if device == "cuda":
