@@ -120,7 +120,7 @@ def clock(device: str) -> Callable[[Callable], float]:
 
     def on_cuda(call: Callable) -> float:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # a millisecond, so that the launches are queued before the first one runs
+        torch.cuda._sleep(10_000_000)  # 5 ms, so that the launches are queued before the first one runs
         before.record()
         call()
         after.record()
@@ -156,14 +156,18 @@ def copy_rate(device: str, repeats: int = 5) -> float:
 
 
 def op_calls(inputs: Inputs, name: str, function: Callable) -> dict[str, Callable]:
-    """The forward in inference, and forward with backward to qkv and both tables."""
+    """The forward in inference, and forward with backward to qkv, the bias and, unless it is the constant scale of V1, the weight."""
+    learnt = inputs.shape.table or inputs.shape.v2
+
     def forward() -> None:
         with torch.no_grad():
             function(inputs.next(), inputs.weight, inputs.bias, inputs)
 
     def both() -> None:
-        leaves = [t.detach().requires_grad_() for t in (inputs.next(), inputs.weight, inputs.bias)]
-        torch.autograd.grad(function(*leaves, inputs), leaves, inputs.grad)
+        qkv, weight, bias = (t.detach().requires_grad_() for t in (inputs.next(), inputs.weight, inputs.bias))
+        weight.requires_grad_(learnt)
+        leaves = (qkv, weight, bias) if learnt else (qkv, bias)
+        torch.autograd.grad(function(qkv, weight, bias, inputs), leaves, inputs.grad)
 
     return {"forward": forward, "forward and backward": both}
 

@@ -126,7 +126,7 @@ void* current_stream(int32_t device) {
     }();
     STD_TORCH_CHECK(function, "window_attention: this PyTorch was built without CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+    STD_TORCH_CHECK(function(device, &stream) == 0, "window_attention: PyTorch gave no stream for CUDA device ", device);
     return stream;
 }
 
