@@ -6,8 +6,9 @@
 
 Parts: build (compiles the kernels for this device), correctness (the shapes of the emulated tests and random ones, against float64, and
 the operation in PyTorch), determinism (bit-equal when run twice, and from a CUDA graph), sanitizer (compute-sanitizer's memcheck and
-racecheck on small shapes), ops and models (speed and memory, against other means; medians of interleaved rounds). A part that fails is
-reported and the next one runs; the exit status is 1 if any did. No part of this has run on a GPU yet.
+racecheck on small shapes), ops and models (speed and memory, against other means; medians of interleaved rounds). Only when named, since
+compiling takes minutes: compiled (whole models through torch.compile). A part that fails is reported and the next one runs; the exit status
+is 1 if any did.
 """
 
 import argparse
@@ -34,8 +35,9 @@ from tests.kernels.replay import Kernel, by_pytorch, distances, problems
 ROOT = Path(__file__).resolve().parent.parent
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PARTS = ("build", "correctness", "determinism", "sanitizer", "ops", "models")
+NAMED = ("compiled",)
 # Seconds after which a part starts nothing more; their sum leaves room for starting up within nine minutes.
-SECONDS = {"build": 180, "correctness": 60, "determinism": 20, "sanitizer": 100, "ops": 110, "models": 60}
+SECONDS = {"build": 180, "correctness": 60, "determinism": 20, "sanitizer": 100, "ops": 110, "models": 60, "compiled": 240}
 QUICK = [Case((7, 7), missing=(2, 3), shift=(3, 3), weight="table"), Case((8, 8), (1, 2), cosine=True, dropout=0.2, dtype=F32),
          Case((9, 12), (1, 1), weight="table", post=True, dtype=F16), Case((16, 16), (1, 1), heads=1)]
 # more windows than there are multiprocessors, so that a block takes several
@@ -187,7 +189,12 @@ def part_ops(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
 
 def part_models(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
     """Speed and memory of whole models."""
-    return list(kernel_speed.time_models(run.device, max(2, run.rounds // 3), run.quick, time_is_up))
+    return list(kernel_speed.time_models(run.device, max(2, run.rounds * 2 // 3), run.quick, time_is_up))
+
+
+def part_compiled(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
+    """Speed and memory of whole models through torch.compile."""
+    return list(kernel_speed.time_models(run.device, max(2, run.rounds * 2 // 3), run.quick, time_is_up, kernel_speed.compiled_rivals))
 
 
 def table(rows: list[dict]) -> str:
@@ -222,8 +229,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few of them")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=15, help="of each timing (models: a third of them)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS + NAMED, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=15, help="of each timing (models: two thirds of them)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only-run-small", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

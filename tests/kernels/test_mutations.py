@@ -29,8 +29,8 @@ MUTANTS = {
     "the largest logit is taken for half as large": (LAYOUT, "return fmaxf(x, __shfl_xor_sync(ALL, x, 2));", "return x * 0.5f;"),
     "half a warp skips a shuffle": (LAYOUT, "return x + __shfl_xor_sync(ALL, x, 2);",
                                     "if (threadIdx.x % 32 < 16) return x; return x + __shfl_xor_sync(ALL, x, 2);"),
-    "tiles are read without the swizzle": (LAYOUT, "ldsm4t(b, tile + at<D>(k * 16 + lane % 16, n * 2 + lane / 16));",
-                                           "ldsm4t(b, tile + (k * 16 + lane % 16) * 2 * D + (n * 2 + lane / 16) * 16);"),
+    "tiles are read without the swizzle": (LAYOUT, "int sixteen_rows(int lane) { return at<D>(lane % 16, lane / 16); }",
+                                           "int sixteen_rows(int lane) { return lane % 16 * 2 * D + lane / 16 * 16; }"),
     "the shift has the wrong sign": (LAYOUT, "row * p.a.window[0] + p.a.shift[0];",
                                      "(row * p.a.window[0] - p.a.shift[0] + p.padded_height) % p.padded_height;"),
     "padding begins a row late": (LAYOUT, "return y < p.a.height && x < p.a.width ?", "return y <= p.a.height && x < p.a.width ?"),
@@ -43,13 +43,20 @@ MUTANTS = {
     "the backward starts a window before the last is done": (BACKWARD, "cp_wait<0>();\n        __syncthreads();", "cp_wait<0>();"),
     "one warp passes by a barrier": (BACKWARD, "__syncthreads();  // all rows of P", "if (warp > 0) __syncthreads();  // all rows of P"),
     "dk and dv are taken before all rows are there": (BACKWARD, "__syncthreads();  // all rows of P", "// all rows of P"),
-    "gradients are laid over tiles still read": (BACKWARD, "__syncthreads();  // nobody reads", "// nobody reads"),
-    "unit vectors are read before they are written": (BACKWARD, "normalise<T, D>(q, norms, thread);\n            __syncthreads();",
-                                                      "normalise<T, D>(q, norms, thread);"),
-    "padding rows read their log-sum-exp": (BACKWARD, "lse[h] = is_query(p, window, places, row + 8 * h) ?",
-                                            "lse[h] = row + 8 * h < p.tokens ?"),
-    "a window is stored where the one before it was": (FORWARD, "        here = there;\n", ""),
-    "columns without a pair are left as they were": (BACKWARD, "if (NT % 2) {", "if (false) {"),
+    "gradients are laid over tiles still read": (BACKWARD, "unsigned char* way_out = v;", "unsigned char* way_out = q;"),
+    "unit vectors are written over raw ones still read": (
+        BACKWARD, """__syncthreads();  // all norms are there, and nobody needs the raw q and k any more
+            norm[0] = norms[row];
+            norm[1] = norms[row + 8];
+            if (cosine) normalise<T, D>(q, norms, thread);""",
+        """if (cosine) normalise<T, D>(q, norms, thread);
+            __syncthreads();
+            norm[0] = norms[row];
+            norm[1] = norms[row + 8];"""),
+    "padding rows read their log-sum-exp": (GRADIENTS, "query[h] = is_query(p, w, places, row + 8 * h);",
+                                            "query[h] = row + 8 * h < p.tokens;"),
+    "a window is stored where the one before it was": (FORWARD, "here[i] = there[i];", ";"),
+    "columns without a pair are left as they were": (BACKWARD, "= 0u;  // part of a k-step", "= 0x7fc07fc0u;  // part of a k-step"),
     "the backward's dropout mask is another": (BACKWARD, "(uint64_t)(base + row + e / 2 * 8), key", "(uint64_t)(base + row), key"),
     "dropout does not scale the gradient": (BACKWARD, "g[n][e] *= keep ? p.keep_scale : 0.f;", "g[n][e] *= keep ? 1.f : 0.f;"),
     "the gradient of P lacks the weight after the softmax": (BACKWARD, "g[n][e] *= by[e];", "g[n][e] *= 1.f;"),
@@ -57,7 +64,7 @@ MUTANTS = {
     "sums are read before all threads have put theirs": (
         BACKWARD, "        __syncthreads();\n        sum_by_offset<K>(p, reinterpret_cast<float*>(shared), p.bias",
         "        sum_by_offset<K>(p, reinterpret_cast<float*>(shared), p.bias"),
-    "the sum of one weight forgets a thread": (BACKWARD, "int i = 0; i < K::THREADS; ++i) sum", "int i = 1; i < K::THREADS; ++i) sum"),
+    "the sum of one weight forgets a warp": (BACKWARD, "int i = 0; i < K::WARPS; ++i) sum", "int i = 1; i < K::WARPS; ++i) sum"),
     "the gradient through the norm lacks 1 / |x|": (GRADIENTS, "(g[n][2 * h] - u.x * along) * by", "(g[n][2 * h] - u.x * along)"),
     "the gradient through the norm keeps its radial part": (GRADIENTS, "along = across_quad_sum(along);", "along = 0.f;"),
     "a pair is counted for its mirror image": (GRADIENTS, "const int i = y * width + x, j = i - dy * width - dx;",

@@ -7,7 +7,7 @@
 //   ldsm4(r, row), ldsm2, ldsm4t, ldsm2t                           ldmatrix, plain and transposed
 //   cp16(to, from, ok), cp4, cp_commit(), cp_wait<LEFT>()          cp.async; zeros where !ok
 //   __shfl_xor_sync(~0u, x, mask), __shfl_sync(~0u, x, lane)       float or int
-//   pack2<T>(a, b), unpack2<T>(pair), to_tf32(x), ex2(x), lg2(x), reciprocal(x)     approximations: 2 ulp, denormals flushed
+//   pack2<T>(a, b), unpack2<T>(pair), to_tf32(x), ex2(x), lg2(x), reciprocal(x), inverse_root(x)     approximations: 2 ulp, denormals flushed
 //   forget(x)                         the compiler takes x for new: what depends on it is worked out again, not kept in registers
 //   multiprocessors(), shared_bytes_max()                          of the current device; host side
 //   WA_DEVICE                         marks a device function;  WA_CUDA_NAME(forward) is wa_cuda_forward or wa_emu_forward
@@ -72,6 +72,7 @@ inline uint32_t to_tf32(float x) {  // to nearest, ties away from 0
 inline float ex2(float x) { float y = exp2f(x); return y < 1.17549435e-38f ? 0.f : y; }
 inline float lg2(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1.f / x; }
+inline float inverse_root(float x) { return 1.f / sqrtf(x); }
 
 #else
 #include <cuda_bf16.h>
@@ -164,5 +165,6 @@ template <> WA_DEVICE float2 unpack2<f16>(uint32_t pair) { return __half22float2
 WA_DEVICE uint32_t to_tf32(float x) { uint32_t y; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x)); return y; }
 WA_DEVICE float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 WA_DEVICE float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+WA_DEVICE float inverse_root(float x) { float y; asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 WA_DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 #endif

@@ -88,7 +88,8 @@ int wa_small_backward(const WindowAttentionArgs* args, void* stream) {
     t.gradient[0] = p.a.grad_bias; t.gradient[1] = p.a.grad_weight; t.gradient[2] = p.a.grad_post;
     t.single[1] = p.a.weight_rows == 1;
     t.splits = p.splits; t.heads = p.a.heads; t.offsets = p.offsets;
-    return launch(small_reduce, dim3(p.a.heads, 3), dim3(REDUCE_THREADS), REDUCE_THREADS * 4, stream, t);
+    const int parts = (p.offsets + REDUCE_WIDTH - 1) / REDUCE_WIDTH;
+    return launch(small_reduce, dim3(p.a.heads, 3, parts), dim3(REDUCE_THREADS), REDUCE_THREADS * 4, stream, t);
 }
 
 int64_t wa_small_workspace(const WindowAttentionArgs* args, int backward) {

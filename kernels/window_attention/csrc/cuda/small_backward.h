@@ -2,21 +2,22 @@
 //
 //   G = dO vᵀ,  G' = G keep post,  dS = P (G' - Σ_j P G'),  dv = (P keep post)ᵀ dO,  dq = (dS w) k,  dk = (dS w)ᵀ q
 //   d bias = Σ dS,  d weight = Σ dS (q kᵀ),  d post = Σ P G keep
-// P comes from the forward's log-sum-exp. A warp computes 16 query rows of dS and P keep post, leaves both in shared memory in 16 bits, and
-// takes 16 key rows of them transposed for dk and dv. Every thread sums its own pairs over the windows, in registers or in its own words of
-// shared memory; at the end each table entry is summed by one thread in fixed order. small_reduce.h adds the blocks. No atomics: equal
-// runs, equal bits.
+// P comes from the forward's log-sum-exp, read a window ahead. A warp computes 16 query rows of dS and P keep post, takes dq from its own
+// registers, leaves both in shared memory in 16 bits, and takes 16 key rows of them transposed for dk and dv. The three leave one after
+// another through the warp's rows of v. Every thread sums its own pairs over the windows, in registers or in its own words of shared
+// memory; at the end each table entry is summed by one thread in fixed order. small_reduce.h adds the blocks. No atomics: equal runs,
+// equal bits.
 #pragma once
 #include "small_gradients.h"
 
 template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) small_backward(const SmallProblem p) {
     using T = typename K::T;
-    constexpr int D = K::D, NT = K::NT, ROWS = K::ROWS;
+    constexpr int D = K::D, NT = K::NT, ROWS = K::ROWS, HALF = 8 * ROWS * 2;  // HALF: bytes from a row of the pairs to row + 8
     WA_DYN_SMEM(shared);
     unsigned char *pairs_p = shared + K::P, *pairs_ds = shared + K::DS;  // (ROWS, ROWS) of T
     uint32_t* places = reinterpret_cast<uint32_t*>(shared + K::PLACES);
     float* norms = reinterpret_cast<float*>(shared + K::NORMS);
-    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, row = warp * 16 + lane / 4, column = lane % 4 * 2;
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & (K::WARPS - 1), row = warp * 16 + lane / 4, column = lane % 4 * 2;
     const int head = blockIdx.x, heads = p.a.heads, fragment = warp * NT * 32 + lane;
 
     const int last = (int)((int64_t)p.windows * (blockIdx.y + 1) / p.splits);
@@ -35,21 +36,25 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
 
     if (thread < ROWS) places[thread] = place_of(p, thread);
     __syncthreads();
-    CopyRows<D> here(warp, lane);
-    here.find(p, window, places);
-    CopyRows<D> there = here;  // of the next window
-    fetch<T, D, K::TILE, true>(p, here, head, shared);
+    const CopyRows<D> rows(p, places, warp, lane);
+    int here[CopyRows<D>::SLOTS];  // tokens of this window
+    rows.find(here, p, window, places);
+    fetch<T, D, K::TILE, true>(p, rows, here, head, shared);
     cp_commit();
+    const float* row_sums = p.a.lse + ((int64_t)index * heads + head) * p.tokens;
+    float lse[2];  // of the window at hand: read before its turn comes
+    read_lse(lse, p, window, places, row_sums, row);
     const PairMask<NT> mask(p, places, row, column);
     const int from[2] = {place_offset(places[row]) + middle(p), place_offset(places[row + 8]) + middle(p)};
-    const float uniform = p.a.weight[head];
+    const float uniform = p.a.weight[head], late_weight = K::LATE_WEIGHT ? uniform : 1.f;
+    const bool cosine = K::COSINE && (K::LEAN || p.a.cosine);
     if (K::LEAN) {
         for (int n = 0; n < NT; ++n) {
             float b[4], w[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int key = n * 8 + column + e % 2, offset = key < p.tokens ? from[e / 2] - place_offset(places[key]) : middle(p);
-                b[e] = key >= p.tokens ? -INFINITY : p.a.bias ? p.a.bias[offset * heads + head] * LOG2E : 0.f;
+                b[e] = key >= p.tokens ? -INFINITY : p.a.bias ? p.a.bias[offset * heads + head] : 0.f;
                 w[e] = p.a.weight_rows > 1 ? p.a.weight[offset * heads + head] : uniform;
             }
             bias_fragments[n * 32] = make_float4(b[0], b[1], b[2], b[3]);
@@ -57,7 +62,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         }
     } else {
         for (int t = thread; t < p.offsets; t += K::THREADS) {
-            bias_table[t] = p.a.bias ? p.a.bias[t * heads + head] * LOG2E : 0.f;
+            bias_table[t] = p.a.bias ? p.a.bias[t * heads + head] : 0.f;
             weight_table[t] = p.a.weight_rows > 1 ? p.a.weight[t * heads + head] : uniform;
             post_table[t] = p.a.post ? p.a.post[t * heads + head] : 1.f;
         }
@@ -68,89 +73,76 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
             if (post_sums) post_sums[n * 32] = zero;
         }
     }
-    if (NT % 2) {  // the last chunk of columns is read as part of a k-step and holds no pair
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            put2<T, ROWS>(pairs_ds, row + 8 * h, NT, column, 0.f, 0.f);
-            put2<T, ROWS>(pairs_p, row + 8 * h, NT, column, 0.f, 0.f);
-        }
-    }
     float bias_sum[K::LEAN ? NT : 1][4], weight_sum[K::LEAN && K::W ? NT : 1][4], one_weight_sum = 0.f;
     clear(bias_sum);
     clear(weight_sum);
     const uint64_t seed = !K::LEAN && p.threshold ? (uint64_t)*p.a.seed : 0u;
 
     for (int stage = 0; index < last; ++index, stage ^= K::STAGES - 1) {
-        unsigned char *q = shared + stage * K::STAGE, *k = q + K::TILE, *v = k + K::TILE, *dout = v + K::TILE;
         forget(lane);  // addresses in shared memory: kept over the windows they would spill
-        forget(row);
-        if (!K::LEAN) forget(column);
+        lane &= 31;
+        row = warp * 16 + lane / 4;
+        if (!K::LEAN) column = lane % 4 * 2;
+        int eight = eight_rows<D>(lane), sixteen = sixteen_rows<D>(lane);
+        int pair = at<ROWS>(row, 0) + column * 2;                                   // of the pairs: this thread's `row`, chunk 0
+        int across = at<ROWS>(lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);  // of the pairs: this warp's keys of 16 queries
+        forget(eight);  // so that what is added to these is part of an instruction
+        forget(sixteen);
+        forget(across);
+        unsigned char *q = shared + stage * K::STAGE, *k = q + K::TILE, *v = k + K::TILE, *dout = v + K::TILE;
         cp_wait<0>();
         __syncthreads();
         if (K::STAGES > 1 && index + 1 < last) {
-            there.find(p, window.after(p), places);
-            fetch<T, D, K::TILE, true>(p, there, head, shared + (stage ^ 1) * K::STAGE);
+            int there[CopyRows<D>::SLOTS];
+            rows.find(there, p, window.after(p), places);
+            fetch<T, D, K::TILE, true>(p, rows, there, head, shared + (stage ^ 1) * K::STAGE);
             cp_commit();
         }
+        if (K::COSINE) inverse_norm<T, D>(p, q, norms, thread);
 
-        const int64_t base = ((int64_t)index * heads + head) * p.tokens;
-        float lse[2];  // infinite on rows that are no query: their P is 0
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            lse[h] = is_query(p, window, places, row + 8 * h) ? p.a.lse[base + row + 8 * h] * LOG2E : INFINITY;
-        }
-        if (K::COSINE) {
-            inverse_norm<T, D>(p, q, norms, thread);
-            __syncthreads();
-        }
-
-        // s: q kᵀ, x: the logits in units of log 2, then P; this warp's 16 rows
+        // s: q kᵀ, x: the logits, by the same roundings as in the forward, then P; this warp's 16 rows
         float s[NT][4], x[NT][4], g[NT][4];
-        clear(s);
-        uint32_t a[D / 16][4];
-#pragma unroll
-        for (int i = 0; i < D / 16; ++i) ldsm4(a[i], q + at<D>(warp * 16 + lane % 16, i * 2 + lane / 16));
+        rows_with_rows<T, D>(s, q + warp * (32 * D), sixteen, k, eight);
+        float norm[2] = {1.f, 1.f};
+        if (K::COSINE) {
+            __syncthreads();  // all norms are there, and nobody needs the raw q and k any more
+            norm[0] = norms[row];
+            norm[1] = norms[row + 8];
+            if (cosine) normalise<T, D>(q, norms, thread);
+        }
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            uint32_t b[D / 8];
-            rows_as_columns<D>(b, k, n, lane);
-#pragma unroll
-            for (int i = 0; i < D / 16; ++i) mma<T>(s[n], a[i], b[2 * i], b[2 * i + 1]);
             const uint2 keys = *reinterpret_cast<const uint2*>(places + n * 8 + column);
             const float4 t = K::LEAN ? bias_fragments[n * 32] : gather(bias_table, from, keys);
-            float4 w = make_float4(uniform, uniform, uniform, uniform);
+            float4 w = make_float4(uniform * norm[0], uniform * norm[0], uniform * norm[1], uniform * norm[1]);
             if (K::W) w = K::LEAN ? weight_fragments[n * 32] : gather(weight_table, from, keys);
-            if (K::COSINE) {
+            if (K::COSINE) {  // without W the row's norm is left to the weight
                 const float2 key_norm = *reinterpret_cast<const float2*>(norms + ROWS + n * 8 + column);
-                const float n0 = norms[row], n1 = norms[row + 8];
-                s[n][0] *= n0 * key_norm.x; s[n][1] *= n0 * key_norm.y; s[n][2] *= n1 * key_norm.x; s[n][3] *= n1 * key_norm.y;
+#pragma unroll
+                for (int e = 0; e < 4; ++e) s[n][e] *= (e % 2 ? key_norm.y : key_norm.x) * (K::W ? norm[e / 2] : 1.f);
             }
-            x[n][0] = s[n][0] * (w.x * LOG2E) + t.x; x[n][1] = s[n][1] * (w.y * LOG2E) + t.y;
-            x[n][2] = s[n][2] * (w.z * LOG2E) + t.z; x[n][3] = s[n][3] * (w.w * LOG2E) + t.w;
+            x[n][0] = s[n][0] * w.x + t.x; x[n][1] = s[n][1] * w.y + t.y;
+            x[n][2] = s[n][2] * w.z + t.z; x[n][3] = s[n][3] * w.w + t.w;
             if (!K::LEAN) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) if (n * 8 + column + e % 2 >= p.tokens) x[n][e] = -INFINITY;
             }
         }
         mask.apply(x, p, window, places, column);
+        const float shift[2] = {lse[0] * LOG2E, lse[1] * LOG2E};
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) x[n][e] = ex2(x[n][e] - lse[e / 2]);
+            for (int e = 0; e < 4; ++e) x[n][e] = ex2(x[n][e] * LOG2E - shift[e / 2]);
 
+        rows_with_rows<T, D>(g, dout + warp * (32 * D), sixteen, v, eight);
         // g: G, then G'; P keep post to shared memory
-        float inner[2] = {0.f, 0.f};
-        clear(g);
-#pragma unroll
-        for (int i = 0; i < D / 16; ++i) ldsm4(a[i], dout + at<D>(warp * 16 + lane % 16, i * 2 + lane / 16));
+        float part[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            uint32_t b[D / 8];
-            rows_as_columns<D>(b, v, n, lane);
-#pragma unroll
-            for (int i = 0; i < D / 16; ++i) mma<T>(g[n], a[i], b[2 * i], b[2 * i + 1]);
             float kept[4] = {x[n][0], x[n][1], x[n][2], x[n][3]};
             if (!K::LEAN && (p.threshold || p.a.post)) {
+                const int64_t base = ((int64_t)index * heads + head) * p.tokens;
                 float4 f = make_float4(1.f, 1.f, 1.f, 1.f);
                 if (p.a.post) f = gather(post_table, from, *reinterpret_cast<const uint2*>(places + n * 8 + column));
                 const float by[4] = {f.x, f.y, f.z, f.w};
@@ -170,18 +162,20 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
                 for (int e = 0; e < 4; ++e) g[n][e] *= by[e];
             }
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                inner[h] += x[n][2 * h] * g[n][2 * h] + x[n][2 * h + 1] * g[n][2 * h + 1];
-                put2<T, ROWS>(pairs_p, row + 8 * h, n, column, kept[2 * h], kept[2 * h + 1]);
-            }
+            for (int e = 0; e < 4; ++e) part[e] += x[n][e] * g[n][e];
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                *reinterpret_cast<uint32_t*>(pairs_p + (pair ^ n << 4) + h * HALF) = pack2<T>(kept[2 * h], kept[2 * h + 1]);
         }
-        inner[0] = across_quad_sum(inner[0]);
-        inner[1] = across_quad_sum(inner[1]);
+        const float inner[2] = {across_quad_sum(part[0] + part[1]), across_quad_sum(part[2] + part[3])};
 
-        // x: dS; dS w to shared memory
+        // x: dS; dS w to shared memory, and kept in pairs of 16 bits
+        uint32_t ds[2 * K::WARPS][2];
+        float with_s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            float4 w = make_float4(uniform, uniform, uniform, uniform);
+            const float flat = K::LATE_WEIGHT ? 1.f : uniform;
+            float4 w = make_float4(flat, flat, flat, flat);
             const uint2 keys = *reinterpret_cast<const uint2*>(places + n * 8 + column);
             if (K::W) w = K::LEAN ? weight_fragments[n * 32] : gather(weight_table, from, keys);
             const float by[4] = {w.x, w.y, w.z, w.w};
@@ -190,7 +184,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
                 x[n][e] *= g[n][e] - inner[e / 2];
                 if (K::LEAN) bias_sum[K::LEAN ? n : 0][e] += x[n][e];
                 if (K::LEAN && K::W) weight_sum[K::LEAN && K::W ? n : 0][e] += x[n][e] * s[n][e];
-                if (K::ONE_WEIGHT_SUM) one_weight_sum += x[n][e] * s[n][e];
+                if (K::ONE_WEIGHT_SUM) with_s[e] += x[n][e] * s[n][e];
             }
             if (bias_sums && !K::LEAN) {
                 float4 t = bias_sums[n * 32];
@@ -203,53 +197,60 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
                 weight_sums[n * 32] = t;
             }
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-                put2<T, ROWS>(pairs_ds, row + 8 * h, n, column, x[n][2 * h] * by[2 * h], x[n][2 * h + 1] * by[2 * h + 1]);
+            for (int h = 0; h < 2; ++h) ds[n][h] = pack2<T>(x[n][2 * h] * by[2 * h], x[n][2 * h + 1] * by[2 * h + 1]);
         }
-        __syncthreads();  // all rows of P and dS are there, and nobody needs the raw q and k any more
-        if (K::COSINE && p.a.cosine) {
-            normalise<T, D>(q, norms, thread);
-            __syncthreads();
-        }
+#pragma unroll
+        for (int n = 0; n < NT; ++n)  // apart, since no read would be moved up past a store
+#pragma unroll
+            for (int h = 0; h < 2; ++h) *reinterpret_cast<uint32_t*>(pairs_ds + (pair ^ n << 4) + h * HALF) = ds[n][h];
+        if (NT % 2) ds[2 * K::WARPS - 1][0] = ds[2 * K::WARPS - 1][1] = 0u;  // part of a k-step, but no pairs
+        if (K::ONE_WEIGHT_SUM) one_weight_sum += (with_s[0] + with_s[1]) * norm[0] + (with_s[2] + with_s[3]) * norm[1];
+        window = window.after(p);
+        row_sums += heads * p.tokens;
+        if (index + 1 < last) read_lse(lse, p, window, places, row_sums, row);  // well before it is needed
+        __syncthreads();  // all rows of P and dS and all unit vectors are there
 
-        float dq[D / 8][4], dk[D / 8][4], dv[D / 8][4];
-        clear(dq);
-        clear(dk);
-        clear(dv);
-#pragma unroll 1
+        float gradient[3][D / 8][4];  // of this warp's rows of q, k and v
+#pragma unroll
+        for (int m = 0; m < 3; ++m) clear(gradient[m]);
+#pragma unroll
         for (int i = 0; i < K::WARPS; ++i) {
-            uint32_t rows[4];
-            ldsm4(rows, pairs_ds + at<ROWS>(warp * 16 + lane % 16, i * 2 + lane / 16));
-            times_rows<T, D>(dq, rows, k, i, lane);
-            const int query = i * 16 + lane % 8 + lane / 16 * 8, chunk = warp * 2 + lane / 8 % 2;
-            ldsm4t(rows, pairs_ds + at<ROWS>(query, chunk));
-            times_rows<T, D>(dk, rows, q, i, lane);
-            ldsm4t(rows, pairs_p + at<ROWS>(query, chunk));
-            times_rows<T, D>(dv, rows, dout, i, lane);
+            const uint32_t of_rows[4] = {ds[2 * i][0], ds[2 * i][1], ds[2 * i + 1][0], ds[2 * i + 1][1]};
+            times_rows<T, D>(gradient[0], of_rows, k, i, sixteen);
+            uint32_t of_keys[4];
+            ldsm4t(of_keys, pairs_ds + across + i * (32 * ROWS));
+            times_rows<T, D>(gradient[1], of_keys, q, i, sixteen);
+            ldsm4t(of_keys, pairs_p + across + i * (32 * ROWS));
+            times_rows<T, D>(gradient[2], of_keys, dout, i, sixteen);
         }
-        __syncthreads();  // nobody reads other warps' rows any more
-        put_rows<T, D, K::COSINE>(dq, q, row, column, norms, p.a.cosine);
-        put_rows<T, D, K::COSINE>(dk, k, row, column, norms + ROWS, p.a.cosine);
-        put_rows<T, D, false>(dv, v, row, column, nullptr, false);
-        __syncwarp();
+        uint4 words[3][CopyRows<D>::SLOTS];
+        unsigned char* way_out = v;  // nobody else reads this warp's rows of it any more
+#pragma unroll
+        for (int m = 0; m < 3; ++m) {
+            if (m > 0) __syncwarp();
+            const unsigned char* units = q + m * K::TILE;
+            if (m < 2) put_rows<T, D, K::COSINE>(gradient[m], way_out, units, row, column, norms + m * ROWS, cosine, late_weight);
+            else put_rows<T, D, false>(gradient[m], way_out, nullptr, row, column, nullptr, false, 1.f);
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < CopyRows<D>::SLOTS; ++i)
+                words[m][i] = *reinterpret_cast<const uint4*>(way_out + at<D>(rows.row(i), rows.chunk));
+        }
 #pragma unroll
         for (int i = 0; i < CopyRows<D>::SLOTS; ++i) {
-            if (here.token[i] < 0) continue;
-            const int channels = heads * D;
-            T* to = static_cast<T*>(p.a.grad_qkv) + (int64_t)here.token[i] * (3 * channels) + head * D + here.chunk * 8;
+            if (here[i] < 0) continue;
+            const int chunks = heads * (D / 8);
+            uint4* to = static_cast<uint4*>(p.a.grad_qkv) + (int64_t)here[i] * (3 * chunks) + head * (D / 8) + rows.chunk;
 #pragma unroll
-            for (int m = 0; m < 3; ++m) {
-                const unsigned char* word = q + m * K::TILE + at<D>(here.row(i), here.chunk);
-                *reinterpret_cast<uint4*>(to + m * channels) = *reinterpret_cast<const uint4*>(word);
-            }
+            for (int m = 0; m < 3; ++m) to[m * chunks] = words[m][i];
         }
-        window = window.after(p);
-        if (K::STAGES > 1) here = there;
-        if (K::STAGES == 1 && index + 1 < last) {
-            __syncwarp();  // a warp's copies touch its own rows only, and those have been stored
-            here.find(p, window, places);
-            fetch<T, D, K::TILE, true>(p, here, head, shared);
-            cp_commit();
+        if (index + 1 < last) {
+            rows.find(here, p, window, places);
+            if (K::STAGES == 1) {
+                __syncthreads();  // nobody reads other warps' rows any more
+                fetch<T, D, K::TILE, true>(p, rows, here, head, shared);
+                cp_commit();
+            }
         }
     }
 
@@ -285,11 +286,12 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
     }
     if (K::ONE_WEIGHT_SUM && p.weight_parts) {  // one number: entry 0 of the slot, the others 0
         float* all = reinterpret_cast<float*>(shared);
-        all[thread] = one_weight_sum;
+        for (int apart = 16; apart > 0; apart /= 2) one_weight_sum += __shfl_xor_sync(ALL, one_weight_sum, apart);
+        if (lane == 0) all[warp] = one_weight_sum;
         __syncthreads();
         for (int t = thread; t < p.offsets; t += K::THREADS) {
             float sum = 0.f;
-            if (t == 0) for (int i = 0; i < K::THREADS; ++i) sum += all[i];
+            if (t == 0) for (int i = 0; i < K::WARPS; ++i) sum += all[i];
             p.weight_parts[slot + t] = sum;
         }
     }

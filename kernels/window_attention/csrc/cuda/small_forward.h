@@ -31,25 +31,25 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
     Window window(p, index);
     if (thread < K::ROWS) places[thread] = place_of(p, thread);
     __syncthreads();
-    CopyRows<D> here(warp, lane);
-    here.find(p, window, places);
-    CopyRows<D> there = here;  // of the next window
-    fetch<T, D, K::TILE, false>(p, here, head, shared);
+    const CopyRows<D> rows(p, places, warp, lane);
+    int here[CopyRows<D>::SLOTS], there[CopyRows<D>::SLOTS] = {};  // tokens of this window and of the next
+    rows.find(here, p, window, places);
+    fetch<T, D, K::TILE, false>(p, rows, here, head, shared);
     cp_commit();
     if (K::EXTRA && p.a.post)
         for (int t = thread; t < p.offsets; t += K::THREADS) post[t] = p.a.post[t * heads + head];
     __syncthreads();
     const PairMask<NT> mask(p, places, row, column);
     const int from[2] = {place_offset(places[row]) + middle(p), place_offset(places[row + 8]) + middle(p)};
-    float bias[NT][4], weight[K::W ? NT : 1][4];  // in units of log 2
-    const float uniform = p.a.weight[head] * LOG2E;
+    float bias[NT][4], weight[K::W ? NT : 1][4];
+    const float uniform = p.a.weight[head];
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int key = n * 8 + column + e % 2, offset = key < p.tokens ? from[e / 2] - place_offset(places[key]) : middle(p);
-            bias[n][e] = key >= p.tokens ? -INFINITY : p.a.bias ? p.a.bias[offset * heads + head] * LOG2E : 0.f;
-            if (K::W) weight[n][e] = p.a.weight_rows > 1 ? p.a.weight[offset * heads + head] * LOG2E : uniform;
+            bias[n][e] = key >= p.tokens ? -INFINITY : p.a.bias ? p.a.bias[offset * heads + head] : 0.f;
+            if (K::W) weight[n][e] = p.a.weight_rows > 1 ? p.a.weight[offset * heads + head] : uniform;
         }
     const uint64_t seed = K::EXTRA && p.threshold ? (uint64_t)*p.a.seed : 0u;
 
@@ -58,8 +58,8 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         cp_wait<0>();
         __syncthreads();  // all of this window is here, and nobody reads the other stage any more
         if (index + 1 < last) {
-            there.find(p, window.after(p), places);
-            fetch<T, D, K::TILE, false>(p, there, head, shared + (stage ^ 1) * K::STAGE);
+            rows.find(there, p, window.after(p), places);
+            fetch<T, D, K::TILE, false>(p, rows, there, head, shared + (stage ^ 1) * K::STAGE);
             cp_commit();
         }
         if (K::COSINE) {
@@ -73,18 +73,19 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         float s[NT][4];
         clear(s);
         const float norm[2] = {K::COSINE ? norms[row] : 1.f, K::COSINE ? norms[row + 8] : 1.f};
+        const float of_row[2] = {uniform * norm[0], uniform * norm[1]};  // without W the row's norm is left to the weight
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             uint32_t b[D / 8];
-            rows_as_columns<D>(b, k, n, lane);
+            rows_as_columns<D>(b, k, n, eight_rows<D>(lane));
 #pragma unroll
             for (int i = 0; i < D / 16; ++i) mma<T>(s[n], a[i], b[2 * i], b[2 * i + 1]);
             float2 key_norm = make_float2(1.f, 1.f);
             if (K::COSINE) key_norm = *reinterpret_cast<const float2*>(norms + K::ROWS + n * 8 + column);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                if (K::COSINE) s[n][e] *= norm[e / 2] * (e % 2 ? key_norm.y : key_norm.x);
-                s[n][e] = s[n][e] * (K::W ? weight[K::W ? n : 0][e] : uniform) + bias[n][e];
+                if (K::COSINE) s[n][e] *= (e % 2 ? key_norm.y : key_norm.x) * (K::W ? norm[e / 2] : 1.f);
+                s[n][e] = s[n][e] * (K::W ? weight[K::W ? n : 0][e] : of_row[e / 2]) + bias[n][e];
             }
         }
         mask.apply(s, p, window, places, column);
@@ -96,11 +97,12 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
             for (int e = 0; e < 4; ++e) most[e / 2] = fmaxf(most[e / 2], s[n][e]);
         most[0] = across_quad_max(most[0]);
         most[1] = across_quad_max(most[1]);
+        const float shift[2] = {most[0] * LOG2E, most[1] * LOG2E};
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                s[n][e] = ex2(s[n][e] - most[e / 2]);
+                s[n][e] = ex2(s[n][e] * LOG2E - shift[e / 2]);
                 sum[e / 2] += s[n][e];
             }
         sum[0] = across_quad_sum(sum[0]);
@@ -127,7 +129,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
             const uint32_t x[4] = {pack2<T>(s[2 * i][0], s[2 * i][1]), pack2<T>(s[2 * i][2], s[2 * i][3]),
                                    whole ? pack2<T>(s[whole ? 2 * i + 1 : LAST][0], s[whole ? 2 * i + 1 : LAST][1]) : 0u,
                                    whole ? pack2<T>(s[whole ? 2 * i + 1 : LAST][2], s[whole ? 2 * i + 1 : LAST][3]) : 0u};
-            times_rows<T, D>(out, x, v, i, lane);
+            times_rows<T, D>(out, x, v, i, sixteen_rows<D>(lane));
         }
 
         const float scale = K::EXTRA ? p.keep_scale : 1.f, by[2] = {scale * reciprocal(sum[0]), scale * reciprocal(sum[1])};
@@ -139,17 +141,18 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < CopyRows<D>::SLOTS; ++i) {
-            if (here.token[i] < 0) continue;
-            T* to = static_cast<T*>(p.a.out) + ((int64_t)here.token[i] * heads + head) * D + here.chunk * 8;
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(q + at<D>(here.row(i), here.chunk));
+            if (here[i] < 0) continue;
+            T* to = static_cast<T*>(p.a.out) + ((int64_t)here[i] * heads + head) * D + rows.chunk * 8;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(q + at<D>(rows.row(i), rows.chunk));
         }
         if (p.a.lse && lane % 4 == 0) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                if (is_query(p, window, places, row + 8 * h)) p.a.lse[base + row + 8 * h] = (most[h] + lg2(sum[h])) * LN2;
+                if (is_query(p, window, places, row + 8 * h)) p.a.lse[base + row + 8 * h] = most[h] + lg2(sum[h]) * LN2;
             }
         }
         window = window.after(p);
-        here = there;
+#pragma unroll
+        for (int i = 0; i < CopyRows<D>::SLOTS; ++i) here[i] = there[i];
     }
 }

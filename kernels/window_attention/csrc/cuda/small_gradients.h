@@ -1,5 +1,7 @@
 // Parts of the backward for windows of up to 64 tokens: variants and their shared memory, sums over pairs, the way through x / |x|.
 #pragma once
+#include <type_traits>
+
 #include "small_layout.h"
 
 // LEAN: tables as fragments in shared memory, sums in registers, two stages; no post-softmax weight, no dropout.
@@ -9,6 +11,8 @@ template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool LEAN_> struc
     static constexpr int D = D_, NT = NT_, WARPS = (NT + 1) / 2, ROWS = 16 * WARPS, THREADS = 32 * WARPS;
     static constexpr int TILE = ROWS * D * 2, STAGE = 4 * TILE, STAGES = LEAN_ ? 2 : 1;
     static constexpr bool W = W_, COSINE = COSINE_, LEAN = LEAN_, ONE_WEIGHT_SUM = LEAN && COSINE && !W;
+    // the weight is left to the rows of dq and dk, which are scaled anyway; only in bf16, since dS without it may be too small for fp16
+    static constexpr bool LATE_WEIGHT = COSINE && !W && std::is_same<T, bf16>::value;
     static constexpr int BLOCKS = LEAN && !W && !COSINE ? 3 : LEAN ? 2 : 1;  // a multiprocessor, as far as registers go
     static constexpr int PAIRS = ROWS * ROWS * 2, FRAGMENTS = WARPS * NT * 32 * 16, TABLE = (MOST_OFFSETS + 3) / 4 * 16;
     static constexpr int P = STAGES * STAGE, DS = P + PAIRS, PLACES = DS + PAIRS, NORMS = PLACES + ROWS * 4;
@@ -56,33 +60,64 @@ template <typename T, int D> WA_DEVICE void normalise(unsigned char* tiles, cons
     }
 }
 
-// Writes rows `row` and `row + 8` of a gradient into this warp's rows of a tile. With COSINE the tile holds the unit vectors u, and the
-// gradient goes through x / |x|: (g - u (u·g)) / |x|; below the floor of the norm x is only scaled.
+// out: 16 rows of a tile, from `rows` on, times all rows of another; first: sixteen_rows and eight_rows
+template <typename T, int D, int NT>
+WA_DEVICE void rows_with_rows(float (&out)[NT][4], const unsigned char* rows, int first, const unsigned char* columns, int first_column) {
+    uint32_t a[D / 16][4];
+    clear(out);
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) ldsm4(a[i], rows + (first ^ i << 5));
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        uint32_t b[D / 8];
+        rows_as_columns<D>(b, columns, n, first_column);
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i) mma<T>(out[n], a[i], b[2 * i], b[2 * i + 1]);
+    }
+}
+
+// Log-sum-exp of rows `row` and `row + 8` of a window, `from` being where its row 0 is; infinite on rows that are no query: their P is 0
+WA_DEVICE void read_lse(float (&lse)[2], const SmallProblem& p, const Window& w, const uint32_t* places, const float* from, int row) {
+    bool query[2] = {row < p.tokens, row + 8 < p.tokens};
+    if (!w.plain) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) query[h] = is_query(p, w, places, row + 8 * h);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) lse[h] = query[h] ? from[row + 8 * h] : INFINITY;
+}
+
+// Writes rows `row` and `row + 8` of a gradient into this warp's rows of a tile. With COSINE the tile `units` holds the unit vectors u, and
+// the gradient goes through x / |x|, times `scale`: (g - u (u·g)) / |x|; below the floor of the norm x is only scaled.
 template <typename T, int D, bool COSINE>
-WA_DEVICE void put_rows(float (&g)[D / 8][4], unsigned char* tile, int row, int column, const float* inverse, bool cosine) {
+WA_DEVICE void put_rows(float (&g)[D / 8][4], unsigned char* tile, const unsigned char* units, int row, int column, const float* inverse,
+                        bool cosine, float scale) {
+    const int first = at<D>(row, 0) + column * 2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        unsigned char* words[D / 8];
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) words[n] = tile + at<D>(row + 8 * h, n) + column * 2;
+        constexpr int HALF = 8 * D * 2;
         if (COSINE && cosine) {
-            float along = 0.f;
+            float along = 0.f, more = 0.f;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
-                const float2 u = unpack2<T>(*reinterpret_cast<const uint32_t*>(words[n]));
-                along += u.x * g[n][2 * h] + u.y * g[n][2 * h + 1];
+                const float2 u = unpack2<T>(*reinterpret_cast<const uint32_t*>(units + (first ^ n << 4) + h * HALF));
+                along += u.x * g[n][2 * h];
+                more += u.y * g[n][2 * h + 1];
             }
+            along += more;
             along = across_quad_sum(along);
-            const float by = inverse[row + 8 * h];
+            float by = inverse[row + 8 * h];
             if (by >= 0.99f / NORM_FLOOR) along = 0.f;
+            by *= scale;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
-                const float2 u = unpack2<T>(*reinterpret_cast<const uint32_t*>(words[n]));
+                const float2 u = unpack2<T>(*reinterpret_cast<const uint32_t*>(units + (first ^ n << 4) + h * HALF));
                 g[n][2 * h] = (g[n][2 * h] - u.x * along) * by;
                 g[n][2 * h + 1] = (g[n][2 * h + 1] - u.y * along) * by;
             }
         }
 #pragma unroll
-        for (int n = 0; n < D / 8; ++n) *reinterpret_cast<uint32_t*>(words[n]) = pack2<T>(g[n][2 * h], g[n][2 * h + 1]);
+        for (int n = 0; n < D / 8; ++n)
+            *reinterpret_cast<uint32_t*>(tile + (first ^ n << 4) + h * HALF) = pack2<T>(g[n][2 * h], g[n][2 * h + 1]);
     }
 }

@@ -21,7 +21,8 @@ struct SmallProblem {
     float *bias_parts, *weight_parts, *post_parts;  // backward: (splits, heads, offsets) each, or null
 };
 
-// Byte of 16-byte chunk `chunk` of row `row` in a tile of rows of D 16-bit numbers, so that ldmatrix and row stores meet no bank conflict
+// Byte of 16-byte chunk `chunk` of row `row` in a tile of rows of D 16-bit numbers, so that ldmatrix and row stores meet no bank conflict:
+// at(row, chunk) = at(row, 0) ^ chunk << 4, and row + 8 is 8 rows further
 template <int D> WA_DEVICE int at(int row, int chunk) {
     constexpr int CHUNKS = D / 8;
     return row * (2 * D) + ((chunk ^ (row / (8 / CHUNKS) & (CHUNKS - 1))) << 4);
@@ -30,10 +31,12 @@ template <int D> WA_DEVICE int at(int row, int chunk) {
 // A window; the next one is found without dividing.
 struct Window {
     int image, row, column;
+    bool plain;  // lies in the image as it is: no wrap, so one region, and no padding
     WA_DEVICE Window(const SmallProblem& p, int index) {
         image = index / (p.rows * p.columns);
         const int rest = index - image * p.rows * p.columns;
         row = rest / p.columns; column = rest - row * p.columns;
+        plain = is_plain(p);
     }
     WA_DEVICE Window after(const SmallProblem& p) const {
         Window w = *this;
@@ -41,12 +44,16 @@ struct Window {
             w.column = 0;
             if (++w.row == p.rows) { w.row = 0; ++w.image; }
         }
+        w.plain = w.is_plain(p);
         return w;
     }
     WA_DEVICE int top(const SmallProblem& p) const { return row * p.a.window[0] + p.a.shift[0]; }  // of token (0, 0) before the wrap
     WA_DEVICE int left(const SmallProblem& p) const { return column * p.a.window[1] + p.a.shift[1]; }
     WA_DEVICE bool folded_y(const SmallProblem& p) const { return p.a.shift[0] > 0 && row == p.rows - 1; }  // holds two regions
     WA_DEVICE bool folded_x(const SmallProblem& p) const { return p.a.shift[1] > 0 && column == p.columns - 1; }
+    WA_DEVICE bool is_plain(const SmallProblem& p) const {
+        return (int)(top(p) + p.a.window[0] <= p.a.height) & (int)(left(p) + p.a.window[1] <= p.a.width);  // no branch
+    }
     WA_DEVICE bool padded(const SmallProblem& p) const {  // holds padding
         return (p.padded_height > p.a.height && top(p) + p.a.window[0] > p.a.height) ||
                (p.padded_width > p.a.width && left(p) + p.a.window[1] > p.a.width);
@@ -75,7 +82,7 @@ WA_DEVICE int token_of(const SmallProblem& p, const Window& w, const uint32_t* p
 }
 // Whether row i of the tiles is a query: a token of the window that is not padding
 WA_DEVICE bool is_query(const SmallProblem& p, const Window& w, const uint32_t* places, int i) {
-    return i < p.tokens && (!w.padded(p) || token_of(p, w, places, i) >= 0);
+    return i < p.tokens && (w.plain || token_of(p, w, places, i) >= 0);
 }
 WA_DEVICE int middle(const SmallProblem& p) { return (p.a.window[0] - 1) * (2 * p.a.window[1] - 1) + p.a.window[1] - 1; }
 
@@ -83,10 +90,20 @@ WA_DEVICE int middle(const SmallProblem& p) { return (p.a.window[0] - 1) * (2 * 
 template <int D> struct CopyRows {
     static constexpr int CHUNKS = D / 8, STEP = WARP_LANES / CHUNKS, SLOTS = 16 / STEP;
     int first, chunk;
-    int token[SLOTS];  // of the window last asked for, or -1
-    WA_DEVICE CopyRows(int warp, int lane) : first(warp * 16 + lane / CHUNKS), chunk(lane % CHUNKS) {}
+    int step[SLOTS];  // tokens of the image from token (0, 0) of a plain window; below every token on rows from N on
+    WA_DEVICE CopyRows(const SmallProblem& p, const uint32_t* places, int warp, int lane)
+        : first(warp * 16 + lane / CHUNKS), chunk(lane % CHUNKS) {
+#pragma unroll
+        for (int i = 0; i < SLOTS; ++i)
+            step[i] = row(i) < p.tokens ? place_y(places[row(i)]) * p.a.width + place_x(places[row(i)]) : INT32_MIN;
+    }
     WA_DEVICE int row(int slot) const { return first + slot * STEP; }
-    WA_DEVICE void find(const SmallProblem& p, const Window& w, const uint32_t* places) {
+    // token: of the rows in a window; negative where there is none
+    WA_DEVICE void find(int (&token)[SLOTS], const SmallProblem& p, const Window& w, const uint32_t* places) const {
+        const int start = (w.image * p.a.height + w.top(p)) * p.a.width + w.left(p);
+#pragma unroll
+        for (int i = 0; i < SLOTS; ++i) token[i] = start + step[i];
+        if (w.plain) return;
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) token[i] = token_of(p, w, places, row(i));
     }
@@ -94,17 +111,20 @@ template <int D> struct CopyRows {
 
 // Copies this thread's share of q, k, v, and with a gradient of that, into the tiles of one stage
 template <typename T, int D, int TILE, bool WITH_GRADIENT>
-WA_DEVICE void fetch(const SmallProblem& p, const CopyRows<D>& rows, int head, unsigned char* stage) {
-    const int channels = p.a.heads * D;
+WA_DEVICE void fetch(const SmallProblem& p, const CopyRows<D>& rows, const int (&token)[CopyRows<D>::SLOTS], int head,
+                     unsigned char* stage) {
+    const int channels = p.a.heads * D, first = (head * D + rows.chunk * 8) * 2;
+    const unsigned char *qkv = static_cast<const unsigned char*>(p.a.qkv) + first,
+                        *gradient = static_cast<const unsigned char*>(p.a.grad_out) + first;
 #pragma unroll
     for (int i = 0; i < CopyRows<D>::SLOTS; ++i) {
-        const bool ok = rows.token[i] >= 0;
-        const int64_t safe = ok ? rows.token[i] : 0;
-        const T* from = static_cast<const T*>(p.a.qkv) + safe * (3 * channels) + head * D + rows.chunk * 8;
+        const bool ok = token[i] >= 0;
+        const int64_t safe = ok ? token[i] : 0;
+        const T* from = reinterpret_cast<const T*>(qkv + safe * (6 * channels));
         unsigned char* to = stage + at<D>(rows.row(i), rows.chunk);
 #pragma unroll
         for (int m = 0; m < 3; ++m) cp16(to + m * TILE, from + m * channels, ok);
-        if (WITH_GRADIENT) cp16(to + 3 * TILE, static_cast<const T*>(p.a.grad_out) + safe * channels + head * D + rows.chunk * 8, ok);
+        if (WITH_GRADIENT) cp16(to + 3 * TILE, gradient + safe * (2 * channels), ok);
     }
 }
 
@@ -139,45 +159,48 @@ template <int NT> struct PairMask {
         }
         return bits;
     }
-    // Adds the mask to logits in units of log 2
+    // Adds the mask to logits
     WA_DEVICE void apply(float (&s)[NT][4], const SmallProblem& p, const Window& w, const uint32_t* places, int column) const {
+        if (w.plain) return;
         const bool padded = w.padded(p);
-        if (!padded && !w.folded_y(p) && !w.folded_x(p)) return;
         const uint32_t cut[2] = {apart(p, w, 0), apart(p, w, 1)}, dead = padded ? outside(p, w, places, column) : 0u;
-        const float value = p.a.mask_value * LOG2E;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int bit = 2 * n + e % 2;
-                if (cut[e / 2] >> bit & 1u) s[n][e] += value;
+                if (cut[e / 2] >> bit & 1u) s[n][e] += p.a.mask_value;
                 if (dead >> bit & 1u) s[n][e] = -INFINITY;
             }
     }
 };
 
-// b fragments of mma for the product with rows 8 n .. 8 n + 7 of a tile as columns: k-step i uses b[2 i], b[2 i + 1]
-template <int D> WA_DEVICE void rows_as_columns(uint32_t (&b)[D / 8], const unsigned char* tile, int n, int lane) {
+// What a lane says to ldmatrix in a tile of rows of D: a row of the first 16 and one of two chunks; a row of the first 8 and one of four
+template <int D> WA_DEVICE int sixteen_rows(int lane) { return at<D>(lane % 16, lane / 16); }
+template <int D> WA_DEVICE int eight_rows(int lane) { return at<D>(lane % 8, lane / 8 % (D == 16 ? 2 : 4)); }
+
+// b fragments of mma for the product with rows 8 n .. 8 n + 7 of a tile as columns: k-step i uses b[2 i], b[2 i + 1]; first: eight_rows
+template <int D> WA_DEVICE void rows_as_columns(uint32_t (&b)[D / 8], const unsigned char* tile, int n, int first) {
     if constexpr (D == 16) {
-        ldsm2(b, tile + at<D>(n * 8 + lane % 8, lane / 8 % 2));
+        ldsm2(b, tile + n * (16 * D) + first);
     } else {
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) {
             uint32_t four[4];
-            ldsm4(four, tile + at<D>(n * 8 + lane % 8, i * 4 + lane / 8));
+            ldsm4(four, tile + n * (16 * D) + (first ^ i << 6));
 #pragma unroll
             for (int j = 0; j < 4; ++j) b[i * 4 + j] = four[j];
         }
     }
 }
 
-// out (16 x D) += a (16 x 16) times rows 16 k .. 16 k + 15 of a tile
+// out (16 x D) += a (16 x 16) times rows 16 k .. 16 k + 15 of a tile; first: sixteen_rows
 template <typename T, int D>
-WA_DEVICE void times_rows(float (&out)[D / 8][4], const uint32_t (&a)[4], const unsigned char* tile, int k, int lane) {
+WA_DEVICE void times_rows(float (&out)[D / 8][4], const uint32_t (&a)[4], const unsigned char* tile, int k, int first) {
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
         uint32_t b[4];
-        ldsm4t(b, tile + at<D>(k * 16 + lane % 16, n * 2 + lane / 16));
+        ldsm4t(b, tile + k * (32 * D) + (first ^ n << 5));
         mma<T>(out[2 * n], a, b[0], b[1]);
         mma<T>(out[2 * n + 1], a, b[2], b[3]);
     }

@@ -21,11 +21,14 @@ template <typename T, int D, int Mode> struct ForwardShared : Shared<Mode> {
 template <typename T, int D, int Mode> struct Attend {
     const Args& p;
     const ForwardShared<T, D, Mode>& shared;
-    float uniform;
+    int lane;
+    float uniform, mask;       // weight; value of the mask: in Unit
     uint64_t seed;
-    int lane, word[2]{};       // words of the two queries
+    int word[2]{};             // words of the two queries
+    const unsigned char* entries[2]{};
     int64_t row[2]{};          // their numbers for the dropout
     float top[2]{}, sum[2]{};     // largest logit so far; sum of exponentials relative to it
+    Left<T, D> q{};
     Fragment<D> o{};
 
     WA_DEVICE void start(int first, int64_t first_row) {
@@ -34,30 +37,42 @@ template <typename T, int D, int Mode> struct Attend {
         for (int r = 0; r < 2; ++r) {
             const int i = (lane >> 2) + 8 * r;
             word[r] = shared.word[first + i];
+            entries[r] = entries_of<Mode>(shared, p, word[r]);
             row[r] = first_row + first + i;
             top[r] = -1e30f;
             sum[r] = 0.f;
         }
     }
 
-    // Keys [first, first + count) of the window, at `k` and `v`.
-    WA_DEVICE void block(const Left<T, D>& q, const unsigned char* k, const unsigned char* v, int first, int count, bool special) {
-        const int c = (lane & 3) * 2, centre = centre_of(p);
-        float s[kForwardBlock / 16][2][4], now[2] = {top[0], top[1]};
+    // Keys [first, first + count) of the window, whose rows k and v point to.
+    template <bool Special> WA_DEVICE void keys(const unsigned char* k, const unsigned char* v, int first, int count) {
+        int now = lane;
+        forget(now);  // where the lane reads is worked out for each block: kept, it would spill
+        const Lane<T, D> at(now);
+        if (count == 64) return some<4, Special>(at, k, v, first);
+        if (count == 48) return some<3, Special>(at, k, v, first);
+#pragma unroll 1
+        for (int t = 0; t < count; t += 16) some<1, Special>(at, k + t * Row<T, D>::bytes, v + t * Row<T, D>::bytes, first + t);
+    }
+
+    // The same for 16 Tiles of them.
+    template <int Tiles, bool Special>
+    WA_DEVICE void some(const Lane<T, D>& at, const unsigned char* k, const unsigned char* v, int first) {
+        float s[Tiles][2][4], now[2] = {top[0], top[1]};
+        const int* words = shared.word + first + (at.lane & 3) * 2;
 #pragma unroll
-        for (int t = 0; t < kForwardBlock / 16; ++t) {
-            if (t * 16 >= count) break;
+        for (int t = 0; t < Tiles; ++t) {
             clear<16>(s[t]);
-            q.times_transposed(s[t], k, t * 16, lane);
+            q.times_transposed(s[t], k + t * 16 * Row<T, D>::bytes, at);
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const int2 of_keys = *reinterpret_cast<const int2*>(shared.word + first + t * 16 + n * 8 + c);
+                const int2 of_keys = *reinterpret_cast<const int2*>(words + t * 16 + n * 8);
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int key = e & 1 ? of_keys.y : of_keys.x, r = e >> 1;
-                    float weight, x = logit<Mode>(shared, uniform, s[t][n][e], (word[r] & kOffset) - (key & kOffset) + centre, weight);
-                    if (special) {
-                        if ((key ^ word[r]) & kRegion) x += p.a.mask_value * Unit<T>::of_natural;
+                    float weight, x = logit<Mode>(entries[r] - (Special ? key & kBytes : key), uniform, s[t][n][e], weight);
+                    if (Special) {
+                        if ((key ^ word[r]) & kRegion) x += mask;
                         if (key & kOutside) x = -INFINITY;
                     }
                     s[t][n][e] = x;
@@ -79,8 +94,7 @@ template <typename T, int D, int Mode> struct Attend {
             }
         }
 #pragma unroll
-        for (int t = 0; t < kForwardBlock / 16; ++t) {
-            if (t * 16 >= count) break;
+        for (int t = 0; t < Tiles; ++t) {
 #pragma unroll
             for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -89,23 +103,23 @@ template <typename T, int D, int Mode> struct Attend {
                     sum[e >> 1] += x;
                     s[t][n][e] = x;
                 }
-            if (Mode == kFull) after_softmax(s[t], first + t * 16, centre);
+            if (Mode == kFull) after_softmax(s[t], first + t * 16);
             Operand<T> tile;
             tile.set(0, s[t][0]);
             tile.set(1, s[t][1]);
-            Product<T, D>::add(o, tile, v, t * 16, lane);
+            Product<T, D>::add(o, tile, v + t * 16 * Row<T, D>::bytes, at);
         }
     }
 
     // The post-softmax weight and the dropout, which the sum of exponentials does not see.
-    WA_DEVICE void after_softmax(Fragment<16>& x, int first, int centre) {
+    WA_DEVICE void after_softmax(Fragment<16>& x, int first) {
         const int c = (lane & 3) * 2;
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int j = first + n * 8 + c + (e & 1);
-                x[n][e] *= shared.post[(word[e >> 1] & kOffset) - (shared.word[j] & kOffset) + centre];
+                x[n][e] *= post_of<Mode>(shared, entries[e >> 1] - (shared.word[j] & kBytes));
                 if (p.drop_below) x[n][e] = wa_keep(seed, (uint64_t)row[e >> 1], (uint32_t)j, p.drop_below) ? x[n][e] * p.keep_factor : 0.f;
             }
     }
@@ -121,15 +135,17 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
     const Heads<T> heads(p, head);
     const T *q = heads.part(p.a.qkv, 0), *k = heads.part(p.a.qkv, 1), *v = heads.part(p.a.qkv, 2);
     unsigned char* own = shared.queries + warp * 16 * Row<T, D>::bytes;
-    Attend<T, D, Mode> attend{p, shared, p.a.weight[head] * Unit<T>::of_natural, p.drop_below ? (uint64_t)*p.a.seed : 0, lane};
+    Attend<T, D, Mode> attend{p, shared, lane, p.a.weight[head] * Unit<T>::of_natural, p.a.mask_value * Unit<T>::of_natural,
+                              p.drop_below ? (uint64_t)*p.a.seed : 0};
 
     for (int index = blockIdx.y; index < p.total; index += gridDim.y) {
         const Window window(p, index);
         const int64_t first_row = (static_cast<int64_t>(index) * p.a.heads + head) * p.area;
         __syncthreads();  // the tables are there, the last window is done with
-        for (int i = threadIdx.x; i < p.rows; i += blockDim.x) shared.word[i] = window.word(p, shared.place[i]);
+        fill_window<Mode>(shared, p, window);
+        __syncthreads();
         auto bring = [&](int first, int count, int at) {
-            load_rows<T, D>(p, window, shared.place, first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
+            load_rows<T, D>(shared.token + first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
                             shared.v + at * Row<T, D>::bytes, threadIdx.x, blockDim.x);
             cp_commit();
         };
@@ -145,9 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
         for (int pass = blockIdx.z; pass < p.passes; pass += gridDim.z) {
             const int tile = pass * warps + warp;
             const bool active = tile < p.tiles;
-            Left<T, D> left;
-            if (active)
-                load_rows<T, D>(p, window, shared.place, tile * 16, 16, q, heads.stride, own, (const T*)nullptr, 0, nullptr, lane, 32);
+            if (active) load_rows<T, D>(shared.token + tile * 16, 16, q, heads.stride, own, (const T*)nullptr, 0, nullptr, lane, 32);
             cp_commit();
             if (!p.resident) bring(0, p.block < p.rows ? p.block : p.rows, 0);
             if (active) attend.start(tile * 16, first_row);
@@ -167,10 +181,11 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
                 if (active && first == 0) {
                     if (p.a.cosine) normalise_rows<T, D>(own, nullptr, 16, lane, 32);
                     __syncwarp();
-                    left.load(own, lane);
+                    attend.q.load(own, Lane<T, D>(lane));
                 }
-                if (active)
-                    attend.block(left, shared.k + at * Row<T, D>::bytes, shared.v + at * Row<T, D>::bytes, first, count, window.special);
+                const unsigned char *k_block = shared.k + at * Row<T, D>::bytes, *v_block = shared.v + at * Row<T, D>::bytes;
+                if (active && window.special) attend.template keys<true>(k_block, v_block, first, count);
+                else if (active) attend.template keys<false>(k_block, v_block, first, count);
                 if (!p.resident) __syncthreads();
             }
             if (!active) continue;
@@ -185,7 +200,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
             __syncwarp();  // the queries' rows are read, and take the output
             store_fragment<T, D>(own, attend.o, 1.f / whole[0], 1.f / whole[1], lane);
             __syncwarp();
-            write_rows<T, D>(p, window, shared.place, tile * 16, own, static_cast<T*>(p.a.out) + heads.offset, heads.width, lane);
+            write_rows<T, D>(shared.token + tile * 16, own, static_cast<T*>(p.a.out) + heads.offset, heads.width, lane);
             __syncwarp();  // before the next pass brings queries here
         }
     }

@@ -24,7 +24,7 @@ inline int64_t floats_of(const Plan& plan) {
 }
 
 template <typename T, int D, int Mode> struct Kernels {
-    static constexpr int registers = blocks_wanted<T, D, Mode>() == 2 ? 128 : 255, key_registers = 65536 / (kKeyThreads * key_blocks(D));
+    static constexpr int registers = blocks_wanted<T, D, Mode>() == 2 ? 128 : 255, key_registers = 65536 / (kKeyThreads * key_blocks<T, D, Mode>());
     using Forward = ForwardShared<T, D, Mode>;
     using Queries = QueryShared<T, D, Mode>;
     using Keys = KeyShared<T, D, Mode>;
@@ -40,14 +40,14 @@ template <typename T, int D, int Mode> struct Kernels {
         const int pairs = (a.grad_bias ? kGradBias : 0) | (a.grad_weight && !uniform ? kGradWeight : 0) | (a.grad_post ? kGradPost : 0);
         Runs runs;
         p.grads = pairs | uniform;
-        runs.plan[0] = plan_queries<Queries>(p, registers);
+        runs.plan[0] = plan_queries<T, Queries>(p, registers, query_threads<T, D, Mode>());
         if (runs.plan[0].bytes) {
             runs.count = 1;
         } else {
             for (int bit = 0; bit < 3; ++bit)
                 if (pairs >> bit & 1) {
                     p.grads = 1 << bit | (runs.count == 0 ? uniform : 0);
-                    runs.plan[runs.count] = plan_queries<Queries>(p, registers);
+                    runs.plan[runs.count] = plan_queries<T, Queries>(p, registers, query_threads<T, D, Mode>());
                     if (!runs.plan[runs.count++].bytes) return Runs{};
                 }
         }

@@ -14,23 +14,26 @@ struct Pairs {
     Fragment<16> grad;      // of the entry of the map that v sees: dO . v
 };
 
-// Entry [n][e] of the tile: `offset` is the pair's row of the tables, lse the query's in Unit (infinite where the query is padding).
+// Entry [n][e] of the tile: `entry` is the pair's of the tables, lse the query's in Unit (infinite where the query is padding), mask the
+// mask's value in Unit.
 template <typename T, int Mode>
-WA_DEVICE void form_map(Pairs& x, int n, int e, const Shared<Mode>& shared, const Args& p, float uniform, int offset, bool masked,
-                        bool outside, float lse) {
-    float s = logit<Mode>(shared, uniform, x.product[n][e], offset, x.weight[n][e]);
-    s = masked ? s + p.a.mask_value * Unit<T>::of_natural : s;
+WA_DEVICE void form_map(Pairs& x, int n, int e, const unsigned char* entry, float uniform, bool masked, float mask, bool outside, float lse) {
+    float s = logit<Mode>(entry, uniform, x.product[n][e], x.weight[n][e]);
+    s = masked ? s + mask : s;
     s = outside ? -INFINITY : s;
     x.map[n][e] = Unit<T>::exponential(s - lse);
 }
 
 // post * dropout of an entry; 1 where the kernel has neither.
 template <int Mode>
-WA_DEVICE float kept_factor(const Shared<Mode>& shared, const Args& p, uint64_t seed, int offset, int64_t query_row, int key) {
-    if (Mode != kFull) return 1.f;
-    const float post = shared.post[offset];
+WA_DEVICE float kept_factor(const Shared<Mode>& shared, const Args& p, uint64_t seed, const unsigned char* entry, int64_t query_row, int key) {
+    if constexpr (Mode != kFull) return 1.f;
+    const float post = post_of<Mode>(shared, entry);
     return p.drop_below == 0 ? post : wa_keep(seed, (uint64_t)query_row, (uint32_t)key, p.drop_below) ? post * p.keep_factor : 0.f;
 }
+
+// Where the weight is one number, dq and dk are multiplied by it at their end. Not in float16, whose small numbers that could cost.
+template <typename T, int Mode> constexpr bool weigh_late = Mode == kUniform && std::is_same_v<T, bf16>;
 
 // Alternating use of two blocks of rows, or all rows resident: where rows [first, first + block) lie.
 WA_DEVICE int place_of_block(const Args& p, int first, int turn) { return p.resident ? first : turn % 2 * p.block; }

@@ -59,6 +59,12 @@ struct Best {
         const int blocks = blocks_per_multiprocessor(bytes_now, warps_now * 32, registers);
         const double now = std::min(16, blocks * warps_now) * busy * (candidate.resident ? 1.25 : 1.0) * (1.0 + 0.002 * candidate.block);
         if (now <= score) return;
+        take(candidate, warps_now, bytes_now, blocks, now);
+    }
+    void consider_work(const Args& candidate, int warps_now, int bytes_now, int blocks, double work) {
+        if (1.0 / work > score) take(candidate, warps_now, bytes_now, blocks, 1.0 / work);
+    }
+    void take(const Args& candidate, int warps_now, int bytes_now, int blocks, double now) {
         score = now;
         p = candidate;
         warps = warps_now;
@@ -67,14 +73,21 @@ struct Best {
     }
 };
 
-// Spreads the windows over the grid's y, `apart` blocks (grid z) working on each.
-inline Plan spread(const Best& best, int apart) {
-    const int heads = best.p.a.heads;
-    const int64_t wanted = static_cast<int64_t>(multiprocessors()) * best.per_multiprocessor;
-    const int64_t share = wanted / (static_cast<int64_t>(heads) * apart);
-    const int64_t splits = std::max<int64_t>(1, std::min({int64_t{best.p.total}, share, int64_t{65535}}));
-    const int64_t each = (best.p.total + splits - 1) / splits;
-    return {best.p, dim3(heads, static_cast<unsigned>((best.p.total + each - 1) / each), apart), dim3(best.warps * 32), best.bytes};
+// Spreads the windows over the grid's y, `apart` blocks (grid z) working on each: in so many shares that the blocks' turns on the
+// multiprocessors take the least time, where what a block does once takes that of `once` windows.
+inline Plan spread(const Best& best, int apart, double once) {
+    const int64_t heads = best.p.a.heads, total = best.p.total, places = static_cast<int64_t>(multiprocessors()) * best.per_multiprocessor;
+    int64_t chosen = 1;
+    double least = 0.0;
+    for (int64_t shares = 1; shares <= std::min<int64_t>({total, 65535, 16 * places / (heads * apart) + 1}); ++shares) {
+        const int64_t each = (total + shares - 1) / shares, blocks = heads * apart * ((total + each - 1) / each);
+        const double time = static_cast<double>((blocks + places - 1) / places) * (static_cast<double>(each) + once);
+        if (shares > 1 && time >= least) continue;
+        least = time;
+        chosen = shares;
+    }
+    const int64_t each = (total + chosen - 1) / chosen;
+    return {best.p, dim3(best.p.a.heads, static_cast<unsigned>((total + each - 1) / each), apart), dim3(best.warps * 32), best.bytes};
 }
 
 template <typename Carved> int bytes_of(const Args& p) {
@@ -105,23 +118,32 @@ template <typename Carved> Plan plan_passes(Args p, int most_warps, int register
     const int64_t alone = int64_t{best.p.total} * best.p.a.heads;
     const int64_t wanted = static_cast<int64_t>(multiprocessors()) * best.per_multiprocessor;
     const int apart = static_cast<int>(std::min<int64_t>(best.p.passes, std::max<int64_t>(1, wanted / alone)));
-    return spread(best, apart);
+    return spread(best, apart, 0.25);
 }
 
-// Queries: `strip` tiles of a window, `groups` warps on each.
-template <typename Carved> Plan plan_queries(Args p, int registers) {
+// Queries: `strip` tiles of a window, `groups` warps on each. The one of least work, in instructions of a thread for all strips of a window:
+// pairs, and bringing keys and queries, over the warps that a multiprocessor has at work; a block waits at its barriers.
+template <typename T, typename Carved> Plan plan_queries(Args p, int registers, int most_threads) {
     Best best;
-    for (int most : {64, 32, 16})
-        for (p.resident = 1; p.resident >= 0; --p.resident)
-            for (p.strip = std::min(4, p.tiles); p.strip >= 1; --p.strip)
-                for (p.groups = 1; p.groups <= 4 && p.groups * p.strip <= 8 && p.groups * 16 <= most; p.groups *= 2) {
-                    p.block = even_block(p.rows, most, 16 * p.groups);
-                    const int strips = (p.tiles + p.strip - 1) / p.strip;
-                    const double busy = static_cast<double>(p.tiles) / (strips * p.strip) * (1.0 + 0.1 * p.strip) / (1.0 + 0.05 * p.groups);
-                    best.consider(p, p.strip * p.groups, bytes_of<Carved>(p), registers, busy);
-                }
+    const int tables = (p.grads & kGradBias ? 1 : 0) + (p.grads & kGradWeight ? 1 : 0) + (p.grads & kGradPost ? 1 : 0);
+    const double of_pair = sizeof(T) == 4 ? 150.0 : 26.0 + 5.0 * tables;
+    const double of_row = p.a.head_dim * sizeof(T) / 16.0 * (45.0 + (p.a.cosine ? 50.0 : 0.0));
+    for (int most : {0, 64, 32, 16})  // rows of keys brought at a time; 0: all, and they stay
+        for (p.strip = std::min(4, p.tiles); p.strip >= 1; --p.strip)
+            for (p.groups = 1; p.groups * p.strip * 32 <= most_threads && p.groups <= p.tiles; ++p.groups) {
+                p.resident = most == 0;
+                p.block = p.resident ? p.rows : even_block(p.rows, std::max(most, 16 * p.groups), 16 * p.groups);
+                const int warps = p.strip * p.groups, bytes = bytes_of<Carved>(p);
+                if (bytes > shared_bytes_max()) continue;
+                const int blocks = blocks_per_multiprocessor(bytes, warps * 32, registers), strips = (p.tiles + p.strip - 1) / p.strip;
+                const int steps = (p.tiles + p.groups - 1) / p.groups, turns = p.resident ? 1 : 2 * ((p.rows + p.block - 1) / p.block);
+                const double pairs = 16.0 * 16.0 * warps * steps * of_pair;  // of idle warps too
+                const double rows = of_row * (p.rows * (p.resident ? 1 : 2) + p.strip * 16);
+                const double waits = (blocks > 1 ? 2000.0 : 6000.0) * turns;
+                best.consider_work(p, warps, bytes, blocks, strips * ((pairs + rows) / std::min(16, blocks * warps) / 32 + waits / blocks));
+            }
     if (!best.bytes) return Plan{p, dim3(), dim3(), 0};
-    return spread(best, (best.p.tiles + best.p.strip - 1) / best.p.strip);
+    return spread(best, (best.p.tiles + best.p.strip - 1) / best.p.strip, 1.0);
 }
 
 }  // namespace tiled

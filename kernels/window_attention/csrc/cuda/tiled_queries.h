@@ -7,20 +7,23 @@ namespace tiled {
 
 template <typename T, int D, int Mode> struct QueryShared : Shared<Mode> {
     unsigned char *k, *v;            // (resident ? rows : 2 * block, D)
+    float4* exchange;                // (groups - 1, strip, D / 8, 32): dq of groups 1 .., in the place of k and v when these are done with
     unsigned char *queries, *grads;  // (16 * strip, D): q and dO; then q takes dq
     float* inverse;                  // (16 * strip,) 1 / |q|
-    float* exchange;                 // (groups, strip, 16, D): parts of delta, then of dq, to be summed over groups
+    float2* deltas;                  // (groups, 16 * strip): parts of delta and of the sum of P
     float4* sums[3];                 // (strip, tiles, 2, 32) entries of bias, weight, post
-    float* of_warps;                 // (8,)
+    float* of_warps;                 // (strip * groups,)
     WA_HD QueryShared(Carve& carve, const Args& p) : Shared<Mode>(carve, p) {
-        const int rows = p.resident ? p.rows : 2 * p.block, own = p.strip * 16 * Row<T, D>::bytes;
-        k = carve.take<unsigned char>(rows * Row<T, D>::bytes);
-        v = carve.take<unsigned char>(rows * Row<T, D>::bytes);
+        const int keys = (p.resident ? p.rows : 2 * p.block) * Row<T, D>::bytes, own = p.strip * 16 * Row<T, D>::bytes;
+        const int parts = (p.groups - 1) * p.strip * 16 * D * 4;
+        k = carve.take<unsigned char>(2 * keys > parts ? 2 * keys : parts);
+        v = k + keys;
+        exchange = reinterpret_cast<float4*>(k);
         queries = carve.take<unsigned char>(own);
         grads = carve.take<unsigned char>(own);
         inverse = carve.take<float>(p.strip * 16);
-        exchange = carve.take<float>(p.groups > 1 ? p.groups * p.strip * 16 * D : 0);
-        of_warps = carve.take<float>(8);
+        deltas = carve.take<float2>(p.groups > 1 ? p.groups * p.strip * 16 : 0);
+        of_warps = carve.take<float>(p.strip * p.groups);
         for (int table = 0; table < 3; ++table) sums[table] = carve.take<float4>(p.grads >> table & 1 ? p.strip * p.tiles * 64 : 0);
     }
 };
@@ -28,34 +31,74 @@ template <typename T, int D, int Mode> struct QueryShared : Shared<Mode> {
 template <typename T, int D, int Mode> struct QueryTile {
     const Args& p;
     const QueryShared<T, D, Mode>& shared;
-    float uniform;
+    const Lane<T, D> at;
+    float uniform, mask;
     uint64_t seed;
-    int lane, tile;            // within the strip
+    int tile, group;           // within the strip; among those that share its keys
     int word[2]{};
+    const unsigned char* entries[2]{};
     int64_t row[2]{};
     float lse[2]{}, delta[2]{};
     float factor[2]{};         // float only: see Args. The saved log sum exp is rounded, which would show in all of a row alike
     float of_map[2]{};         // float only: sum of P
     float of_weight = 0.f;     // this thread's part of the uniform weight's gradient, over all windows
+    float of_window = 0.f;     // and over this one
+    Left<T, D> q{}, grad{};
     Fragment<D> dq{};
 
-    WA_DEVICE void form(Pairs& x, const Left<T, D>& q, const Left<T, D>& grad, const unsigned char* k, const unsigned char* v, int at,
-                        int first, bool special) const {
+    // What is known before the rows have arrived. first_query: of the strip; first_row: number of the window's first row
+    WA_DEVICE void expect(int first_query, int64_t first_row) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int i = first_query + tile * 16 + (at.lane >> 2) + 8 * r;
+            word[r] = shared.word[i];
+            entries[r] = entries_of<Mode>(shared, p, word[r]);
+            row[r] = first_row + i;
+            lse[r] = word[r] & kOutside ? INFINITY : p.a.lse[first_row + i] * Unit<T>::of_natural;
+            delta[r] = of_map[r] = 0.f;
+            factor[r] = 1.f;
+        }
+    }
+    WA_DEVICE void start() {
+        const int own = tile * 16 * Row<T, D>::bytes;
+        q.load(shared.queries + own, at);
+        grad.load(shared.grads + own, at);
+        of_window = 0.f;
+        clear<D>(dq);
+    }
+
+    // Phase 0 (delta) or 1 (gradients) over this group's share of keys [first, first + count), whose rows k and v point to.
+    template <int Phase, bool Special> WA_DEVICE void keys(const unsigned char* k, const unsigned char* v, int first, int count) {
+#pragma unroll 1
+        for (int t = group * 16; t < count; t += p.groups * 16) {
+            Pairs x;
+            form<Special>(x, k + t * Row<T, D>::bytes, v + t * Row<T, D>::bytes, first + t);
+            if (Phase == 0) add_delta(x);
+            else add_grads(x, k + t * Row<T, D>::bytes, first + t);
+        }
+    }
+    template <int Phase> WA_DEVICE void phase(const unsigned char* k, const unsigned char* v, int first, int count, bool special) {
+        if (special) keys<Phase, true>(k, v, first, count);
+        else keys<Phase, false>(k, v, first, count);
+    }
+
+    template <bool Special> WA_DEVICE void form(Pairs& x, const unsigned char* k, const unsigned char* v, int first) const {
         clear<16>(x.product);
         clear<16>(x.grad);
-        q.times_transposed(x.product, k, at, lane);
-        grad.times_transposed(x.grad, v, at, lane);
-        const int c = (lane & 3) * 2, centre = centre_of(p);
+        q.times_transposed(x.product, k, at);
+        grad.times_transposed(x.grad, v, at);
+        const int c = (at.lane & 3) * 2;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int2 of_keys = *reinterpret_cast<const int2*>(shared.word + first + n * 8 + c);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int key = e & 1 ? of_keys.y : of_keys.x, r = e >> 1, offset = (word[r] & kOffset) - (key & kOffset) + centre;
-                form_map<T, Mode>(x, n, e, shared, p, uniform, offset, special && ((key ^ word[r]) & kRegion),
-                                  special && (key & kOutside), lse[r]);
+                const int key = e & 1 ? of_keys.y : of_keys.x, r = e >> 1;
+                const unsigned char* entry = entries[r] - (Special ? key & kBytes : key);
+                const bool masked = Special && ((key ^ word[r]) & kRegion), outside = Special && (key & kOutside);
+                form_map<T, Mode>(x, n, e, entry, uniform, masked, mask, outside, lse[r]);
                 if (sizeof(T) == 4) x.map[n][e] *= factor[r];
-                x.kept[n][e] = kept_factor<Mode>(shared, p, seed, offset, row[r], first + n * 8 + c + (e & 1));
+                x.kept[n][e] = kept_factor<Mode>(shared, p, seed, entry, row[r], first + n * 8 + c + (e & 1));
             }
         }
     }
@@ -70,10 +113,10 @@ template <typename T, int D, int Mode> struct QueryTile {
             }
     }
 
-    // Adds the tile's part of dq and of the tables' gradients; `of_window` is the part of the uniform weight's.
-    WA_DEVICE void add_grads(Pairs& x, const unsigned char* k, int at, int first, float& of_window) {
+    // Adds the tile's part of dq and of the tables' gradients.
+    WA_DEVICE void add_grads(Pairs& x, const unsigned char* k, int first) {
         Operand<T> of_dot;
-        const int entry = ((tile * p.tiles + first / 16) * 2) * 32 + lane;
+        const int entry = ((tile * p.tiles + first / 16) * 2) * 32 + at.lane;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             float of_bias[4], of_product[4], of_post[4];
@@ -86,7 +129,7 @@ template <typename T, int D, int Mode> struct QueryTile {
             if (p.grads & kGradBias) accumulate(shared.sums[0] + entry + n * 32, of_bias);
             if (Mode != kUniform && (p.grads & kGradWeight)) accumulate(shared.sums[1] + entry + n * 32, of_product);
             if (Mode == kFull && (p.grads & kGradPost)) {
-                const int c = (lane & 3) * 2;
+                const int c = (at.lane & 3) * 2;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int j = first + n * 8 + c + (e & 1);
@@ -95,11 +138,15 @@ template <typename T, int D, int Mode> struct QueryTile {
                 }
                 accumulate(shared.sums[2] + entry + n * 32, of_post);
             }
+            if (weigh_late<T, Mode>) {
+                of_dot.set(n, of_bias);
+            } else {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) of_product[e] = of_bias[e] * x.weight[n][e];
-            of_dot.set(n, of_product);
+                for (int e = 0; e < 4; ++e) of_product[e] = of_bias[e] * x.weight[n][e];
+                of_dot.set(n, of_product);
+            }
         }
-        Product<T, D>::add(dq, of_dot, k, at, lane);
+        Product<T, D>::add(dq, of_dot, k, at);
     }
 
     static WA_DEVICE void accumulate(float4* sum, const float (&x)[4]) {
@@ -133,9 +180,9 @@ WA_DEVICE void fold_pairs(const Args& p, const float4* sums, int first, float* t
 }
 
 template <typename T, int D, int Mode>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) query_kernel(const Args p) {
+__global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(const Args p) {
     WA_DYN_SMEM(memory);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x, group = warp / p.strip;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x;
     Carve carve{memory};
     const QueryShared<T, D, Mode> shared(carve, p);
     fill_shared<T, Mode>(shared, p, head);
@@ -147,8 +194,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) quer
     const T* grad_out = static_cast<const T*>(p.a.grad_out) + heads.offset;
     const int first_query = blockIdx.z * p.strip * 16;
     const int queries = p.strip * 16 < p.rows - first_query ? p.strip * 16 : p.rows - first_query;
-    const uint64_t seed = p.drop_below ? (uint64_t)*p.a.seed : 0;
-    QueryTile<T, D, Mode> own{p, shared, p.a.weight[head] * Unit<T>::of_natural, seed, lane, warp % p.strip};
+    QueryTile<T, D, Mode> own{p, shared, Lane<T, D>(lane), p.a.weight[head] * Unit<T>::of_natural, p.a.mask_value * Unit<T>::of_natural,
+                              p.drop_below ? (uint64_t)*p.a.seed : 0, warp % p.strip, warp / p.strip};
+    const float dq_factor = Unit<T>::in_natural * (weigh_late<T, Mode> ? own.uniform : 1.f);
     const bool active = own.tile * 16 < queries;
     const int own_row = own.tile * 16 * Row<T, D>::bytes;
 
@@ -156,12 +204,13 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) quer
         const Window window(p, index);
         const int64_t first_row = (static_cast<int64_t>(index) * p.a.heads + head) * p.area;
         __syncthreads();  // tables and sums are there, the last window is done with
-        for (int i = threadIdx.x; i < p.rows; i += blockDim.x) shared.word[i] = window.word(p, shared.place[i]);
-        load_rows<T, D>(p, window, shared.place, first_query, queries, q, heads.stride, shared.queries, grad_out, heads.width, shared.grads,
+        fill_window<Mode>(shared, p, window);
+        __syncthreads();
+        load_rows<T, D>(shared.token + first_query, queries, q, heads.stride, shared.queries, grad_out, heads.width, shared.grads,
                         threadIdx.x, blockDim.x);
         auto bring = [&](int first, int at) {
             const int count = p.resident || p.rows - first < p.block ? p.rows - first : p.block;
-            load_rows<T, D>(p, window, shared.place, first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
+            load_rows<T, D>(shared.token + first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
                             shared.v + at * Row<T, D>::bytes, threadIdx.x, blockDim.x);
             cp_commit();
             return count;
@@ -171,6 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) quer
         };
         cp_commit();
         bring(0, 0);
+        if (active) own.expect(first_query, first_row);
         if (p.a.cosine || p.resident) {
             cp_wait<0>();
             if (p.a.cosine) normalise_rows<T, D>(shared.queries, shared.inverse, queries, threadIdx.x, blockDim.x);
@@ -179,22 +229,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) quer
             cp_wait<1>();
         }
         __syncthreads();
-        Left<T, D> left, left_grad;
-        if (active) {
-            left.load(shared.queries + own_row, lane);
-            left_grad.load(shared.grads + own_row, lane);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int i = first_query + own.tile * 16 + (lane >> 2) + 8 * r;
-                own.word[r] = shared.word[i];
-                own.row[r] = first_row + i;
-                own.lse[r] = own.word[r] & kOutside ? INFINITY : p.a.lse[first_row + i] * Unit<T>::of_natural;
-                own.delta[r] = own.of_map[r] = 0.f;
-                own.factor[r] = 1.f;
-            }
-            clear<D>(own.dq);
-        }
-        float of_window = 0.f;
+        if (active) own.start();
         int turn = 0;
 #pragma unroll 1
         for (int phase = 0; phase < 2; ++phase) {
@@ -210,14 +245,8 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) quer
                     __syncthreads();
                 }
                 const unsigned char *k_block = shared.k + at * Row<T, D>::bytes, *v_block = shared.v + at * Row<T, D>::bytes;
-                if (active)
-#pragma unroll 1
-                    for (int step = group * 16; step < count; step += p.groups * 16) {
-                        Pairs x;
-                        own.form(x, left, left_grad, k_block, v_block, step, first + step, window.special);
-                        if (phase == 0) own.add_delta(x);
-                        else own.add_grads(x, k_block, step, first + step, of_window);
-                    }
+                if (active && phase == 0) own.template phase<0>(k_block, v_block, first, count, window.special);
+                else if (active) own.template phase<1>(k_block, v_block, first, count, window.special);
                 if (!p.resident) __syncthreads();
             }
             if (phase == 1) break;
@@ -228,23 +257,21 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) quer
                 if (sizeof(T) == 4) own.of_map[r] = sum_of_row(own.of_map[r]);
             }
             if (p.groups > 1) {
-                float2* parts = reinterpret_cast<float2*>(shared.exchange);
                 const int slot = own.tile * 16 + (lane >> 2);
                 if ((lane & 3) == 0)
-                    for (int r = 0; r < 2; ++r) parts[group * p.strip * 16 + slot + 8 * r] = make_float2(own.delta[r], own.of_map[r]);
+                    for (int r = 0; r < 2; ++r) shared.deltas[own.group * p.strip * 16 + slot + 8 * r] = make_float2(own.delta[r], own.of_map[r]);
                 __syncthreads();
                 for (int r = 0; r < 2; ++r) {
                     own.delta[r] = own.of_map[r] = 0.f;
                     for (int other = 0; other < p.groups; ++other) {
-                        const float2 part = parts[other * p.strip * 16 + slot + 8 * r];
+                        const float2 part = shared.deltas[other * p.strip * 16 + slot + 8 * r];
                         own.delta[r] += part.x;
                         own.of_map[r] += part.y;
                     }
                 }
-                __syncthreads();  // before dq takes the place
             }
             for (int r = 0; r < 2; ++r) {
-                const bool inside = active && !(own.word[r] & kOutside), writes = inside && group == 0 && (lane & 3) == 0;
+                const bool inside = active && !(own.word[r] & kOutside), writes = inside && own.group == 0 && (lane & 3) == 0;
                 if (sizeof(T) == 4) {
                     own.factor[r] = inside ? 1.f / own.of_map[r] : 1.f;
                     own.delta[r] *= own.factor[r];
@@ -253,33 +280,34 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) quer
                 if (writes) p.delta[own.row[r]] = own.delta[r];
             }
         }
-        own.of_weight += of_window;
+        own.of_weight += own.of_window;
         if (p.groups > 1) {  // dq of groups 1.. is added to group 0's, in their order
-            float4* parts = reinterpret_cast<float4*>(shared.exchange);
-            if (active && group > 0)
+            if (p.resident) __syncthreads();  // keys and values are done with (else the last block has seen to it)
+            const int of_group = p.strip * (D / 8) * 32;
+            float4* parts = shared.exchange + own.tile * (D / 8) * 32 + lane;
+            if (active && own.group > 0)
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n)
-                    parts[((group * p.strip + own.tile) * (D / 8) + n) * 32 + lane] =
-                        make_float4(own.dq[n][0], own.dq[n][1], own.dq[n][2], own.dq[n][3]);
+                    parts[(own.group - 1) * of_group + n * 32] = make_float4(own.dq[n][0], own.dq[n][1], own.dq[n][2], own.dq[n][3]);
             __syncthreads();
-            if (active && group == 0)
+            if (active && own.group == 0)
                 for (int other = 1; other < p.groups; ++other)
 #pragma unroll
                     for (int n = 0; n < D / 8; ++n) {
-                        const float4 part = parts[((other * p.strip + own.tile) * (D / 8) + n) * 32 + lane];
+                        const float4 part = parts[(other - 1) * of_group + n * 32];
                         own.dq[n][0] += part.x;
                         own.dq[n][1] += part.y;
                         own.dq[n][2] += part.z;
                         own.dq[n][3] += part.w;
                     }
         }
-        if (active && group == 0) {
+        if (active && own.group == 0) {
             unsigned char* rows = shared.queries + own_row;
             if (p.a.cosine) through_norm<T, D>(own.dq, rows, shared.inverse + own.tile * 16, lane);
             __syncwarp();
-            store_fragment<T, D>(rows, own.dq, Unit<T>::in_natural, Unit<T>::in_natural, lane);
+            store_fragment<T, D>(rows, own.dq, dq_factor, dq_factor, lane);
             __syncwarp();
-            write_rows<T, D>(p, window, shared.place, first_query + own.tile * 16, rows, heads.part(p.a.grad_qkv, 0), heads.stride, lane);
+            write_rows<T, D>(shared.token + first_query + own.tile * 16, rows, heads.part(p.a.grad_qkv, 0), heads.stride, lane);
         }
     }
 
@@ -312,6 +340,7 @@ static __global__ void __launch_bounds__(256) sum_blocks_kernel(const float* par
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, each = static_cast<int64_t>(heads) * rows;
     if (i >= each) return;
     float sum = 0.f;
+#pragma unroll 16
     for (int64_t block = 0; block < blocks; ++block) sum += partial[block * each + i];
     grad[i % rows * heads + i / rows] = sum;
 }

@@ -82,20 +82,33 @@ WA_DEVICE void store_fragment(unsigned char* rows, const Fragment<D>& f, float f
     }
 }
 
-// The left operand of a product: 16 rows, kept in registers where the tensor cores read them from there.
+// Where this lane reads the first 16 columns of 16 rows as the right operand of a product, in bytes from the first row: worked out once, since
+// the order of chunks repeats every 8 rows. Columns 16 k and on: ^ (k << 5).
+template <typename T, int D> struct Lane {
+    int lane, transposed, plain;  // of the product with the rows transposed, with the rows as they are
+    WA_DEVICE explicit Lane(int lane)
+        : lane(lane), transposed(Row<T, D>::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1)),
+          plain(Row<T, D>::at(lane & 15, lane >> 4)) {}
+};
+template <int D> struct Lane<float, D> {
+    int lane;
+    WA_DEVICE explicit Lane(int lane) : lane(lane) {}
+};
+
+// The left operand of a product: 16 rows, kept in registers where the tensor cores read them from there. `rows`: the first of 16 rows, at a
+// multiple of 16.
 template <typename T, int D> struct Left {
     uint32_t a[D / 16][4];
-    WA_DEVICE void load(const unsigned char* rows, int lane) {
+    WA_DEVICE void load(const unsigned char* rows, const Lane<T, D>& at) {
 #pragma unroll
-        for (int k = 0; k < D / 16; ++k) ldsm4(a[k], rows + Row<T, D>::at(lane & 15, k * 2 + (lane >> 4)));
+        for (int k = 0; k < D / 16; ++k) ldsm4(a[k], rows + (at.plain ^ k << 5));
     }
-    // s += left (16 x D) times rows [row0, row0 + 16) transposed
-    WA_DEVICE void times_transposed(Fragment<16>& s, const unsigned char* rows, int row0, int lane) const {
-        const int row = row0 + (lane & 7) + (lane >> 4) * 8, chunk = (lane >> 3) & 1;
+    // s += left (16 x D) times the rows transposed
+    WA_DEVICE void times_transposed(Fragment<16>& s, const unsigned char* rows, const Lane<T, D>& at) const {
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
             uint32_t b[4];
-            ldsm4(b, rows + Row<T, D>::at(row, k * 2 + chunk));
+            ldsm4(b, rows + (at.transposed ^ k << 5));
             mma<T>(s[0], a[k], b[0], b[1]);
             mma<T>(s[1], a[k], b[2], b[3]);
         }
@@ -103,9 +116,9 @@ template <typename T, int D> struct Left {
 };
 template <int D> struct Left<float, D> {
     const unsigned char* left;
-    WA_DEVICE void load(const unsigned char* rows, int) { left = rows; }
-    WA_DEVICE void times_transposed(Fragment<16>& s, const unsigned char* rows, int row0, int lane) const {
-        const int g = lane >> 2, c = (lane & 3) * 2;
+    WA_DEVICE void load(const unsigned char* rows, const Lane<float, D>&) { left = rows; }
+    WA_DEVICE void times_transposed(Fragment<16>& s, const unsigned char* rows, const Lane<float, D>& at) const {
+        const int g = at.lane >> 2, c = (at.lane & 3) * 2;
 #pragma unroll 2
         for (int chunk = 0; chunk < D / 4; ++chunk) {
             const float4 a0 = *reinterpret_cast<const float4*>(left + Row<float, D>::at(g, chunk));
@@ -114,7 +127,7 @@ template <int D> struct Left<float, D> {
             for (int n = 0; n < 2; ++n)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const float4 b = *reinterpret_cast<const float4*>(rows + Row<float, D>::at(row0 + n * 8 + c + e, chunk));
+                    const float4 b = *reinterpret_cast<const float4*>(rows + Row<float, D>::at(n * 8 + c + e, chunk));
                     s[n][e] += a0.x * b.x + a0.y * b.y + a0.z * b.z + a0.w * b.w;
                     s[n][e + 2] += a1.x * b.x + a1.y * b.y + a1.z * b.z + a1.w * b.w;
                 }
@@ -138,21 +151,21 @@ template <> struct Operand<float> {
     }
 };
 
-// o (16 x D) += tile (16 x 16) times rows [row0, row0 + 16)
+// o (16 x D) += tile (16 x 16) times 16 rows
 template <typename T, int D> struct Product {
-    static WA_DEVICE void add(Fragment<D>& o, const Operand<T>& tile, const unsigned char* rows, int row0, int lane) {
+    static WA_DEVICE void add(Fragment<D>& o, const Operand<T>& tile, const unsigned char* rows, const Lane<T, D>& at) {
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             uint32_t b[4];
-            ldsm4t(b, rows + Row<T, D>::at(row0 + (lane & 15), n * 2 + (lane >> 4)));
+            ldsm4t(b, rows + (at.plain ^ n << 5));
             mma<T>(o[n * 2], tile.a, b[0], b[1]);
             mma<T>(o[n * 2 + 1], tile.a, b[2], b[3]);
         }
     }
 };
 template <int D> struct Product<float, D> {
-    static WA_DEVICE void add(Fragment<D>& o, const Operand<float>& tile, const unsigned char* rows, int row0, int lane) {
-        const int c = (lane & 3) * 2;
+    static WA_DEVICE void add(Fragment<D>& o, const Operand<float>& tile, const unsigned char* rows, const Lane<float, D>& at) {
+        const int lane = at.lane, c = (lane & 3) * 2;
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -165,7 +178,7 @@ template <int D> struct Product<float, D> {
 #pragma unroll
                     for (int d = 0; d < D / 8; ++d) {
                         float x, y;
-                        Element<float, D>::read(rows, row0 + key, d, c, x, y);
+                        Element<float, D>::read(rows, key, d, c, x, y);
                         o[d][0] += p0 * x;
                         o[d][1] += p0 * y;
                         o[d][2] += p1 * x;
@@ -174,6 +187,11 @@ template <int D> struct Product<float, D> {
                 }
     }
 };
+
+// 1 / max(norm, 1e-12) from the sum of squares
+template <typename T> WA_DEVICE float inverse_norm(float squares) {
+    return sizeof(T) == 4 ? 1.f / fmaxf(sqrtf(squares), 1e-12f) : inverse_root(fmaxf(squares, 1e-24f));
+}
 
 // Divides `count` rows by their norms (at least 1e-12). Thread t handles the chunks that load_rows gave it, so its own copies are enough.
 // inverse: (count,) 1 / norm, or null. All threads of a warp take part; count is a multiple of 16.
@@ -188,7 +206,7 @@ WA_DEVICE void normalise_rows(unsigned char* rows, float* inverse, int count, in
         for (int k = 0; k < Chunk<T>::size; ++k) sum += x[k] * x[k];
 #pragma unroll
         for (int step = 1; step < R::chunks; step <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        const float factor = 1.f / fmaxf(sqrtf(sum), 1e-12f);
+        const float factor = inverse_norm<T>(sum);
 #pragma unroll
         for (int k = 0; k < Chunk<T>::size; ++k) x[k] *= factor;
         Chunk<T>::write(rows + R::at(row, chunk), x);
@@ -218,7 +236,7 @@ WA_DEVICE void through_norm(Fragment<D>& f, const unsigned char* unit, const flo
         }
         const float factor = inverse[g + 8 * r];
         along = sum_of_row(along);
-        along = factor < 1e12f ? along : 0.f;
+        along = factor < 0.99e12f ? along : 0.f;  // up to the rounding of the inverse
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
             float x, y;

@@ -1,5 +1,7 @@
 // What the tiled kernels share: their arguments, where a window's tokens lie, the tables in shared memory, the terms of a pair.
 #pragma once
+#include <type_traits>
+
 #include "../args.h"
 #include "tiled_tile.h"
 
@@ -20,12 +22,13 @@ template <> struct Unit<float> {
 // Which terms a kernel is compiled for. kUniform: one weight per head, bias. kTable: weight table, bias. kFull: any weight, bias, post,
 // dropout.
 enum Terms { kUniform = 0, kTable = 1, kFull = 2 };
-// Threads of the forward's and the queries' blocks, and how many blocks are to share a multiprocessor: two leave 128 registers a thread,
-// which these instances can do with.
+// Threads of the forward's blocks, and how many blocks are to share a multiprocessor: two leave 128 registers a thread, which these
+// instances can do with. They can also be one block of twice as many threads, as the queries' blocks may be.
 constexpr int kMaxThreads = 256;
 template <typename T, int D, int Mode> constexpr int blocks_wanted() {
     return (D == 32 && Mode != kFull) || (D == 16 && sizeof(T) == 2) ? 2 : 1;
 }
+template <typename T, int D, int Mode> constexpr int query_threads() { return kMaxThreads * blocks_wanted<T, D, Mode>(); }
 // Tables whose gradients are summed pair by pair (kPairs: an N x N strip of each in shared memory); the uniform weight's is one number.
 enum Grads { kGradBias = 1, kGradWeight = 2, kGradPost = 4, kPairs = 7, kGradUniform = 8 };
 
@@ -59,19 +62,21 @@ struct Carve {
     }
 };
 
-// Of each window position: packed coordinates (row << 16 | column, or -1 past the end), and its word for one window: offset row relative
-// to position 0 in bits 0-15, region of the shift in bits 16-17, bit 18 where it is no token of the image.
-constexpr int kRegion = 3 << 16, kOutside = 1 << 18, kOffset = 0xffff;
+// Of each window position: packed coordinates (row << 16 | column, or -1 past the end), its token in one window (-1: none), and its word for
+// one window: bytes from the entry of position 0 in bits 0-15, region of the shift in bits 16-17, bit 18 where it is no token of the image.
+// In a window that is not special a word is its bytes alone.
+constexpr int kRegion = 3 << 16, kOutside = 1 << 18, kBytes = 0xffff;
 
 template <int Mode> struct Shared {
-    float *bias, *post;        // (T,) bias in Unit where the weight is uniform; post-softmax weight
-    float2* both;              // (T,) weight and bias, in Unit
-    int *place, *word;         // (rows,)
+    using Entry = std::conditional_t<Mode == kUniform, float, float2>;  // bias; weight and bias: in Unit
+    Entry* entries;            // (T,)
+    float* post;               // (T,) post-softmax weight
+    int *place, *token, *word; // (rows,)
     WA_HD Shared(Carve& carve, const Args& p) {
-        bias = Mode == kUniform ? carve.take<float>(p.offsets) : nullptr;
-        both = Mode == kUniform ? nullptr : carve.take<float2>(p.offsets);
+        entries = carve.take<Entry>(p.offsets);
         post = Mode == kFull ? carve.take<float>(p.offsets) : nullptr;
         place = carve.take<int>(p.rows);
+        token = carve.take<int>(p.rows);
         word = carve.take<int>(p.rows);
     }
 };
@@ -81,8 +86,8 @@ template <typename T, int Mode> WA_DEVICE void fill_shared(const Shared<Mode>& s
     const WindowAttentionArgs& a = p.a;
     for (int t = threadIdx.x; t < p.offsets; t += blockDim.x) {
         const float b = a.bias ? a.bias[t * a.heads + head] * Unit<T>::of_natural : 0.f;
-        if (Mode == kUniform) shared.bias[t] = b;
-        else shared.both[t] = make_float2(a.weight[(a.weight_rows == 1 ? 0 : t) * a.heads + head] * Unit<T>::of_natural, b);
+        if constexpr (Mode == kUniform) shared.entries[t] = b;
+        else shared.entries[t] = make_float2(a.weight[(a.weight_rows == 1 ? 0 : t) * a.heads + head] * Unit<T>::of_natural, b);
         if (Mode == kFull) shared.post[t] = a.post ? a.post[t * a.heads + head] : 1.f;
     }
     for (int i = threadIdx.x; i < p.rows; i += blockDim.x)
@@ -115,54 +120,75 @@ struct Window {
         x -= x >= p.padded[1] ? p.padded[1] : 0;
         return place < 0 || y >= p.a.height || x >= p.a.width ? -1 : first + y * p.a.width + x;
     }
-    WA_DEVICE int word(const Args& p, int place) const {
+    WA_DEVICE int word(const Args& p, int place, int token, int bytes) const {
         if (place < 0) return kOutside;
         const int y = place >> 16, x = place & 0xffff;
-        int word = y * (2 * p.a.window[1] - 1) + x;
+        int word = (y * (2 * p.a.window[1] - 1) + x) * bytes;
         if (edge_y && y >= p.a.window[0] - p.a.shift[0]) word |= 1 << 16;
         if (edge_x && x >= p.a.window[1] - p.a.shift[1]) word |= 2 << 16;
-        return token(p, place) < 0 ? word | kOutside : word;
+        return token < 0 ? word | kOutside : word;
     }
 };
 
-// Row of the tables for a pair at relative offset 0.
-WA_DEVICE int centre_of(const Args& p) { return (p.a.window[0] - 1) * (2 * p.a.window[1] - 1) + p.a.window[1] - 1; }
+// Fills tokens and words of a window; the caller puts a barrier before they are read.
+template <int Mode> WA_DEVICE void fill_window(const Shared<Mode>& shared, const Args& p, const Window& window) {
+    for (int i = threadIdx.x; i < p.rows; i += blockDim.x) {
+        const int place = shared.place[i], token = window.token(p, place);
+        shared.token[i] = token;
+        shared.word[i] = window.word(p, place, token, sizeof(*shared.entries));
+    }
+}
+
+// The table as a query sees it: the entry of a pair lies a key's bytes before it.
+template <int Mode> WA_DEVICE const unsigned char* entries_of(const Shared<Mode>& shared, const Args& p, int word) {
+    const int centre = (p.a.window[0] - 1) * (2 * p.a.window[1] - 1) + p.a.window[1] - 1;  // of a pair at relative offset 0
+    return reinterpret_cast<const unsigned char*>(shared.entries + centre) + (word & kBytes);
+}
+// The same for a key, to which a query's bytes are added.
+template <int Mode> WA_DEVICE const unsigned char* entries_before(const Shared<Mode>& shared, const Args& p, int word) {
+    return entries_of<Mode>(shared, p, 0) - (word & kBytes);
+}
 
 // S of a pair in Unit, before the mask; `weight` gets the factor of q . k in Unit.
-template <int Mode> WA_DEVICE float logit(const Shared<Mode>& shared, float uniform, float dot, int offset, float& weight) {
-    if (Mode == kUniform) {
+template <int Mode> WA_DEVICE float logit(const unsigned char* entry, float uniform, float dot, float& weight) {
+    if constexpr (Mode == kUniform) {
         weight = uniform;
-        return dot * uniform + shared.bias[offset];
+        return dot * uniform + *reinterpret_cast<const float*>(entry);
+    } else {
+        const float2 both = *reinterpret_cast<const float2*>(entry);
+        weight = both.x;
+        return dot * both.x + both.y;
     }
-    const float2 both = shared.both[offset];
-    weight = both.x;
-    return dot * both.x + both.y;
+}
+
+// The post-softmax weight that belongs to an entry.
+template <int Mode> WA_DEVICE float post_of(const Shared<Mode>& shared, const unsigned char* entry) {
+    return shared.post[reinterpret_cast<const typename Shared<Mode>::Entry*>(entry) - shared.entries];
 }
 
 // Starts the copies of `count` rows of two packed tensors into shared memory; padding becomes 0. All of T: stride and from in elements.
+// token: of the rows.
 template <typename T, int D>
-WA_DEVICE void load_rows(const Args& p, const Window& window, const int* place, int first, int count, const T* from0, int stride0,
-                         unsigned char* to0, const T* from1, int stride1, unsigned char* to1, int thread, int threads) {
+WA_DEVICE void load_rows(const int* token, int count, const T* from0, int stride0, unsigned char* to0, const T* from1, int stride1,
+                         unsigned char* to1, int thread, int threads) {
     using R = Row<T, D>;
+#pragma unroll 2
     for (int t = thread; t < count * R::chunks; t += threads) {
-        const int row = t / R::chunks, chunk = t % R::chunks;
-        const int token = window.token(p, place[first + row]);
-        const int64_t at = token < 0 ? 0 : token;
-        cp16(to0 + R::at(row, chunk), from0 + at * stride0 + chunk * R::per_chunk, token >= 0);
-        if (to1) cp16(to1 + R::at(row, chunk), from1 + at * stride1 + chunk * R::per_chunk, token >= 0);
+        const int row = t / R::chunks, chunk = t % R::chunks, from = token[row];
+        const int64_t at = from < 0 ? 0 : from;
+        cp16(to0 + R::at(row, chunk), from0 + at * stride0 + chunk * R::per_chunk, from >= 0);
+        if (to1) cp16(to1 + R::at(row, chunk), from1 + at * stride1 + chunk * R::per_chunk, from >= 0);
     }
 }
 
 // Writes 16 rows from shared memory to their tokens, by one warp.
-template <typename T, int D>
-WA_DEVICE void write_rows(const Args& p, const Window& window, const int* places, int first, const unsigned char* rows, T* to, int stride,
-                          int lane) {
+template <typename T, int D> WA_DEVICE void write_rows(const int* token, const unsigned char* rows, T* to, int stride, int lane) {
     using R = Row<T, D>;
+#pragma unroll 2
     for (int t = lane; t < 16 * R::chunks; t += 32) {
         const int row = t / R::chunks, chunk = t % R::chunks;
-        const int token = window.token(p, places[first + row]);
-        if (token < 0) continue;
-        T* place = to + static_cast<int64_t>(token) * stride + chunk * R::per_chunk;
+        if (token[row] < 0) continue;
+        T* place = to + static_cast<int64_t>(token[row]) * stride + chunk * R::per_chunk;
         *reinterpret_cast<uint4*>(place) = *reinterpret_cast<const uint4*>(rows + R::at(row, chunk));
     }
 }
