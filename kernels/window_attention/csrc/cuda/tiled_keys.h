@@ -8,7 +8,7 @@ namespace tiled {
 // Two products at a time want many registers a thread: 16 warps on a multiprocessor leave them 128, 12 warps 168, 8 warps 255.
 constexpr int kKeyThreads = 128;
 template <typename T, int D, int Mode> constexpr int key_blocks() {
-    return D == 64 ? 2 : sizeof(T) == 2 && (D == 16 || Mode == kUniform) ? 4 : 3;
+    return D == 64 || (D == 32 && Mode == kFull && sizeof(T) == 2) ? 2 : Mode == kUniform ? 4 : 3;
 }
 
 template <typename T, int D, int Mode> struct KeyShared : Shared<Mode> {

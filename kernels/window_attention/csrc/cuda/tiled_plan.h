@@ -15,6 +15,12 @@ struct Plan {
     int bytes;
 };
 
+inline Divisor divisor(int by) {
+    int shift = 0;
+    while ((int64_t{1} << shift) < by) ++shift;
+    return {static_cast<uint32_t>((((uint64_t{1} << shift) - by) << 32) / by + 1), shift};
+}
+
 inline Args describe(const WindowAttentionArgs& a) {
     Args p{};
     p.a = a;
@@ -24,6 +30,8 @@ inline Args describe(const WindowAttentionArgs& a) {
     }
     p.across = p.padded[1] / a.window[1];
     p.windows = p.across * (p.padded[0] / a.window[0]);
+    p.by_windows = divisor(p.windows);
+    p.by_across = divisor(p.across);
     p.total = p.windows * a.batch;
     p.area = a.window[0] * a.window[1];
     p.tiles = (p.area + 15) / 16;

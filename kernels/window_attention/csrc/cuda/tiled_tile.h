@@ -198,10 +198,12 @@ template <typename T> WA_DEVICE float inverse_norm(float squares) {
 template <typename T, int D>
 WA_DEVICE void normalise_rows(unsigned char* rows, float* inverse, int count, int thread, int threads) {
     using R = Row<T, D>;
-    for (int t = thread; t < count * R::chunks; t += threads) {
-        const int row = t / R::chunks, chunk = t % R::chunks;
+    forget(thread);
+    const int chunk = thread % R::chunks;
+    for (int row = thread / R::chunks; row < count; row += threads / R::chunks) {
+        unsigned char* place = rows + R::at(row, chunk);
         float x[Chunk<T>::size], sum = 0.f;
-        Chunk<T>::read(rows + R::at(row, chunk), x);
+        Chunk<T>::read(place, x);
 #pragma unroll
         for (int k = 0; k < Chunk<T>::size; ++k) sum += x[k] * x[k];
 #pragma unroll
@@ -209,7 +211,7 @@ WA_DEVICE void normalise_rows(unsigned char* rows, float* inverse, int count, in
         const float factor = inverse_norm<T>(sum);
 #pragma unroll
         for (int k = 0; k < Chunk<T>::size; ++k) x[k] *= factor;
-        Chunk<T>::write(rows + R::at(row, chunk), x);
+        Chunk<T>::write(place, x);
         if (inverse && chunk == 0) inverse[row] = factor;
     }
 }

@@ -32,10 +32,20 @@ template <typename T, int D, int Mode> constexpr int query_threads() { return kM
 // Tables whose gradients are summed pair by pair (kPairs: an N x N strip of each in shared memory); the uniform weight's is one number.
 enum Grads { kGradBias = 1, kGradWeight = 2, kGradPost = 4, kPairs = 7, kGradUniform = 8 };
 
+// Quotients of numbers below 2^31 by one that the host knows: n / d = (floor(n m / 2^32) + n) / 2^s with 2^s >= d, m = 2^32 (2^s - d) / d + 1.
+struct Divisor {
+    uint32_t factor;
+    int shift;
+    WA_DEVICE int quotient(int n) const {
+        return static_cast<int>((static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32) + n) >> shift);
+    }
+};
+
 struct Args {
     WindowAttentionArgs a;
     int total;                 // windows of the batch
     int windows, across;       // windows of an image, of a row of windows
+    Divisor by_windows, by_across;
     int padded[2];
     int area, tiles, rows;     // N; 16-row tiles of a window; 16 * tiles
     int offsets;               // T
@@ -102,13 +112,13 @@ struct Window {
     bool special;              // some pairs are masked or excluded
     WA_DEVICE Window(const Args& p, int index) {
         const WindowAttentionArgs& a = p.a;
-        const int image = index / p.windows, of_image = index - image * p.windows;
-        const int down = of_image / p.across, across = of_image - down * p.across;
+        const int image = p.by_windows.quotient(index), of_image = index - image * p.windows;
+        const int down = p.by_across.quotient(of_image), across = of_image - down * p.across;
         first = image * a.height * a.width;
         y0 = down * a.window[0] + a.shift[0];
         x0 = across * a.window[1] + a.shift[1];
         edge_y = a.shift[0] > 0 && (down + 1) * a.window[0] == p.padded[0];
-        edge_x = a.shift[1] > 0 && (across + 1) * a.window[1] == p.padded[1];
+        edge_x = a.shift[1] > 0 && across + 1 == p.across;
         const bool pads_y = p.padded[0] != a.height && y0 + a.window[0] > a.height;
         const bool pads_x = p.padded[1] != a.width && x0 + a.window[1] > a.width;
         special = edge_y || edge_x || pads_y || pads_x || p.rows != p.area;
@@ -172,24 +182,30 @@ template <typename T, int D>
 WA_DEVICE void load_rows(const int* token, int count, const T* from0, int stride0, unsigned char* to0, const T* from1, int stride1,
                          unsigned char* to1, int thread, int threads) {
     using R = Row<T, D>;
+    forget(thread);  // nothing that follows from it is kept from call to call, where registers are short
+    const int chunk = thread % R::chunks;
+    from0 += chunk * R::per_chunk;
+    from1 += chunk * R::per_chunk;
 #pragma unroll 2
-    for (int t = thread; t < count * R::chunks; t += threads) {
-        const int row = t / R::chunks, chunk = t % R::chunks, from = token[row];
-        const int64_t at = from < 0 ? 0 : from;
-        cp16(to0 + R::at(row, chunk), from0 + at * stride0 + chunk * R::per_chunk, from >= 0);
-        if (to1) cp16(to1 + R::at(row, chunk), from1 + at * stride1 + chunk * R::per_chunk, from >= 0);
+    for (int row = thread / R::chunks; row < count; row += threads / R::chunks) {
+        const int from = token[row], at = R::at(row, chunk);
+        const int64_t safe = from < 0 ? 0 : from;
+        cp16(to0 + at, from0 + safe * stride0, from >= 0);
+        if (to1) cp16(to1 + at, from1 + safe * stride1, from >= 0);
     }
 }
 
 // Writes 16 rows from shared memory to their tokens, by one warp.
 template <typename T, int D> WA_DEVICE void write_rows(const int* token, const unsigned char* rows, T* to, int stride, int lane) {
     using R = Row<T, D>;
-#pragma unroll 2
-    for (int t = lane; t < 16 * R::chunks; t += 32) {
-        const int row = t / R::chunks, chunk = t % R::chunks;
-        if (token[row] < 0) continue;
-        T* place = to + static_cast<int64_t>(token[row]) * stride + chunk * R::per_chunk;
-        *reinterpret_cast<uint4*>(place) = *reinterpret_cast<const uint4*>(rows + R::at(row, chunk));
+    forget(lane);
+    const int chunk = lane % R::chunks;
+    to += chunk * R::per_chunk;
+#pragma unroll
+    for (int i = 0; i < R::chunks / 2; ++i) {
+        const int row = lane / R::chunks + i * (32 / R::chunks), of_row = token[row];
+        if (of_row >= 0)
+            *reinterpret_cast<uint4*>(to + static_cast<int64_t>(of_row) * stride) = *reinterpret_cast<const uint4*>(rows + R::at(row, chunk));
     }
 }
 
