@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def environment(device: str = "cpu", *packages) -> dict:
     """As a dictionary of plain values; packages: modules whose version counts.
 
-    The commit is that of the environment variable BENCHMARK_COMMIT where the code was copied without its repository.
+    The commit is that of the environment variable BENCHMARK_COMMIT where it is set, as for code copied without its repository.
     """
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     now = datetime.datetime.now(datetime.timezone.utc)
-    found = {"date": now.isoformat(timespec="seconds"), "commit": git("rev-parse", "HEAD") or os.environ.get("BENCHMARK_COMMIT", ""),
+    found = {"date": now.isoformat(timespec="seconds"), "commit": os.environ.get("BENCHMARK_COMMIT") or git("rev-parse", "HEAD"),
              "uncommitted files": len(git("status", "--porcelain").splitlines()), "torch": torch.__version__,
              **{package.__name__: package.__version__ for package in packages}, "python": platform.python_version(),
              "processor": processor(), "cores": os.cpu_count()}

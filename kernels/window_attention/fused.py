@@ -12,6 +12,8 @@ from .terms import OffsetTerms
 HEAD_DIMS = {"cuda": (16, 32, 64), "cpu": tuple(range(8, 257, 8))}
 MOST_TOKENS = {"cuda": (576, 576), "cpu": (32, 1024)}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Devices with autocast; asked once, since PyTorch 2.11 cannot trace the question.
+AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 
 def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
@@ -41,7 +43,7 @@ def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
 def _dtype(qkv: Tensor) -> torch.dtype:
     """What the operation computes in."""
     device = qkv.device.type
-    if qkv.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if qkv.dtype != torch.float64 and device in AUTOCAST and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return qkv.dtype
 

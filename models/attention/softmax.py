@@ -91,14 +91,15 @@ class SoftmaxAttention(Modified):
     def project(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C): q, then k, then v.
 
-        Weight modifiers are folded into the weight in evaluation, where that is done once, and in training where the weight keeps its
-        full precision, unless there are so few tokens that adding to the tokens is the smaller work.
+        Weight modifiers are folded into the weight in evaluation, where that is done once, and in training on a GPU, where passes over
+        the tokens cost most. In training on the CPU where the weight keeps its full precision, unless there are so few tokens that
+        adding to the tokens is the smaller work.
         """
         kind, dtype, own = x.device.type, result_dtype(x), self.qkv.weight.dtype
         once = keeps_ready()
         wide = torch.float64 if own == torch.float64 else torch.float32
         exact = own == wide and computed_in(dtype, kind) == wide
-        fold = own == wide and (once or (exact and x.numel() > FEW_TOKENS * self.dim * self.dim))
+        fold = own == wide and (once or kind != "cpu" or (exact and x.numel() > FEW_TOKENS * self.dim * self.dim))
         if once:
             sources = [parameter for parameter in (*self._parameters.values(), *self.qkv.parameters()) if parameter is not None]
             name = f"projection {fold} {dtype} {kind}"

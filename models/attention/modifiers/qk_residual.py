@@ -30,8 +30,9 @@ class QKResidual(WeightModifier):
             the state dict, without effect.
     Shapes: weight (3C, C), x (..., C), qkv (..., 3C); no parameter is added.
     Raises: ValueError for another `which`.
-    Source: github.com/AllenHaoHuang/improving-redundancy-in-attention. In 16-bit autocast x is added to the projected tokens,
-        because 1 + w rounds to steps of 0.004 to 0.008 in bfloat16; otherwise I is added to the weight.
+    Source: github.com/AllenHaoHuang/improving-redundancy-in-attention. In 16-bit autocast 1 + w rounds to steps of 0.004 to 0.008 in
+        bfloat16. In training on the CPU x is therefore added to the projected tokens; elsewhere I is added to the float32 weight
+        before it is cast: q and k are rounded as coarsely themselves, and on a GPU another pass over the tokens costs much.
     """
 
     def __init__(self, geometry: Geometry, which: str = "both", drop_bias: bool = False):

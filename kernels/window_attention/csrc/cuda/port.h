@@ -79,6 +79,9 @@ inline float inverse_root(float x) { return 1.f / sqrtf(x); }
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <utility>
+
 #define WA_DYN_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
 #define WA_CUDA_NAME(name) wa_cuda_##name
 #define WA_DEVICE __device__ __forceinline__
@@ -86,17 +89,30 @@ inline float inverse_root(float x) { return 1.f / sqrtf(x); }
 typedef __nv_bfloat16 bf16;
 typedef __half f16;
 
+// What the runtime was asked before is kept for each thread: its answers cost as much as a launch.
 template <typename... P, typename... A> int launch(void (*kernel)(P...), dim3 grid, dim3 block, int shared_bytes, void* stream, A... args) {
     if (shared_bytes > 48 * 1024) {
-        const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-        if (code != cudaSuccess) return (int)code;
+        thread_local std::map<std::pair<const void*, int>, int> allowed;
+        int device = 0;
+        const cudaError_t asked = cudaGetDevice(&device);
+        if (asked != cudaSuccess) return (int)asked;
+        int& most = allowed[{(const void*)kernel, device}];
+        if (most < shared_bytes) {
+            const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+            if (code != cudaSuccess) return (int)code;
+            most = shared_bytes;
+        }
     }
     kernel<<<grid, block, (size_t)shared_bytes, (cudaStream_t)stream>>>(args...);
     return (int)cudaGetLastError();
 }
 inline int device_attribute(cudaDeviceAttr which) {
-    int device = 0, value = 0;
-    return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
+    thread_local std::map<std::pair<int, int>, int> known;
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    int& value = known[{(int)which, device}];
+    if (!value && cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) value = 0;
+    return value;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline int shared_bytes_max() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }

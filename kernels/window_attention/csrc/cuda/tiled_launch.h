@@ -29,8 +29,11 @@ template <typename T, int D, int Mode> struct Kernels {
     using Queries = QueryShared<T, D, Mode>;
     using Keys = KeyShared<T, D, Mode>;
 
+    static Plan plan_forward(const WindowAttentionArgs& a) { return plan_passes<Forward>(describe(a), kMaxThreads / 32, registers); }
+    static Plan plan_keys(const WindowAttentionArgs& a) { return plan_passes<Keys>(describe(a), kKeyThreads / 32, key_registers); }
+
     static int forward(const WindowAttentionArgs& a, void* stream) {
-        const Plan plan = plan_passes<Forward>(describe(a), kMaxThreads / 32, registers);
+        const Plan plan = for_call(remembered<plan_forward>(a), a);
         return plan.bytes ? launch(forward_kernel<T, D, Mode>, plan.grid, plan.block, plan.bytes, stream, plan.p) : kNothingFits;
     }
 
@@ -57,7 +60,7 @@ template <typename T, int D, int Mode> struct Kernels {
 
     static int64_t workspace(const WindowAttentionArgs& a) {
         const Args p = describe(a);
-        return (queries_of(p) * (sizeof(T) == 4 ? 2 : 1) + plan_runs(a).partial) * 4;
+        return (queries_of(p) * (sizeof(T) == 4 ? 2 : 1) + remembered<plan_runs>(a).partial) * 4;
     }
 
     static int sum_tables(const Plan& plan, void* stream) {
@@ -76,13 +79,13 @@ template <typename T, int D, int Mode> struct Kernels {
     }
 
     static int backward(const WindowAttentionArgs& a, void* stream) {
-        Runs runs = plan_runs(a);
-        Plan keys = plan_passes<Keys>(describe(a), kKeyThreads / 32, key_registers);
+        Runs runs = remembered<plan_runs>(a);
+        Plan keys = for_call(remembered<plan_keys>(a), a);
         if (!runs.count || !keys.bytes) return kNothingFits;
         float* const delta = static_cast<float*>(a.workspace);
         float* const factor = sizeof(T) == 4 ? delta + queries_of(keys.p) : nullptr;
         for (int run = 0; run < runs.count; ++run) {
-            Plan& plan = runs.plan[run];
+            Plan plan = for_call(runs.plan[run], a);
             plan.p.delta = delta;
             plan.p.factor = factor;
             plan.p.partial = delta + queries_of(keys.p) * (factor ? 2 : 1);

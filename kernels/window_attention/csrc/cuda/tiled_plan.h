@@ -2,6 +2,8 @@
 // the same call always sums in the same order.
 #pragma once
 #include <algorithm>
+#include <array>
+#include <map>
 
 #include "tiled_forward.h"
 #include "tiled_keys.h"
@@ -40,6 +42,28 @@ inline Args describe(const WindowAttentionArgs& a) {
     p.drop_below = static_cast<uint32_t>(static_cast<double>(a.dropout) * 4294967296.0);
     p.keep_factor = static_cast<float>(1.0 / (1.0 - static_cast<double>(a.dropout)));
     return p;
+}
+
+// Make(a), or what it returned for a call of the same shape on such a device: planning takes longer than a launch. For each thread.
+template <auto Make> auto remembered(const WindowAttentionArgs& a) -> decltype(Make(a)) {
+    using Shape = std::array<int, 19>;
+    thread_local std::map<Shape, decltype(Make(a))> known;
+    const Shape shape{a.batch, a.height, a.width, a.heads, a.head_dim, a.window[0], a.window[1], a.shift[0], a.shift[1], a.weight_rows, a.cosine,
+                      a.dtype, a.post != nullptr, a.dropout > 0.f, a.grad_bias != nullptr, a.grad_weight != nullptr, a.grad_post != nullptr,
+                      multiprocessors(), shared_bytes_max()};
+    const auto found = known.find(shape);
+    if (found != known.end()) return found->second;
+    if (known.size() >= 1024) known.clear();  // grids of ever new sizes
+    return known[shape] = Make(a);
+}
+
+// A remembered plan for the tensors of this call.
+inline Plan for_call(Plan plan, const WindowAttentionArgs& a) {
+    const Args now = describe(a);
+    plan.p.a = a;
+    plan.p.drop_below = now.drop_below;
+    plan.p.keep_factor = now.keep_factor;
+    return plan;
 }
 
 inline int mode_of(const WindowAttentionArgs& a) {
