@@ -43,6 +43,8 @@ MUTANTS = {
     "the backward starts a window before the last is done": (BACKWARD, "cp_wait<0>();\n        __syncthreads();", "cp_wait<0>();"),
     "one warp passes by a barrier": (BACKWARD, "__syncthreads();  // all rows of P", "if (warp > 0) __syncthreads();  // all rows of P"),
     "dk and dv are taken before all rows are there": (BACKWARD, "__syncthreads();  // all rows of P", "// all rows of P"),
+    "the next window is laid over rows that other warps still read": (BACKWARD, "__syncthreads();  // nobody reads other warps' rows",
+                                                                      "// nobody reads other warps' rows"),
     "gradients are laid over tiles still read": (BACKWARD, "unsigned char* way_out = v;", "unsigned char* way_out = q;"),
     "unit vectors are written over raw ones still read": (
         BACKWARD, """__syncthreads();  // all norms are there, and nobody needs the raw q and k any more

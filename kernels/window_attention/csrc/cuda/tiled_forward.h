@@ -22,7 +22,7 @@ template <typename T, int D, int Mode> struct Attend {
     const Args& p;
     const ForwardShared<T, D, Mode>& shared;
     int lane;
-    float uniform, mask;       // weight; value of the mask: in Unit
+    float uniform;             // weight in Unit
     uint64_t seed;
     int word[2]{};             // words of the two queries
     const unsigned char* entries[2]{};
@@ -60,6 +60,7 @@ template <typename T, int D, int Mode> struct Attend {
     WA_DEVICE void some(const Lane<T, D>& at, const unsigned char* k, const unsigned char* v, int first) {
         float s[Tiles][2][4], now[2] = {top[0], top[1]};
         const int* words = shared.word + first + (at.lane & 3) * 2;
+        const float mask = p.a.mask_value * Unit<T>::of_natural;
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) {
             clear<16>(s[t]);
@@ -135,8 +136,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
     const Heads<T> heads(p, head);
     const T *q = heads.part(p.a.qkv, 0), *k = heads.part(p.a.qkv, 1), *v = heads.part(p.a.qkv, 2);
     unsigned char* own = shared.queries + warp * 16 * Row<T, D>::bytes;
-    Attend<T, D, Mode> attend{p, shared, lane, p.a.weight[head] * Unit<T>::of_natural, p.a.mask_value * Unit<T>::of_natural,
-                              p.drop_below ? (uint64_t)*p.a.seed : 0};
+    Attend<T, D, Mode> attend{p, shared, lane, p.a.weight[head] * Unit<T>::of_natural, p.drop_below ? (uint64_t)*p.a.seed : 0};
 
     for (int index = blockIdx.y; index < p.total; index += gridDim.y) {
         const Window window(p, index);

@@ -77,6 +77,8 @@ struct Block {
     unsigned char* shared = nullptr;
     size_t shared_size = 0;
     int threads = 0, current = 0;
+    enum { EVEN, LATE, EARLY } pace = EVEN;  // of one warp: it waits for all others where it can, or runs ahead of them
+    int odd_warp = 0, odd_ready = 0;         // which; how many of `ready` are its
     bool failed = false;
     dim3 block_index, block_size, grid_size;
     std::function<void()> body;
@@ -116,7 +118,24 @@ inline void to_fiber(Fiber& f) { swapcontext(&block->main_context, &f.context); 
 }
 
 inline void wait(const char* reason) { block->self().waits_for = reason; to_main(); }
-inline void wake(int index) { block->fibers[index].waits_for = nullptr; block->ready.push_back(index); }
+inline void make_ready(int index) {
+    block->ready.push_back(index);
+    block->odd_ready += index / WARP == block->odd_warp;
+}
+inline void wake(int index) { block->fibers[index].waits_for = nullptr; make_ready(index); }
+
+// Takes one of those that are ready, at random as far as the pace leaves a choice.
+inline int next_ready() {
+    Block& b = *block;
+    const int count = (int)b.ready.size();
+    int pick = (int)b.random.below((uint32_t)count);
+    if (b.pace != Block::EVEN && b.odd_ready > 0 && b.odd_ready < count)
+        while ((b.ready[pick] / WARP == b.odd_warp) != (b.pace == Block::EARLY)) pick = (pick + 1) % count;
+    const int index = b.ready[pick];
+    b.ready[pick] = b.ready.back(); b.ready.pop_back();
+    b.odd_ready -= index / WARP == b.odd_warp;
+    return index;
+}
 
 inline void fiber_main() {
     block->body();
@@ -177,11 +196,12 @@ inline bool run_block() {
     for (auto& w : b.warps) w.arrived = 0;
     memset(b.shared, 0xff, b.shared_size);  // NaN in every float type
     b.ready.clear();
-    for (int i = 0; i < b.threads; ++i) { prepare(b.fibers[i], i); b.ready.push_back(i); }
+    b.pace = (decltype(b.pace))b.random.below(3);
+    b.odd_warp = (int)b.random.below((uint32_t)b.warps.size());
+    b.odd_ready = 0;
+    for (int i = 0; i < b.threads; ++i) { prepare(b.fibers[i], i); make_ready(i); }
     while (!b.ready.empty()) {
-        const uint32_t pick = b.random.below((uint32_t)b.ready.size());
-        b.current = b.ready[pick];
-        b.ready[pick] = b.ready.back(); b.ready.pop_back();
+        b.current = next_ready();
         counters.switches++;
         to_fiber(b.self());
         if (b.failed) return false;
