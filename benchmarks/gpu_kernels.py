@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PARTS = ("build", "correctness", "determinism", "sanitizer", "ops", "models")
 NAMED = ("compiled",)
-# Seconds after which a part starts nothing more; their sum leaves room for starting up within nine minutes.
+# Seconds after which a part starts nothing more; the sum of PARTS leaves room for starting up within nine minutes.
 SECONDS = {"build": 180, "correctness": 60, "determinism": 20, "sanitizer": 100, "ops": 110, "models": 60, "compiled": 240}
 QUICK = [Case((7, 7), missing=(2, 3), shift=(3, 3), weight="table"), Case((8, 8), (1, 2), cosine=True, dropout=0.2, dtype=F32),
          Case((9, 12), (1, 1), weight="table", post=True, dtype=F16), Case((16, 16), (1, 1), heads=1)]

@@ -156,7 +156,7 @@ def copy_rate(device: str, repeats: int = 5) -> float:
     return 2 * source.nbytes / min(seconds[1:]) / 1e9
 
 
-def op_calls(inputs: Inputs, name: str, function: Callable) -> dict[str, Callable]:
+def op_calls(inputs: Inputs, function: Callable) -> dict[str, Callable]:
     """The forward in inference, and forward with backward to qkv, the bias and, unless it is the constant scale of V1, the weight."""
     learnt = inputs.shape.table or inputs.shape.v2
 
@@ -181,7 +181,7 @@ def time_ops(shapes: list[Shape], device: str, dtype: torch.dtype, rounds: int, 
             yield {"shape": shape.name, "failed": "no time left"}
             continue
         inputs = Inputs(shape, device, dtype)
-        calls = {name: op_calls(inputs, name, function) for name, function in contestants(shape, device).items()}
+        calls = {name: op_calls(inputs, function) for name, function in contestants(shape, device).items()}
         tokens = inputs.grad.numel() * dtype.itemsize  # bytes of one tensor of tokens
         for kind, moved in (("forward", 4), ("forward and backward", 4 + 7)):
             found = interleaved({name: call[kind] for name, call in calls.items()}, rounds, device)
