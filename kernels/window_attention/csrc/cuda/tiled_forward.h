@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
         for (int pass = blockIdx.z; pass < p.passes; pass += gridDim.z) {
             const int tile = pass * warps + warp;
             const bool active = tile < p.tiles;
-            if (active) load_rows<T, D>(shared.token + tile * 16, 16, q, heads.stride, own, (const T*)nullptr, 0, nullptr, lane, 32);
+            if (active) load_rows<T, D>(shared.token + tile * 16, 16, q, heads.stride, own, q, 0, nullptr, lane, 32);  // q alone
             cp_commit();
             if (!p.resident) bring(0, p.block < p.rows ? p.block : p.rows, 0);
             if (active) attend.start(tile * 16, first_row);

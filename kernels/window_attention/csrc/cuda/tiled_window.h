@@ -177,7 +177,7 @@ template <int Mode> WA_DEVICE float post_of(const Shared<Mode>& shared, const un
 }
 
 // Starts the copies of `count` rows of two packed tensors into shared memory; padding becomes 0. All of T: stride and from in elements.
-// token: of the rows.
+// token: of the rows. to1 null: the first tensor alone.
 template <typename T, int D>
 WA_DEVICE void load_rows(const int* token, int count, const T* from0, int stride0, unsigned char* to0, const T* from1, int stride1,
                          unsigned char* to1, int thread, int threads) {
