@@ -161,7 +161,7 @@ def _place(found: re.Match) -> tuple[str, int, int]:
 def _create(name: str, model: nn.Module, groups: list[dict], lr: float, settings) -> torch.optim.Optimizer:
     betas, eps, momentum = tuple(settings.BETAS), settings.EPS, settings.MOMENTUM
     if name in ("adamw", "fused_adam"):
-        fused = name == "fused_adam" or next(model.parameters()).is_cuda  # one kernel for all parameters; the same update
+        fused = name == "fused_adam" or next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel does it all; the same update
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)

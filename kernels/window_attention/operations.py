@@ -1,4 +1,4 @@
-"""What Python adds to the two compiled operations of csrc/binding.cpp: shapes for tracing, gradients, autocast.
+"""What Python adds to the compiled operations of csrc/binding.cpp: shapes for tracing, gradients, autocast.
 
 `torch.ops.idsw.window_attention_forward` returns (out, lse), `torch.ops.idsw.window_attention_backward` the gradients of qkv, weight,
 bias and post. Both are deterministic, and one node each in a compiled or exported graph.
@@ -15,6 +15,8 @@ def register() -> None:
     library = torch.library.Library("idsw", "FRAGMENT")
     torch.library.register_fake(FORWARD, _fake_forward)
     torch.library.register_fake(BACKWARD, _fake_backward)
+    torch.library.register_fake("idsw::gelu_forward", lambda before, bias, kept, act: None)
+    torch.library.register_fake("idsw::gelu_backward", lambda kept, bias, act, grad: act.new_empty(act.shape[1:], dtype=torch.float32))
     torch.library.register_autograd(FORWARD, _backward, setup_context=_save)
     for device in ("cpu", "cuda"):
         library.impl("window_attention_forward", _autocast(device), f"Autocast{device.upper()}")

@@ -88,6 +88,7 @@ def test_an_mlp_worked_on_in_chunks_counts_as_one(monkeypatch):
     model, images = small_swin(), torch.zeros(1, 3, 16, 16)
     whole = count_macs(model, images)
     monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(fused_mlp, "PLAIN_BYTES", {True: 0, False: 0})
     monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 1)
     assert count_macs(model, images) == whole
 

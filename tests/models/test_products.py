@@ -18,6 +18,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(products, "CHUNK_BYTES", 1)  # the least number of rows, 64
     monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 1)
     monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(fused_mlp, "PLAIN_BYTES", {True: 0, False: 0})
 
 
 def error(found, exact):
@@ -43,7 +44,7 @@ def test_a_16_bit_product_in_float32_errs_no_more_than_pytorch_s_own_in_values_a
         weight = torch.randn(module(x).shape)
     ours = outcome(module, x, dtype, weight)
     monkeypatch.setattr(products, "WIDENED", frozenset())
-    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 1 << 40)  # the plain layers
+    monkeypatch.setattr(fused_mlp, "PLAIN_BYTES", {True: 1 << 40, False: 1 << 40})  # the plain layers
     native = outcome(module, x, dtype, weight)
     exact = outcome(module.double(), x.detach().double().requires_grad_(), None, weight.double())
     for own, theirs, right in zip(ours, native, exact, strict=True):

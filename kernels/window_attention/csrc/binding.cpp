@@ -1,4 +1,4 @@
-// The two operations as PyTorch sees them: shapes are checked, outputs allocated, and the kernel of the tensors' device is called.
+// The operations as PyTorch sees them: shapes are checked, outputs allocated, and the kernel of the tensors' device is called.
 // Only libtorch's stable ABI is used, so that one binary serves every PyTorch from 2.10 on, with any Python, with or without CUDA.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 #include <torch/csrc/stable/accelerator.h>
@@ -213,6 +213,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor qkv,
     return {grad_qkv, grad_weight, grad_bias, grad_post};
 }
 
+// GELU between two linear layers, on the CPU.
+GeluArgs describe_gelu(const Tensor& before, const Table& bias, const Tensor& act, ScalarType kept) {
+    const char* const what = "gelu: contiguous matrices of one shape on the CPU, in one of float32, float16 and bfloat16 (what is kept also in "
+                             "16 bits beside float32), and a float32 bias for its columns are needed";
+    auto fits = [&](const Tensor& x) { return x.is_cpu() && x.is_contiguous() && x.dim() == 2; };
+    STD_TORCH_CHECK(fits(before) && fits(act) && before.size(0) == act.size(0) && before.size(1) == act.size(1), what);
+    STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 && bias->size(0) == act.size(1) &&
+                              bias->scalar_type() == ScalarType::Float), what);
+    const auto narrow = [](ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; };
+    STD_TORCH_CHECK(act.scalar_type() == ScalarType::Float ? kept == ScalarType::Float || narrow(kept)
+                                                           : narrow(kept) && kept == act.scalar_type(), what);
+    GeluArgs a{};
+    a.before = before.const_data_ptr();
+    a.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+    a.act = act.mutable_data_ptr();
+    a.rows = act.size(0), a.width = act.size(1);
+    a.act_dtype = dtype_of(act);
+    a.kept_dtype = kept == act.scalar_type() ? a.act_dtype : kept == ScalarType::Half ? WA_F16 : WA_BF16;
+    a.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+    return a;
+}
+
+void gelu_forward(Tensor before, Table bias, Table kept, Tensor act) {
+    const Cpu pool(act);
+    GeluArgs a = describe_gelu(before, bias, act, kept ? kept->scalar_type() : act.scalar_type());
+    STD_TORCH_CHECK(before.scalar_type() == act.scalar_type() && (!kept || (kept->is_cpu() && kept->is_contiguous() &&
+                        kept->numel() == act.numel())), "gelu: what is kept must be of the shape of the product, the rest of its dtype");
+    a.kept = kept ? kept->mutable_data_ptr() : nullptr;
+    STD_TORCH_CHECK(wa_cpu_gelu(&a, 0) == 0, "gelu: the kernel failed");
+}
+
+Tensor gelu_backward(Tensor kept, Table bias, Tensor act, Tensor grad) {
+    const Cpu pool(act);
+    GeluArgs a = describe_gelu(kept, bias, act, kept.scalar_type());
+    STD_TORCH_CHECK(grad.scalar_type() == act.scalar_type() && grad.is_cpu() && grad.is_contiguous() && grad.numel() == act.numel(),
+                    "gelu: the gradient must be like the activation");
+    Tensor grad_bias = torch::stable::new_empty(act, {a.width}, ScalarType::Float);
+    const Tensor partial = torch::stable::new_empty(act, {wa_cpu_gelu_blocks(a.rows, a.width), a.width}, ScalarType::Float);
+    a.grad = grad.mutable_data_ptr();
+    a.grad_bias = static_cast<float*>(grad_bias.mutable_data_ptr());
+    a.partial = static_cast<float*>(partial.mutable_data_ptr());
+    STD_TORCH_CHECK(wa_cpu_gelu(&a, 1) == 0, "gelu: the kernel failed");
+    return grad_bias;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(idsw, m) {
@@ -221,11 +266,15 @@ STABLE_TORCH_LIBRARY(idsw, m) {
     m.def("window_attention_backward(Tensor grad_out, Tensor qkv, Tensor lse, Tensor weight, Tensor? bias, Tensor? post, Tensor? seed, "
           "int[] window, int[] shift, int num_heads, bool cosine, float mask_value, float dropout, bool need_weight, bool need_bias, "
           "bool need_post) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("gelu_forward(Tensor before, Tensor? bias, Tensor(a!)? kept, Tensor(b!) act) -> ()");
+    m.def("gelu_backward(Tensor kept, Tensor? bias, Tensor(a!) act, Tensor(b!) grad) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(idsw, CPU, m) {
     m.impl("window_attention_forward", TORCH_BOX(&forward<Cpu>));
     m.impl("window_attention_backward", TORCH_BOX(&backward<Cpu>));
+    m.impl("gelu_forward", TORCH_BOX(&gelu_forward));
+    m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
 }
 
 #ifdef WA_WITH_CUDA

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "args.h"
+#include "gelu.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -18,6 +19,10 @@ int64_t wa_cuda_workspace(const WindowAttentionArgs* args, int backward);
 
 int wa_cpu_forward(const WindowAttentionArgs* args);
 int wa_cpu_backward(const WindowAttentionArgs* args);
+
+// The blocks of rows that a GELU is cut into, whatever the number of threads.
+int64_t wa_cpu_gelu_blocks(int64_t rows, int64_t width);
+int wa_cpu_gelu(const GeluArgs* args, int backward);
 
 // Lets the CPU kernel use a pool of threads that exists: run(count, body, of) calls body(begin, end, of) on pieces of [0, count), at best
 // each in a thread of its own. Without it the kernel makes its own threads.

@@ -80,6 +80,18 @@ void sum_head(int64_t head, void* of) {
     }
 }
 
+struct GeluCall {
+    const GeluArgs* args;
+    const Kernels* kernels;
+    int backward;
+};
+
+void run_gelu(int64_t block, void* of) {
+    const GeluCall& call = *static_cast<const GeluCall*>(of);
+    const wa::FlushDenormals flush;
+    call.kernels->gelu(call.args, block, call.backward);
+}
+
 int run(const WindowAttentionArgs* a, int backward) {
     if (wa_cpu_supports(a)) return 1;
     const Job job = make_job(a, backward);
@@ -115,6 +127,23 @@ int64_t wa_cpu_workspace(const WindowAttentionArgs* a, int backward) {
 
 int wa_cpu_forward(const WindowAttentionArgs* a) { return run(a, 0); }
 int wa_cpu_backward(const WindowAttentionArgs* a) { return run(a, 1); }
+
+int64_t wa_cpu_gelu_blocks(int64_t rows, int64_t width) {
+    const int64_t step = width > 0 ? wa::rows_of_block(width) : 1;
+    return (rows + step - 1) / step;
+}
+
+int wa_cpu_gelu(const GeluArgs* a, int backward) {
+    if (wa::chosen().refusal) return 1;
+    const int64_t blocks = wa_cpu_gelu_blocks(a->rows, a->width);
+    GeluCall call{a, wa::chosen().kernels, backward};
+    if (a->width > 0 && !wa::run_tasks(blocks, a->threads, run_gelu, &call)) return 2;
+    if (!backward) return 0;
+    for (int64_t c = 0; c < a->width; ++c) a->grad_bias[c] = 0;
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t c = 0; c < a->width; ++c) a->grad_bias[c] += a->partial[block * a->width + c];
+    return 0;
+}
 
 const char* wa_cpu_instructions(void) { return wa::chosen().kernels->name; }
 

@@ -1,6 +1,7 @@
 // The functions of one instruction set; its file defines WA_ISA (namespace), WA_NAME, and WA_MULTIPLIES_BF16 if it multiplies bf16 itself.
 #pragma once
 #include "backward.h"
+#include "gelu.h"
 
 namespace wa {
 namespace WA_ISA {
@@ -36,6 +37,7 @@ static void task(const Job* job, int group, int run, void* memory) {
 
 }  // namespace WA_ISA
 
-extern const Kernels WA_KERNELS = {WA_NAME, WA_ISA::scratch, WA_ISA::task<WA_ISA::Forward>, WA_ISA::task<WA_ISA::Backward>};
+extern const Kernels WA_KERNELS = {WA_NAME, WA_ISA::scratch, WA_ISA::task<WA_ISA::Forward>, WA_ISA::task<WA_ISA::Backward>,
+                                   WA_ISA::gelu};
 
 }  // namespace wa

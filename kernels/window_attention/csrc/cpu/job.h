@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "../args.h"
+#include "../gelu.h"
 
 namespace wa {
 
@@ -28,7 +29,11 @@ struct Kernels {
     int64_t (*scratch)(const Job*, int backward);
     void (*forward)(const Job*, int group, int run, void* scratch);
     void (*backward)(const Job*, int group, int run, void* scratch);
+    void (*gelu)(const GeluArgs*, int64_t block, int backward);
 };
+
+// Rows of a GELU worked on in one task: about 48 thousand numbers.
+static inline int64_t rows_of_block(int64_t width) { return width >= 49152 ? 1 : 49152 / width; }
 
 static inline int up(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
