@@ -100,6 +100,44 @@ def test_the_weight_is_laid_out_once_with_the_gelu_in_the_product(monkeypatch):
     assert calls == ["laid out", "laid out", "gelu", "none", "gelu", "none"]
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("bias",), ("x", "weight")], ids=str)
+def test_a_narrow_float32_product_in_training_gives_pytorch_s_values_gradients_and_second_derivatives(frozen):
+    torch.manual_seed(0)
+    tensors = {"x": torch.randn(3, 50, 24), "weight": torch.randn(40, 24), "bias": torch.randn(40)}
+    leaves = [tensor.requires_grad_() for name, tensor in tensors.items() if name not in frozen]
+    mix = torch.randn(3, 50, 40)
+    outcomes = []
+    for product in (products.linear, F.linear):
+        y = product(*tensors.values())
+        first = torch.autograd.grad((y.sin() * mix).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        outcomes.append([y, *first, *second])
+    product = products.linear(*tensors.values())
+    assert product.grad_fn.next_functions[0][0].name() == "_NarrowBackward"  # behind a view
+    (product.add_(1) * mix).sum().backward()                                 # a product may be changed in place
+    assert all(error(tensors[name].grad, plain.double()) < 1e-6 for name, plain in zip(
+        [name for name in tensors if name not in frozen],
+        torch.autograd.grad((F.linear(*tensors.values()) * mix).sum(), leaves), strict=True))
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert error(ours, theirs.double()) < 1e-6
+
+
+def test_only_float32_products_with_few_columns_in_and_a_bias_are_narrow():
+    def graph(layer, x, **kind):
+        with torch.autocast("cpu", BF16, enabled="autocast" in kind):
+            grad_fn = layer(x.requires_grad_()).grad_fn
+            return grad_fn.name() + "".join(str(f and f.name()) for f, _ in grad_fn.next_functions)
+
+    assert all("Narrow" not in name for name in (
+        graph(Linear(products.NARROW + 8, 8), torch.randn(4, products.NARROW + 8)), graph(Linear(8, 8, bias=False), torch.randn(4, 8)),
+        graph(Linear(8, 8).double(), torch.randn(4, 8).double()), graph(Linear(8, 8), torch.randn(4, 8), autocast=True)))
+    layer, x = Linear(8, 32), torch.randn(10, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 10 * 8 * 32
+
+
 def test_a_flop_counter_and_torch_func_see_ordinary_products_in_evaluation():
     mlp, x = Mlp(8, 32), torch.randn(10, 8)
     with torch.no_grad():
