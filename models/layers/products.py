@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 # What is converted from or to 16 bits is worked on in chunks of this size, which stay in the cache; from 32 MiB on the C library would map
 # and clear fresh pages for every such matrix.
 CHUNK_BYTES = 4 << 20
-# Up to so many columns in, oneDNN's float32 product, which adds the bias itself, is faster in training than the BLAS one.
+# Up to so many columns in, oneDNN's float32 product, which adds the bias itself, is faster in training than the BLAS one where the result
+# is larger than a chunk.
 NARROW = 128
 _MKLDNN = torch.ops.mkldnn
 
@@ -75,7 +76,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b with gradients, in autocast's dtype where it is on: (..., in) -> (..., out)."""
     dtype, kind = result_dtype(x), x.device.type
     if computed_in(dtype, kind) == dtype:
-        if keeps_ready(recording=True) and bias is not None and x.shape[-1] <= NARROW and x.numel() and x.dtype == dtype == torch.float32 \
+        large = x.numel() // max(x.shape[-1], 1) * len(weight) * 4 > CHUNK_BYTES
+        if large and keeps_ready(recording=True) and bias is not None and x.shape[-1] <= NARROW and x.dtype == dtype == torch.float32 \
                 and _can_pack(weight, kind):
             tokens = _Narrow.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # what it returns may not be a view, so that callers may
             return tokens.view(*x.shape[:-1], len(weight))                    # change the product in place
