@@ -76,9 +76,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b with gradients, in autocast's dtype where it is on: (..., in) -> (..., out)."""
     dtype, kind = result_dtype(x), x.device.type
     if computed_in(dtype, kind) == dtype:
-        large = x.numel() // max(x.shape[-1], 1) * len(weight) * 4 > CHUNK_BYTES
-        if large and keeps_ready(recording=True) and bias is not None and x.shape[-1] <= NARROW and x.dtype == dtype == torch.float32 \
-                and _can_pack(weight, kind):
+        if kind == "cpu" and keeps_ready(recording=True) and _pays_narrow(x, weight, bias, dtype):
             tokens = _Narrow.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # what it returns may not be a view, so that callers may
             return tokens.view(*x.shape[:-1], len(weight))                    # change the product in place
         return F.linear(x, weight, bias)  # autocast casts
@@ -86,6 +84,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(dtype)
         return _Widened.apply(x, weight, bias, dtype)
+
+
+def _pays_narrow(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    columns = x.shape[-1]
+    return (bias is not None and x.dtype == dtype == torch.float32 and 0 < columns <= NARROW
+            and x.numel() // columns * len(weight) * 4 > CHUNK_BYTES and _can_pack(weight, "cpu"))
 
 
 class _Narrow(torch.autograd.Function):
