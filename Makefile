@@ -52,6 +52,7 @@ kernels: $(RUN_READY)
 
 lint: $(DEV_READY)
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 bench: $(RUN_READY)
 	@$(KERNELS)

@@ -1,9 +1,12 @@
-"""Every setting: its default, its meaning, what it may be; how YAML, --opts and flags are merged; the frozen result.
+"""Every setting: its default, its meaning, what it may be; how YAML, --opts and flags are merged;
+the frozen result.
 
-Later wins: defaults, the YAML's BASE files (depth first, in list order), the YAML (--cfg), --opts, named flags. After reading, OUTPUT is
-OUTPUT/MODEL.NAME/TAG, MODEL.NUM_CLASSES is that of a known data set, LOCAL_RANK is the launcher's, and nothing may be written any more.
-The rates under TRAIN hold for 512 images per update; the program scales its own copies, never these.
+Later wins: defaults, the YAML's BASE files (depth first, in list order), the YAML (--cfg), --opts,
+named flags. After reading, OUTPUT is OUTPUT/MODEL.NAME/TAG, MODEL.NUM_CLASSES is that of a known
+data set, LOCAL_RANK is the launcher's, and nothing may be written any more. The rates under TRAIN
+hold for 512 images per update; the program scales its own copies, never these.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,32 +41,68 @@ from config_check import (
     text,
 )
 
-__all__ = ["ConfigError", "dump_config", "get_config", "load_config", "notes", "parse_args", "to_dict"]
+__all__ = [
+    "ConfigError",
+    "dump_config",
+    "get_config",
+    "load_config",
+    "notes",
+    "parse_args",
+    "to_dict",
+]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Key:
-    """A setting: its default, the values it takes (quoted by errors), and what it means, with its unit."""
+    """A setting: its default, the values it takes (quoted by errors), and what it means, with its
+    unit.
+    """
 
     default: Any
     kind: Kind
     meaning: str
 
 
-RATE = number(0, 1, "[)")            # a probability below 1
-SHARE = number(0, 1)                 # a probability
+RATE = number(0, 1, "[)")  # a probability below 1
+SHARE = number(0, 1)  # a probability
 FROM_0 = number(0)
 ABOVE_0 = number(0, ends="(]")
 COUNT = integer(0)
 AT_LEAST_1 = integer(1)
-FOLDER = text(r"(?!/)(?!.*(^|/)\.\.(/|$)).+", "text without a leading / and without ..", empty=None)   # a part of the output path
-POLICY = text(r"none|cifar10|svhn|imagenet|3a|(rand|augmix|originalr?|v0r?)(-[\w.]+)*",
-              "'none', one of AutoAugment's own, cifar10, svhn, imagenet, or a policy of timm: rand-m9-mstd0.5-inc1 and the like, "
-              "augmix-..., original, v0, 3a", empty="none")
-OPTIMIZER = choice("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb", pattern=r"timm:\w+", also="timm:<name>")
-FAMILIES = ("swin", "swinv2", "swin_mlp", "vit", "cait", "pit", "t2t", "refined_vit", "swiftformer", "sasa_resnet", "timm")
+FOLDER = text(
+    r"(?!/)(?!.*(^|/)\.\.(/|$)).+", "text without a leading / and without ..", empty=None
+)  # a part of the output path
+POLICY = text(
+    r"none|cifar10|svhn|imagenet|3a|(rand|augmix|originalr?|v0r?)(-[\w.]+)*",
+    "'none', one of AutoAugment's own, cifar10, svhn, imagenet, or a policy of timm:"
+    " rand-m9-mstd0.5-inc1 and the like, augmix-..., original, v0, 3a",
+    empty="none",
+)
+OPTIMIZER = choice(
+    "adamw",
+    "sgd",
+    "lamb",
+    "muon",
+    "fused_adam",
+    "fused_lamb",
+    pattern=r"timm:\w+",
+    also="timm:<name>",
+)
+FAMILIES = (
+    "swin",
+    "swinv2",
+    "swin_mlp",
+    "vit",
+    "cait",
+    "pit",
+    "t2t",
+    "refined_vit",
+    "swiftformer",
+    "sasa_resnet",
+    "timm",
+)
 NO_MOE = {"swin_moe": "mixture-of-experts models (Tutel) are not part of this project"}
 
 
@@ -72,12 +111,24 @@ def _backbone(name: str, heads_note: str = "", **more: Key) -> dict[str, Key]:
     keys = {
         "PATCH_SIZE": Key(4, AT_LEAST_1, "side of a patch, pixels"),
         "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIM": Key(96, AT_LEAST_1, "channels of the first stage; each later stage doubles them"),
+        "EMBED_DIM": Key(
+            96, AT_LEAST_1, "channels of the first stage; each later stage doubles them"
+        ),
         "DEPTHS": Key([2, 2, 6, 2], sequence(COUNT), "blocks per stage"),
-        "NUM_HEADS": Key([3, 6, 12, 24], sequence(AT_LEAST_1), "heads per stage; each divides its stage's channels" + heads_note),
-        "WINDOW_SIZE": Key(7, size(), "side of a window, tokens, or (height, width); a smaller map makes the window smaller"),
+        "NUM_HEADS": Key(
+            [3, 6, 12, 24],
+            sequence(AT_LEAST_1),
+            "heads per stage; each divides its stage's channels" + heads_note,
+        ),
+        "WINDOW_SIZE": Key(
+            7,
+            size(),
+            "side of a window, tokens, or (height, width); a smaller map makes the window smaller",
+        ),
         "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
-        "APE": Key(False, switch(), "add a learned absolute position embedding after the patch embedding"),
+        "APE": Key(
+            False, switch(), "add a learned absolute position embedding after the patch embedding"
+        ),
         "PATCH_NORM": Key(True, switch(), "LayerNorm after the patch embedding"),
         **more,
     }
@@ -89,71 +140,114 @@ def _section(name: str, **keys: Key) -> dict[str, Key]:
     return {f"MODEL.{name}.{leaf}": key for leaf, key in keys.items()}
 
 
+# fmt: off
 KEYS: dict[str, Key] = {
     # data
-    "DATA.BATCH_SIZE": Key(128, AT_LEAST_1, "images per process and step, in training and validation"),
+    "DATA.BATCH_SIZE": Key(128, AT_LEAST_1,
+        "images per process and step, in training and validation"),
     "DATA.DATA_PATH": Key("", text(), "root of the data set; digits needs none"),
-    "DATA.DATASET": Key("imagenet", choice("folder", *CLASSES), "imagenet: DATA_PATH/{train,val}/<class>/*; folder: the same, any classes; "
-                        "imagenet22K: JSON lists; digits: comes along; the others through torchvision or in their published layout"),
+    "DATA.DATASET": Key("imagenet", choice("folder", *CLASSES),
+        "imagenet: DATA_PATH/{train,val}/<class>/*; folder: the same, any classes; imagenet22K: "
+        "JSON lists; digits: comes along; the others through torchvision or in their published "
+        "layout"),
     "DATA.DOWNLOAD": Key(False, switch(), "let torchvision fetch its data sets into DATA_PATH"),
     "DATA.IMG_SIZE": Key(224, size(), "side of the model's input, pixels, or (height, width)"),
-    "DATA.INTERPOLATION": Key("bicubic", choice("random", "bilinear", "bicubic", "lanczos", "hamming"),
-                              "resampling of images; random: drawn per image in training, bilinear in validation"),
-    "DATA.CROP_RATIO": Key(0.875, number(0, 1, "(]"), "share of the resized validation image's side that TEST.CROP keeps (224 of 256)"),
-    "DATA.MEAN": Key((), sequence(number(), tuple), "mean per channel, of pixels in [0, 1]; () = the data set's own"),
-    "DATA.STD": Key((), sequence(ABOVE_0, tuple), "standard deviation per channel, of pixels in [0, 1]; () = the data set's own"),
-    "DATA.ZIP_MODE": Key(False, switch(), "read DATA_PATH/{train,val}.zip with {train,val}_map.txt; imagenet only"),
-    "DATA.CACHE_MODE": Key("part", choice("no", "full", "part"), "zip mode, images in memory: none; all; this process' share"),
+    "DATA.INTERPOLATION": Key("bicubic",
+        choice("random", "bilinear", "bicubic", "lanczos", "hamming"),
+        "resampling of images; random: drawn per image in training, bilinear in validation"),
+    "DATA.CROP_RATIO": Key(0.875, number(0, 1, "(]"),
+        "share of the resized validation image's side that TEST.CROP keeps (224 of 256)"),
+    "DATA.MEAN": Key((), sequence(number(), tuple),
+        "mean per channel, of pixels in [0, 1]; () = the data set's own"),
+    "DATA.STD": Key((), sequence(ABOVE_0, tuple),
+        "standard deviation per channel, of pixels in [0, 1]; () = the data set's own"),
+    "DATA.ZIP_MODE": Key(False, switch(),
+        "read DATA_PATH/{train,val}.zip with {train,val}_map.txt; imagenet only"),
+    "DATA.CACHE_MODE": Key("part", choice("no", "full", "part"),
+        "zip mode, images in memory: none; all; this process' share"),
     "DATA.PIN_MEMORY": Key(True, switch(), "page-locked host memory, for faster copies to a GPU"),
-    "DATA.NUM_WORKERS": Key(8, COUNT, "loading processes per process; 0 = load in the training process"),
-    "DATA.TIMEOUT": Key(0.0, FROM_0, "seconds to wait for a loading process before giving up; 0 = for ever"),
-    "DATA.REPEATED_AUG": Key(1, AT_LEAST_1, "differently augmented views of each sampled training image (repeated augmentation); 1 = off"),
-    "DATA.CORRUPT_LIMIT": Key(10, COUNT, "unreadable training images replaced before the run stops; in validation none is tolerated"),
+    "DATA.NUM_WORKERS": Key(8, COUNT,
+        "loading processes per process; 0 = load in the training process"),
+    "DATA.TIMEOUT": Key(0.0, FROM_0,
+        "seconds to wait for a loading process before giving up; 0 = for ever"),
+    "DATA.REPEATED_AUG": Key(1, AT_LEAST_1,
+        "differently augmented views of each sampled training image (repeated augmentation); 1 = "
+        "off"),
+    "DATA.CORRUPT_LIMIT": Key(10, COUNT,
+        "unreadable training images replaced before the run stops; in validation none is "
+        "tolerated"),
     # model
-    "MODEL.TYPE": Key("swin", choice(*FAMILIES, refused=NO_MOE), "family; its own section below describes the network"),
-    "MODEL.NAME": Key("swin_tiny_patch4_window7_224", FOLDER, "names the output folder and the logger, nothing else"),
+    "MODEL.TYPE": Key("swin", choice(*FAMILIES, refused=NO_MOE),
+        "family; its own section below describes the network"),
+    "MODEL.NAME": Key("swin_tiny_patch4_window7_224", FOLDER,
+        "names the output folder and the logger, nothing else"),
     "MODEL.PRETRAINED": Key("", text(), "weights to start from: file or https URL; '' = none"),
-    "MODEL.RESUME": Key("", text(), "training checkpoint to continue or evaluate: file or https URL; '' = none"),
-    "MODEL.HEAD_RESET": Key(False, switch(), "start the head anew with MODEL.PRETRAINED, even where its shape agrees"),
-    "MODEL.PARTIAL_LOAD": Key(False, switch(), "accept MODEL.PRETRAINED weights that do not cover the whole model"),
+    "MODEL.RESUME": Key("", text(),
+        "training checkpoint to continue or evaluate: file or https URL; '' = none"),
+    "MODEL.HEAD_RESET": Key(False, switch(),
+        "start the head anew with MODEL.PRETRAINED, even where its shape agrees"),
+    "MODEL.PARTIAL_LOAD": Key(False, switch(),
+        "accept MODEL.PRETRAINED weights that do not cover the whole model"),
     "MODEL.SOURCE": Key("auto", choice("auto", "plain", "qk_residual", "q", "k"),
-                        "which qkv weights a file holds; auto = as the file says. plain and residual ones are converted (W - I, W + I)"),
-    "MODEL.NUM_CLASSES": Key(1000, COUNT, "outputs; if not given, the data set's; 0 = inferred from the class folders (folder only)"),
-    "MODEL.DROP_RATE": Key(0.0, RATE, "dropout after the embedding, the attention's projection and in the MLPs"),
-    "MODEL.DROP_PATH_RATE": Key(0.1, RATE, "stochastic depth of the last block; rises linearly from 0 at the first"),
-    "MODEL.DROP_PATH_PROFILE": Key("linear", choice("linear", "constant"), "constant: DROP_PATH_RATE in every block; not Swin's kin"),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, RATE, "share of the target spread over all classes, with and without mixup"),
-    "MODEL.BN_MOMENTUM": Key(None, optional(number(0, 1, "(]")), "share of the newest batch in the running statistics of every BatchNorm "
-                             "(a decay of 0.9999 is 1e-4); None = each layer's own"),
-    "MODEL.DYNAMIC_IMG_SIZE": Key(False, switch(), "accept inputs of any size, not DATA.IMG_SIZE alone"),
-    "MODEL.CHANNELS_LAST": Key(False, switch(), "images and convolutions in channels-last memory order"),
+        "which qkv weights a file holds; auto = as the file says. plain and residual ones are "
+        "converted (W - I, W + I)"),
+    "MODEL.NUM_CLASSES": Key(1000, COUNT,
+        "outputs; if not given, the data set's; 0 = inferred from the class folders (folder only)"),
+    "MODEL.DROP_RATE": Key(0.0, RATE,
+        "dropout after the embedding, the attention's projection and in the MLPs"),
+    "MODEL.DROP_PATH_RATE": Key(0.1, RATE,
+        "stochastic depth of the last block; rises linearly from 0 at the first"),
+    "MODEL.DROP_PATH_PROFILE": Key("linear", choice("linear", "constant"),
+        "constant: DROP_PATH_RATE in every block; not Swin's kin"),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, RATE,
+        "share of the target spread over all classes, with and without mixup"),
+    "MODEL.BN_MOMENTUM": Key(None, optional(number(0, 1, "(]")),
+        "share of the newest batch in the running statistics of every BatchNorm (a decay of "
+        "0.9999 is 1e-4); None = each layer's own"),
+    "MODEL.DYNAMIC_IMG_SIZE": Key(False, switch(),
+        "accept inputs of any size, not DATA.IMG_SIZE alone"),
+    "MODEL.CHANNELS_LAST": Key(False, switch(),
+        "images and convolutions in channels-last memory order"),
     "MODEL.COMPILE": Key(False, switch(), "torch.compile the model"),
     # model: identity sharpening; everything is off by default
-    "MODEL.ATTENTION.MODIFIERS": Key([], specifications(), "in the order they apply; files of models/attention/modifiers"),
-    "MODEL.ATTENTION.DROP": Key(0.0, RATE, "dropout of the softmaxed map while training; above 0, training takes the open path"),
-    "MODEL.ATTENTION.LOGIT_SCALE_INIT": Key(10.0, number(0, 100, "(]"), "swinv2: initial factor of the cosines; the reference's is 10"),
-    "MODEL.ATTENTION.BIAS_SIGMOID": Key(True, switch(), "swinv2: bias = 16 sigmoid(MLP), as released; False = the MLP itself"),
+    "MODEL.ATTENTION.MODIFIERS": Key([], specifications(),
+        "in the order they apply; files of models/attention/modifiers"),
+    "MODEL.ATTENTION.DROP": Key(0.0, RATE,
+        "dropout of the softmaxed map while training; above 0, training takes the open path"),
+    "MODEL.ATTENTION.LOGIT_SCALE_INIT": Key(10.0, number(0, 100, "(]"),
+        "swinv2: initial factor of the cosines; the reference's is 10"),
+    "MODEL.ATTENTION.BIAS_SIGMOID": Key(True, switch(),
+        "swinv2: bias = 16 sigmoid(MLP), as released; False = the MLP itself"),
     "MODEL.ATTENTION.BACKEND": Key("auto", choice("auto", "reference", "eager", "sdpa", "fused"),
                                    "how attention is computed; auto = the fastest that applies"),
-    "MODEL.ATTENTION.MIXER": Key("auto", text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"), "auto: the family's own (softmax; "
-                                 "swiftformer: efficient_additive; sasa_resnet: local); softmax, or what takes its place, with projections "
-                                 "of its own: efficient_additive, separable, local (models/attention/mixers.py)"),
-    "MODEL.PRE_MLP.WHERE": Key("off", choice("off", "stem", "stage"), "an MLP before attention: after the embedding, or before each stage"),
+    "MODEL.ATTENTION.MIXER": Key("auto", text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"),
+        "auto: the family's own (softmax; swiftformer: efficient_additive; sasa_resnet: local); "
+        "softmax, or what takes its place, with projections of its own: efficient_additive, "
+        "separable, local (models/attention/mixers.py)"),
+    "MODEL.PRE_MLP.WHERE": Key("off", choice("off", "stem", "stage"),
+        "an MLP before attention: after the embedding, or before each stage"),
     "MODEL.PRE_MLP.RATIO": Key(4.0, ABOVE_0, "hidden channels of the pre-MLP per channel"),
-    "MODEL.PRE_MLP.DROP_PATH": Key(False, switch(), "stochastic depth on the pre-MLP, at the rate of the stage's first block"),
-    "MODEL.SW_MLP": Key("off", choice("off", "token_mix", "shift"), "experimental sliding-window MLP per block; our reading of the idea"),
+    "MODEL.PRE_MLP.DROP_PATH": Key(False, switch(),
+        "stochastic depth on the pre-MLP, at the rate of the stage's first block"),
+    "MODEL.SW_MLP": Key("off", choice("off", "token_mix", "shift"),
+        "experimental sliding-window MLP per block; our reading of the idea"),
     # model: parameter averaging
-    "MODEL.EMA.ENABLE": Key(False, switch(), "keep an exponential moving average of the parameters"),
+    "MODEL.EMA.ENABLE": Key(False, switch(),
+        "keep an exponential moving average of the parameters"),
     "MODEL.EMA.DECAY": Key(0.9999, RATE, "of the average, per update"),
-    "MODEL.EMA.EVAL": Key(True, switch(), "evaluate the average too; the best checkpoint is chosen by it"),
+    "MODEL.EMA.EVAL": Key(True, switch(),
+        "evaluate the average too; the best checkpoint is chosen by it"),
     # model: families
     **_backbone("SWIN",
                 QKV_BIAS=Key(True, switch(), "bias of the query, key and value projection"),
-                QK_SCALE=Key(None, optional(ABOVE_0), "factor of the logits; None = 1 / sqrt(channels per head)")),
+                QK_SCALE=Key(None, optional(ABOVE_0),
+                    "factor of the logits; None = 1 / sqrt(channels per head)")),
     **_backbone("SWINV2",
-                QKV_BIAS=Key(True, switch(), "bias of the query and value projections (the key has none)"),
-                PRETRAINED_WINDOW_SIZES=Key([0, 0, 0, 0], sequence(COUNT), "window per stage, tokens, of the weights loaded, to which the "
-                                            "bias' coordinates are normalised; 0 = this model's own")),
+                QKV_BIAS=Key(True, switch(),
+                    "bias of the query and value projections (the key has none)"),
+                PRETRAINED_WINDOW_SIZES=Key([0, 0, 0, 0], sequence(COUNT),
+                    "window per stage, tokens, of the weights loaded, to which the bias' "
+                    "coordinates are normalised; 0 = this model's own")),
     **_backbone("SWIN_MLP", heads_note="; here: groups of the spatial MLP"),
     **_section("VIT", **{
         "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
@@ -161,13 +255,16 @@ KEYS: dict[str, Key] = {
         "EMBED_DIM": Key(384, AT_LEAST_1, "channels"),
         "DEPTH": Key(12, AT_LEAST_1, "blocks"),
         "NUM_HEADS": Key(6, AT_LEAST_1, "heads"),
-        "HEAD_DIM": Key(None, optional(AT_LEAST_1), "channels of a head; None = EMBED_DIM / NUM_HEADS"),
+        "HEAD_DIM": Key(None, optional(AT_LEAST_1),
+            "channels of a head; None = EMBED_DIM / NUM_HEADS"),
         "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
         "CLASS_TOKEN": Key(True, switch(), "a learned token in front of the patches"),
-        "POOL": Key("token", choice("token", "mean"), "what the head sees: the class token, or the mean of the patches"),
+        "POOL": Key("token", choice("token", "mean"),
+            "what the head sees: the class token, or the mean of the patches"),
         "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
-        "LAYER_SCALE": Key(None, optional(ABOVE_0), "initial factor of both branches of every block; None = no factors"),
+        "LAYER_SCALE": Key(None, optional(ABOVE_0),
+            "initial factor of both branches of every block; None = no factors"),
     }),
     **_section("CAIT", **{
         "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
@@ -176,35 +273,48 @@ KEYS: dict[str, Key] = {
         "DEPTH": Key(24, AT_LEAST_1, "blocks of talking heads over the patches"),
         "CLASS_DEPTH": Key(2, AT_LEAST_1, "blocks in which the class token asks the patches"),
         "NUM_HEADS": Key(4, AT_LEAST_1, "heads"),
-        "HEAD_DIM": Key(None, optional(AT_LEAST_1), "channels of a head; None = EMBED_DIM / NUM_HEADS"),
+        "HEAD_DIM": Key(None, optional(AT_LEAST_1),
+            "channels of a head; None = EMBED_DIM / NUM_HEADS"),
         "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
-        "MIXING": Key("small", choice("small", "normal", "identity"), "initial head mixings: N(0, 0.02^2) as released, N(0, 1), identity"),
-        "MIXING_BIAS": Key(True, switch(), "head mixings have a bias, as released; that before the softmax has no effect"),
-        "CLASS_CONTEXT": Key("all", choice("all", "patches"), "the class token attends to itself and the patches, normed together, or, as "
-                             "in the small-image form, to the patches alone, as they are"),
-        "CLASS_MIXING": Key(False, switch(), "heads mix in the class blocks too, as in the small-image form"),
+        "MIXING": Key("small", choice("small", "normal", "identity"),
+            "initial head mixings: N(0, 0.02^2) as released, N(0, 1), identity"),
+        "MIXING_BIAS": Key(True, switch(),
+            "head mixings have a bias, as released; that before the softmax has no effect"),
+        "CLASS_CONTEXT": Key("all", choice("all", "patches"),
+            "the class token attends to itself and the patches, normed together, or, as in the "
+            "small-image form, to the patches alone, as they are"),
+        "CLASS_MIXING": Key(False, switch(),
+            "heads mix in the class blocks too, as in the small-image form"),
         "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
-        "LAYER_SCALE": Key(1e-5, either(ABOVE_0, choice("depth")), "initial factor of all branches; depth: 0.1 up to block 18, 1e-5 up to "
-                           "24, 1e-6 beyond"),
+        "LAYER_SCALE": Key(1e-5, either(ABOVE_0, choice("depth")),
+            "initial factor of all branches; depth: 0.1 up to block 18, 1e-5 up to 24, 1e-6 "
+            "beyond"),
     }),
     **_section("PIT", **{
         "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
-        "STRIDE": Key(None, optional(AT_LEAST_1), "pixels between two patches; None = PATCH_SIZE; the ImageNet models' is 8"),
+        "STRIDE": Key(None, optional(AT_LEAST_1),
+            "pixels between two patches; None = PATCH_SIZE; the ImageNet models' is 8"),
         "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIM": Key(144, AT_LEAST_1, "channels of the first stage; each later stage doubles them"),
+        "EMBED_DIM": Key(144, AT_LEAST_1,
+            "channels of the first stage; each later stage doubles them"),
         "DEPTHS": Key([2, 6, 4], sequence(COUNT), "blocks per stage"),
         "NUM_HEADS": Key([3, 6, 12], sequence(AT_LEAST_1), "heads per stage"),
-        "HEAD_DIM": Key(None, optional(AT_LEAST_1), "channels of a head; None = a stage's channels / its heads"),
+        "HEAD_DIM": Key(None, optional(AT_LEAST_1),
+            "channels of a head; None = a stage's channels / its heads"),
         "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
-        "POINTWISE": Key(False, switch(), "a 1 x 1 convolution after the pooling's depthwise one, as in the small-image form"),
-        "CLASS_POSITION": Key(False, switch(), "the class token has a position embedding, as in the small-image form"),
-        "DISTILLED": Key(False, switch(), "a second class token with a head of its own; logits are the mean of both"),
+        "POINTWISE": Key(False, switch(),
+            "a 1 x 1 convolution after the pooling's depthwise one, as in the small-image form"),
+        "CLASS_POSITION": Key(False, switch(),
+            "the class token has a position embedding, as in the small-image form"),
+        "DISTILLED": Key(False, switch(),
+            "a second class token with a head of its own; logits are the mean of both"),
         "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
     }),
     **_section("T2T", **{
-        "TOKEN_TRANSFORMERS": Key(1, COUNT, "attention between soft splits; the tokens' grid is 2^-(1 + this) of the image"),
+        "TOKEN_TRANSFORMERS": Key(1, COUNT,
+            "attention between soft splits; the tokens' grid is 2^-(1 + this) of the image"),
         "TOKEN_DIM": Key(64, AT_LEAST_1, "channels of the token transformers"),
         "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
         "EMBED_DIM": Key(256, AT_LEAST_1, "channels of the blocks"),
@@ -212,8 +322,10 @@ KEYS: dict[str, Key] = {
         "NUM_HEADS": Key(4, AT_LEAST_1, "heads of a block; a token transformer has one"),
         "MLP_RATIO": Key(2.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(False, switch(), "bias of the query, key and value projection"),
-        "PRESET": Key("paper", choice("paper", "release"), "release: with the oddities of the published small-image code (models/t2t.py)"),
-        "MODIFIED": Key("all", choice("all", "blocks"), "what MODEL.ATTENTION.MODIFIERS reach: token transformers and blocks, or blocks"),
+        "PRESET": Key("paper", choice("paper", "release"),
+            "release: with the oddities of the published small-image code (models/t2t.py)"),
+        "MODIFIED": Key("all", choice("all", "blocks"),
+            "what MODEL.ATTENTION.MODIFIERS reach: token transformers and blocks, or blocks"),
         "NORM_EPS": Key(1e-5, ABOVE_0, "added to the variance in every LayerNorm"),
     }),
     **_section("REFINED_VIT", **{
@@ -224,16 +336,24 @@ KEYS: dict[str, Key] = {
         "NUM_HEADS": Key(12, AT_LEAST_1, "heads"),
         "MLP_RATIO": Key(3.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
-        "STEM": Key("conv", choice("conv", "linear"), "three convolutions in front of the patches, or none"),
-        "SHARE_EVERY": Key(2, AT_LEAST_1, "of so many blocks in a row the first forms an attention map, the others refine and use it; "
-                           "1 = each forms its own, 2 as released"),
-        "CARRY": Key(True, switch(), "a block that forms a map adds the last one formed, / sqrt(channels per head)"),
-        "REFINE": Key("refiner(preset=release, rescale=True)", text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"),
-                      "what a block does to the map that it shares: a modifier of maps"),
+        "STEM": Key("conv", choice("conv", "linear"),
+            "three convolutions in front of the patches, or none"),
+        "SHARE_EVERY": Key(2, AT_LEAST_1,
+            "of so many blocks in a row the first forms an attention map, the others refine and "
+            "use it; 1 = each forms its own, 2 as released"),
+        "CARRY": Key(True, switch(),
+            "a block that forms a map adds the last one formed, / sqrt(channels per head)"),
+        "REFINE": Key("refiner(preset=release, rescale=True)",
+            text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"),
+            "what a block does to the map that it shares: a modifier of maps"),
         "MLP_GAIN": Key(1e-5, ABOVE_0, "initial factor, per channel, of every MLP's branch"),
-        "AUX_HEAD": Key(False, switch(), "a second head on every patch; half its largest logits are added"),
-        "COS_REG": Key(0.0, FROM_0, "weight, in training, of the cosines over heads of neighbouring blocks' maps; released S and M: 0.1"),
-        "COS_PAIRS": Key(12, AT_LEAST_1, "pairs of neighbouring blocks, from the first on, over which COS_REG takes the mean"),
+        "AUX_HEAD": Key(False, switch(),
+            "a second head on every patch; half its largest logits are added"),
+        "COS_REG": Key(0.0, FROM_0,
+            "weight, in training, of the cosines over heads of neighbouring blocks' maps; "
+            "released S and M: 0.1"),
+        "COS_PAIRS": Key(12, AT_LEAST_1,
+            "pairs of neighbouring blocks, from the first on, over which COS_REG takes the mean"),
         "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
     }),
     **_section("SWIFTFORMER", **{
@@ -241,101 +361,154 @@ KEYS: dict[str, Key] = {
         "EMBED_DIMS": Key([48, 56, 112, 220], sequence(AT_LEAST_1), "channels per stage"),
         "DEPTHS": Key([3, 3, 6, 4], sequence(AT_LEAST_1), "blocks per stage"),
         "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
-        "VIT_NUM": Key(1, COUNT, "blocks with attention, at the end of each stage; the others are convolution encoders"),
-        "NUM_HEADS": Key([], sequence(AT_LEAST_1), "heads per stage, for MODEL.ATTENTION.MIXER local; [] = one each"),
-        "LAYER_SCALE": Key(1e-5, optional(ABOVE_0), "initial factor of attention and MLP; None = no factors anywhere"),
-        "DISTILL_HEAD": Key(True, switch(), "a second head, which learns from the teacher if there is one; logits are the mean of both"),
+        "VIT_NUM": Key(1, COUNT,
+            "blocks with attention, at the end of each stage; the others are convolution encoders"),
+        "NUM_HEADS": Key([], sequence(AT_LEAST_1),
+            "heads per stage, for MODEL.ATTENTION.MIXER local; [] = one each"),
+        "LAYER_SCALE": Key(1e-5, optional(ABOVE_0),
+            "initial factor of attention and MLP; None = no factors anywhere"),
+        "DISTILL_HEAD": Key(True, switch(),
+            "a second head, which learns from the teacher if there is one; logits are the mean of "
+            "both"),
     }),
     **_section("SASA_RESNET", **{
         "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "WIDTH": Key(64, AT_LEAST_1, "channels of the 3 x 3 layers, or of attention, in the first group; each later group doubles them"),
-        "DEPTHS": Key([3, 4, 6, 3], sequence(AT_LEAST_1), "blocks per group; ResNet-26: [1, 2, 4, 1], ResNet-38: [2, 3, 5, 2]"),
-        "STEM": Key("conv", choice("conv", "attention", "small"), "7 x 7 convolution and pooling; attention in blocks of 4 x 4 pixels; "
-                    "3 x 3 convolution without pooling, for small images"),
-        "CONV_GROUPS": Key([], sequence(AT_LEAST_1), "groups, from 1, that keep convolutions; [1, 2, 3, 4] = ResNet itself"),
+        "WIDTH": Key(64, AT_LEAST_1,
+            "channels of the 3 x 3 layers, or of attention, in the first group; each later group "
+            "doubles them"),
+        "DEPTHS": Key([3, 4, 6, 3], sequence(AT_LEAST_1),
+            "blocks per group; ResNet-26: [1, 2, 4, 1], ResNet-38: [2, 3, 5, 2]"),
+        "STEM": Key("conv", choice("conv", "attention", "small"),
+            "7 x 7 convolution and pooling; attention in blocks of 4 x 4 pixels; 3 x 3 "
+            "convolution without pooling, for small images"),
+        "CONV_GROUPS": Key([], sequence(AT_LEAST_1),
+            "groups, from 1, that keep convolutions; [1, 2, 3, 4] = ResNet itself"),
         "NUM_HEADS": Key(8, AT_LEAST_1, "heads of local attention"),
         "KERNEL_SIZE": Key(7, AT_LEAST_1, "side of the neighbourhood, pixels, odd"),
-        "REL": Key("shared", choice("shared", "per_head", "none"), "position embeddings: the same for all heads, each its own, none"),
-        "PAD": Key("mask", choice("mask", "zero"), "pixels outside the map: left out of the softmax, or zeros"),
-        "SCALE": Key("none", choice("none", "sqrt_d"), "sqrt_d: logits divided by sqrt(channels per head); the paper's are not"),
+        "REL": Key("shared", choice("shared", "per_head", "none"),
+            "position embeddings: the same for all heads, each its own, none"),
+        "PAD": Key("mask", choice("mask", "zero"),
+            "pixels outside the map: left out of the softmax, or zeros"),
+        "SCALE": Key("none", choice("none", "sqrt_d"),
+            "sqrt_d: logits divided by sqrt(channels per head); the paper's are not"),
         "GROUPED": Key(False, switch(), "each head projects its own channels alone"),
-        "CONTENT": Key(True, switch(), "False: no keys, the logits are those of query and position alone"),
+        "CONTENT": Key(True, switch(),
+            "False: no keys, the logits are those of query and position alone"),
         "STEM_HEADS": Key(4, AT_LEAST_1, "heads of the attention stem"),
-        "STEM_MIXTURES": Key(4, AT_LEAST_1, "value matrices of the attention stem, mixed by the place; the paper does not say how many"),
+        "STEM_MIXTURES": Key(4, AT_LEAST_1,
+            "value matrices of the attention stem, mixed by the place; the paper does not say how "
+            "many"),
     }),
     **_section("TIMM", **{
-        "MODEL": Key("", text(r"[\w.]+(\(.*\))?", "'name' or 'name(option=value, ...)', a model of timm, or ''"),
-                     "timm's name of the model, with options of its constructor; '' = MODEL.NAME"),
+        "MODEL": Key("",
+            text(r"[\w.]+(\(.*\))?", "'name' or 'name(option=value, ...)', a model of timm, or ''"),
+            "timm's name of the model, with options of its constructor; '' = MODEL.NAME"),
         "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "PRETRAINED": Key(False, switch(), "start from the weights that timm has released for the name; they are fetched from the network"),
+        "PRETRAINED": Key(False, switch(),
+            "start from the weights that timm has released for the name; they are fetched from "
+            "the network"),
     }),
     # training
-    "TRAIN.START_EPOCH": Key(0, COUNT, "first epoch, counted from 0; a resumed run continues at its own"),
+    "TRAIN.START_EPOCH": Key(0, COUNT,
+        "first epoch, counted from 0; a resumed run continues at its own"),
     "TRAIN.EPOCHS": Key(300, AT_LEAST_1, "epochs in all, the warm-up included"),
-    "TRAIN.WARMUP_EPOCHS": Key(20, COUNT, "epochs over which the rate rises linearly from WARMUP_LR to BASE_LR"),
-    "TRAIN.COOLDOWN_EPOCHS": Key(0, COUNT, "cosine, linear: last epochs of TRAIN.EPOCHS, which run at the rate that the schedule ends at"),
-    "TRAIN.WEIGHT_DECAY": Key(0.05, FROM_0, "decoupled in AdamW; none on biases, norms and position parameters"),
-    "TRAIN.DECAY_ALL": Key(False, switch(), "decay every parameter: biases, norms, position parameters and what modifiers exempt, too"),
-    "TRAIN.QK_WEIGHT_DECAY": Key(1.0, FROM_0, "factor of WEIGHT_DECAY on the query and key rows of every qkv weight"),
-    "TRAIN.LAYER_DECAY": Key(1.0, number(0, 1, "(]"), "factor of the rate per layer, counted from the head towards the input; 1 = off"),
-    "TRAIN.BASE_LR": Key(5e-4, FROM_0, "peak rate per 512 images of an update: BASE_LR * batch * processes * accumulation / 512"),
+    "TRAIN.WARMUP_EPOCHS": Key(20, COUNT,
+        "epochs over which the rate rises linearly from WARMUP_LR to BASE_LR"),
+    "TRAIN.COOLDOWN_EPOCHS": Key(0, COUNT,
+        "cosine, linear: last epochs of TRAIN.EPOCHS, which run at the rate that the schedule "
+        "ends at"),
+    "TRAIN.WEIGHT_DECAY": Key(0.05, FROM_0,
+        "decoupled in AdamW; none on biases, norms and position parameters"),
+    "TRAIN.DECAY_ALL": Key(False, switch(),
+        "decay every parameter: biases, norms, position parameters and what modifiers exempt, too"),
+    "TRAIN.QK_WEIGHT_DECAY": Key(1.0, FROM_0,
+        "factor of WEIGHT_DECAY on the query and key rows of every qkv weight"),
+    "TRAIN.LAYER_DECAY": Key(1.0, number(0, 1, "(]"),
+        "factor of the rate per layer, counted from the head towards the input; 1 = off"),
+    "TRAIN.BASE_LR": Key(5e-4, FROM_0,
+        "peak rate per 512 images of an update: BASE_LR * batch * processes * accumulation / 512"),
     "TRAIN.WARMUP_LR": Key(5e-7, FROM_0, "rate at update 0, per 512 images"),
     "TRAIN.MIN_LR": Key(5e-6, FROM_0, "rate the cosine ends at, per 512 images"),
     "TRAIN.CLIP_GRAD": Key(5.0, optional(FROM_0), "gradient clipping threshold; 0 and None = off"),
-    "TRAIN.CLIP_MODE": Key("norm", choice("norm", "value", "agc"), "clip the global norm, each entry, or by the parameter's norm"),
-    "TRAIN.AUTO_RESUME": Key(True, switch(), "continue from the newest valid checkpoint of the output folder; never in evaluation"),
+    "TRAIN.CLIP_MODE": Key("norm", choice("norm", "value", "agc"),
+        "clip the global norm, each entry, or by the parameter's norm"),
+    "TRAIN.AUTO_RESUME": Key(True, switch(),
+        "continue from the newest valid checkpoint of the output folder; never in evaluation"),
     "TRAIN.ACCUMULATION_STEPS": Key(1, AT_LEAST_1, "batches per update"),
-    "TRAIN.USE_CHECKPOINT": Key(False, switch(), "recompute activations in the backward pass: less memory, more time"),
-    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", choice("cosine", "linear", "step", "multistep"), "after the warm-up; linear: to 0.01 BASE_LR"),
+    "TRAIN.USE_CHECKPOINT": Key(False, switch(),
+        "recompute activations in the backward pass: less memory, more time"),
+    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", choice("cosine", "linear", "step", "multistep"),
+        "after the warm-up; linear: to 0.01 BASE_LR"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, AT_LEAST_1, "step: epochs between two falls"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, ABOVE_0, "step: factor per fall"),
-    "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": Key(True, switch(), "cosine begins after the warm-up; False: spans it, as for released weights"),
+    "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": Key(True, switch(),
+        "cosine begins after the warm-up; False: spans it, as for released weights"),
     "TRAIN.LR_SCHEDULER.GAMMA": Key(0.1, ABOVE_0, "multistep: factor per fall"),
-    "TRAIN.LR_SCHEDULER.MULTISTEPS": Key([], sequence(COUNT, ascending=True), "multistep: epochs of the falls"),
+    "TRAIN.LR_SCHEDULER.MULTISTEPS": Key([], sequence(COUNT, ascending=True),
+        "multistep: epochs of the falls"),
     "TRAIN.OPTIMIZER.NAME": Key("adamw", OPTIMIZER,
-                                "sgd is Nesterov's; fused_adam = torch's fused adamw; fused_lamb = lamb"),
+        "sgd is Nesterov's; fused_adam = torch's fused adamw; fused_lamb = lamb"),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, ABOVE_0, "added to the denominator"),
     "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), pair(RATE), "decay of the first and second moment"),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, RATE, "of sgd"),
-    "TRAIN.DISTILL.KIND": Key("none", choice("none", "hard", "soft"), "learn from a teacher's decision (hard) or distribution (soft)"),
-    "TRAIN.DISTILL.TEACHER": Key("", text(), "a model of timm by name, or a YAML of this repository"),
-    "TRAIN.DISTILL.TEACHER_WEIGHTS": Key("", text(), "the teacher's weights: file or https URL; '' = timm's released ones"),
+    "TRAIN.DISTILL.KIND": Key("none", choice("none", "hard", "soft"),
+        "learn from a teacher's decision (hard) or distribution (soft)"),
+    "TRAIN.DISTILL.TEACHER": Key("", text(),
+        "a model of timm by name, or a YAML of this repository"),
+    "TRAIN.DISTILL.TEACHER_WEIGHTS": Key("", text(),
+        "the teacher's weights: file or https URL; '' = timm's released ones"),
     "TRAIN.DISTILL.ALPHA": Key(0.5, SHARE, "share of the distillation loss"),
     "TRAIN.DISTILL.TAU": Key(1.0, ABOVE_0, "soft: temperature"),
-    "TRAIN.DETERMINISTIC": Key(False, switch(), "deterministic kernels only, slower; errors where there is none"),
-    "TRAIN.MAX_NONFINITE": Key(20, AT_LEAST_1, "consecutive updates skipped for non-finite gradients before the run stops"),
+    "TRAIN.DETERMINISTIC": Key(False, switch(),
+        "deterministic kernels only, slower; errors where there is none"),
+    "TRAIN.MAX_NONFINITE": Key(20, AT_LEAST_1,
+        "consecutive updates skipped for non-finite gradients before the run stops"),
     "TRAIN.SAVE_STEPS": Key(0, COUNT, "updates between two checkpoints inside an epoch; 0 = none"),
     "TRAIN.KEEP": Key(3, COUNT, "epoch checkpoints kept, besides last and best; 0 = all"),
     "TRAIN.MAX_STEPS": Key(0, COUNT, "stop after so many updates in all; 0 = no limit"),
     "TRAIN.THREADS": Key(0, COUNT, "CPU threads of torch per process; 0 = torch's choice"),
     # augmentation, in training
-    "AUG.COLOR_JITTER": Key(0.4, FROM_0, "strength of brightness, contrast and saturation jitter; acts only where AUTO_AUGMENT is 'none'"),
-    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", POLICY, "policy: cifar10, svhn and imagenet are torchvision's AutoAugment, the "
-                            "others timm's; 'none' = off"),
-    "AUG.SCALE": Key((0.08, 1.0), pair(number(0, 1, "(]"), ascending=True), "share of the image's area that a random crop takes"),
-    "AUG.RATIO": Key((0.75, 1.3333), pair(ABOVE_0, ascending=True), "width / height of a random crop"),
-    "AUG.RANDOM_CROP_PADDING": Key(-1, integer(-1), "pixels of padding around a same-size random crop, instead of the resized crop; "
-                                   "-1 = 4 for images of at most 32 pixels, else resized crop"),
+    "AUG.COLOR_JITTER": Key(0.4, FROM_0,
+        "strength of brightness, contrast and saturation jitter; acts only where AUTO_AUGMENT is "
+        "'none'"),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", POLICY,
+        "policy: cifar10, svhn and imagenet are torchvision's AutoAugment, the others timm's; "
+        "'none' = off"),
+    "AUG.SCALE": Key((0.08, 1.0), pair(number(0, 1, "(]"), ascending=True),
+        "share of the image's area that a random crop takes"),
+    "AUG.RATIO": Key((0.75, 1.3333), pair(ABOVE_0, ascending=True),
+        "width / height of a random crop"),
+    "AUG.RANDOM_CROP_PADDING": Key(-1, integer(-1),
+        "pixels of padding around a same-size random crop, instead of the resized crop; -1 = 4 "
+        "for images of at most 32 pixels, else resized crop"),
     "AUG.HFLIP": Key(0.5, SHARE, "probability of a horizontal flip"),
-    "AUG.AFFINE": Key(False, switch(), "random small rotation, scale, shear and shift (for digits)"),
+    "AUG.AFFINE": Key(False, switch(),
+        "random small rotation, scale, shear and shift (for digits)"),
     "AUG.REPROB": Key(0.25, SHARE, "probability of random erasing"),
-    "AUG.REMODE": Key("pixel", choice("pixel", "rand", "const"), "fill of an erased region: noise per pixel, one random colour, zeros"),
-    "AUG.REAREA": Key((0.02, 0.3333), pair(number(0, 1, "(]"), ascending=True), "share of the image's area that an erased region takes; "
-                      "its height / width lies in [0.3, 3.33]"),
+    "AUG.REMODE": Key("pixel", choice("pixel", "rand", "const"),
+        "fill of an erased region: noise per pixel, one random colour, zeros"),
+    "AUG.REAREA": Key((0.02, 0.3333), pair(number(0, 1, "(]"), ascending=True),
+        "share of the image's area that an erased region takes; its height / width lies in [0.3, "
+        "3.33]"),
     "AUG.RECOUNT": Key(1, AT_LEAST_1, "most regions erased per image"),
     "AUG.MIXUP": Key(0.8, FROM_0, "alpha of the Beta distribution of mixup; 0 = off"),
     "AUG.CUTMIX": Key(1.0, FROM_0, "alpha of the Beta distribution of cutmix; 0 = off"),
-    "AUG.CUTMIX_MINMAX": Key(None, optional(pair(SHARE, ascending=True)), "bounds of the cut's share of the side; replaces CUTMIX"),
+    "AUG.CUTMIX_MINMAX": Key(None, optional(pair(SHARE, ascending=True)),
+        "bounds of the cut's share of the side; replaces CUTMIX"),
     "AUG.MIXUP_PROB": Key(1.0, SHARE, "probability that a batch (pair, image) is mixed at all"),
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, SHARE, "probability of cutmix where both are on"),
-    "AUG.MIXUP_MODE": Key("batch", choice("batch", "pair", "elem"), "one mixing weight per batch, pair or image"),
+    "AUG.MIXUP_MODE": Key("batch", choice("batch", "pair", "elem"),
+        "one mixing weight per batch, pair or image"),
     # evaluation
-    "TEST.CROP": Key(True, switch(), "resize, then cut the centre (CROP_RATIO); False = resize to IMG_SIZE, squashing"),
+    "TEST.CROP": Key(True, switch(),
+        "resize, then cut the centre (CROP_RATIO); False = resize to IMG_SIZE, squashing"),
     "TEST.SEQUENTIAL": Key(False, switch(), "every process evaluates the whole set"),
-    "TEST.SHUFFLE": Key(False, switch(), "validation images in random order; the result is the same"),
+    "TEST.SHUFFLE": Key(False, switch(),
+        "validation images in random order; the result is the same"),
     "TEST.PER_CLASS": Key(False, switch(), "write accuracy per class and the confusion matrix"),
     # logging
-    "LOG.TENSORBOARD": Key(True, switch(), "write TensorBoard events beside metrics.jsonl, where it is installed"),
+    "LOG.TENSORBOARD": Key(True, switch(),
+        "write TensorBoard events beside metrics.jsonl, where it is installed"),
     "LOG.WANDB": Key(False, switch(), "report to Weights & Biases"),
     "LOG.PLOT": Key(True, switch(), "plot the curves after training"),
     # the run
@@ -344,28 +517,41 @@ KEYS: dict[str, Key] = {
     "SEED": Key(0, integer(0, 2**31 - 1), "of every random choice; the process' rank is added"),
     "SAVE_FREQ": Key(1, AT_LEAST_1, "epochs between two checkpoints"),
     "PRINT_FREQ": Key(10, AT_LEAST_1, "steps between two log lines"),
-    "DEVICE": Key("auto", choice("auto", "cuda", "mps", "cpu"), "auto = the first of cuda, mps, cpu that is there"),
+    "DEVICE": Key("auto", choice("auto", "cuda", "mps", "cpu"),
+        "auto = the first of cuda, mps, cpu that is there"),
     "AMP_ENABLE": Key(True, switch(), "mixed precision"),
-    "AMP_DTYPE": Key("auto", choice("auto", "bfloat16", "float16", "float32"), "auto = bfloat16 on GPUs fast in it, float16 on "
-                     "older ones, float32 on CPU and MPS"),
+    "AMP_DTYPE": Key("auto", choice("auto", "bfloat16", "float16", "float32"),
+        "auto = bfloat16 on GPUs fast in it, float16 on older ones, float32 on CPU and MPS"),
     "EVAL_MODE": Key(False, switch(), "evaluate only"),
     "THROUGHPUT_MODE": Key(False, switch(), "measure images per second only"),
-    "LOCAL_RANK": Key(0, COUNT, "this process on its machine; from the launcher (environment or --local-rank), never from a file"),
+    "LOCAL_RANK": Key(0, COUNT,
+        "this process on its machine; from the launcher (environment or --local-rank), never from "
+        "a file"),
     # known to the reference, without effect here: SUPERSEDED says why
     "DATA.MASK_PATCH_SIZE": Key(32, AT_LEAST_1, "SimMIM: unit of the mask, pixels"),
     "DATA.MASK_RATIO": Key(0.6, SHARE, "SimMIM: masked share"),
     "MODEL.SIMMIM.NORM_TARGET.ENABLE": Key(False, switch(), "SimMIM: normalise the target locally"),
-    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Key(47, AT_LEAST_1, "SimMIM: side of that neighbourhood, pixels"),
+    "MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE": Key(47, AT_LEAST_1,
+        "SimMIM: side of that neighbourhood, pixels"),
     "ENABLE_AMP": Key(False, switch(), "SimMIM: mixed precision"),
     "AMP_OPT_LEVEL": Key("", choice("", "O0", "O1", "O2"), "apex' level of mixed precision"),
-    "FUSED_WINDOW_PROCESS": Key(False, switch(), "the reference's CUDA kernel for window partition"),
+    "FUSED_WINDOW_PROCESS": Key(False, switch(),
+        "the reference's CUDA kernel for window partition"),
     "FUSED_LAYERNORM": Key(False, switch(), "apex' LayerNorm"),
 }
-SECTIONS = sorted({".".join(key.split(".")[:depth]) for key in KEYS for depth in range(1, key.count(".") + 1)})
+# fmt: on
+SECTIONS = sorted(
+    {".".join(key.split(".")[:depth]) for key in KEYS for depth in range(1, key.count(".") + 1)}
+)
 
 _SIMMIM = "SimMIM pre-training is not part of this program"
-SUPERSEDED = {  # accepted, so that the reference's files and commands work; a note says that they do nothing
-    **{key: _SIMMIM for key in KEYS if key.startswith(("DATA.MASK_", "MODEL.SIMMIM.")) or key == "ENABLE_AMP"},
+# accepted, so that the reference's files and commands work; a note says that they do nothing
+SUPERSEDED = {
+    **{
+        key: _SIMMIM
+        for key in KEYS
+        if key.startswith(("DATA.MASK_", "MODEL.SIMMIM.")) or key == "ENABLE_AMP"
+    },
     "AMP_OPT_LEVEL": "deprecated in the reference too; use AMP_ENABLE and AMP_DTYPE",
     "FUSED_WINDOW_PROCESS": "superseded by MODEL.ATTENTION.BACKEND",
     "FUSED_LAYERNORM": "superseded by torch's own fused LayerNorm, which is always on",
@@ -375,7 +561,9 @@ DROPPED = {"MODEL.SWIN_MOE.": NO_MOE["swin_moe"], "TRAIN.MOE.": NO_MOE["swin_moe
 
 @dataclass(frozen=True)
 class Flag:
-    """A command-line flag and the key it sets. `sets` is the value of a flag that takes none; `type` reads the value of one that does."""
+    """A command-line flag and the key it sets. `sets` is the value of a flag that takes none;
+    `type` reads the value of one that does.
+    """
 
     names: tuple[str, ...]
     key: str
@@ -388,40 +576,53 @@ class Flag:
         return self.names[0].lstrip("-").replace("-", "_")
 
 
+# fmt: off
 FLAGS = (
     Flag(("--batch-size",), "DATA.BATCH_SIZE", "images per process and step", int),
     Flag(("--data-path",), "DATA.DATA_PATH", "root of the data set"),
     Flag(("--zip",), "DATA.ZIP_MODE", "read zipped ImageNet", sets=True),
     Flag(("--cache-mode",), "DATA.CACHE_MODE", "zip mode: bytes held in memory: no, full, part"),
     Flag(("--pretrained",), "MODEL.PRETRAINED", "weights to start from: file or https URL"),
-    Flag(("--resume",), "MODEL.RESUME", "training checkpoint to continue or evaluate: file or https URL"),
+    Flag(("--resume",), "MODEL.RESUME",
+        "training checkpoint to continue or evaluate: file or https URL"),
     Flag(("--accumulation-steps",), "TRAIN.ACCUMULATION_STEPS", "batches per update", int),
-    Flag(("--use-checkpoint",), "TRAIN.USE_CHECKPOINT", "recompute activations to save memory", sets=True),
+    Flag(("--use-checkpoint",), "TRAIN.USE_CHECKPOINT",
+        "recompute activations to save memory", sets=True),
     Flag(("--disable_amp", "--disable-amp"), "AMP_ENABLE", "no mixed precision", sets=False),
     Flag(("--output",), "OUTPUT", "folder of all runs; this one writes to OUTPUT/MODEL.NAME/TAG"),
     Flag(("--tag",), "TAG", "name of the run"),
     Flag(("--eval",), "EVAL_MODE", "evaluate only", sets=True),
-    Flag(("--throughput",), "THROUGHPUT_MODE", "measure images per second only; needs no data set", sets=True),
-    Flag(("--fused_window_process", "--fused-window-process"), "FUSED_WINDOW_PROCESS", "superseded: MODEL.ATTENTION.BACKEND", sets=True),
-    Flag(("--fused_layernorm", "--fused-layernorm"), "FUSED_LAYERNORM", "superseded: torch's LayerNorm is fused", sets=True),
-    Flag(("--optim",), "TRAIN.OPTIMIZER.NAME", "adamw, sgd, lamb, muon, fused_adam, fused_lamb, timm:<name>"),
+    Flag(("--throughput",), "THROUGHPUT_MODE",
+        "measure images per second only; needs no data set", sets=True),
+    Flag(("--fused_window_process", "--fused-window-process"), "FUSED_WINDOW_PROCESS",
+        "superseded: MODEL.ATTENTION.BACKEND", sets=True),
+    Flag(("--fused_layernorm", "--fused-layernorm"), "FUSED_LAYERNORM",
+        "superseded: torch's LayerNorm is fused", sets=True),
+    Flag(("--optim",), "TRAIN.OPTIMIZER.NAME",
+        "adamw, sgd, lamb, muon, fused_adam, fused_lamb, timm:<name>"),
     Flag(("--epochs",), "TRAIN.EPOCHS", "epochs in all", int),
     Flag(("--seed",), "SEED", "seed of every random choice", int),
     Flag(("--device",), "DEVICE", "auto, cuda, mps, cpu"),
     Flag(("--compile",), "MODEL.COMPILE", "torch.compile the model", sets=True),
 )
+# fmt: on
 
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line; an unknown flag's names the nearest one."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             given = unknown[0].split("=")[0]
             guess = nearest(given, self._option_string_actions)
             if not given.startswith("-"):
-                self.error(f"unknown argument {given}; the YAML is given as --cfg FILE, keys as --opts KEY VALUE")
+                self.error(
+                    f"unknown argument {given}; the YAML is given as --cfg FILE, keys as --opts KEY"
+                    " VALUE"
+                )
             self.error(f"unknown flag {given}" + (f"; did you mean {guess}?" if guess else ""))
         return known
 
@@ -430,22 +631,59 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(allow_abbrev=False, description="Train, resume, evaluate or time Swin Transformers with identity-sharpened attention.",
-                     epilog="A flag that is not given leaves the YAML's value alone. config.py lists every key of --opts with its meaning; "
-                            "--print-config shows the values of a run.")
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of the run, see configs/")
-    parser.add_argument("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="any keys, such as TRAIN.EPOCHS 100 AUG.MIXUP 0")
-    parser.add_argument("--print-config", action="store_true", help="print the merged YAML, which can be given back as --cfg, and stop")
+    parser = _Parser(
+        allow_abbrev=False,
+        description=(
+            "Train, resume, evaluate or time Swin Transformers with identity-sharpened attention."
+        ),
+        epilog=(
+            "A flag that is not given leaves the YAML's value alone. config.py lists every key of"
+            " --opts with its meaning; --print-config shows the values of a run."
+        ),
+    )
+    parser.add_argument(
+        "--cfg", required=True, metavar="FILE", help="YAML file of the run, see configs/"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs="+",
+        action="extend",
+        metavar="KEY VALUE",
+        help="any keys, such as TRAIN.EPOCHS 100 AUG.MIXUP 0",
+    )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the merged YAML, which can be given back as --cfg, and stop",
+    )
     for flag in FLAGS:
-        how = {"action": "store_true"} if flag.sets is not None else {"type": flag.type, "metavar": "N" if flag.type is int else "VALUE"}
-        parser.add_argument(*flag.names, dest=flag.dest, default=None, help=f"{flag.help} [{flag.key}]", **how)
-    parser.add_argument("--amp-opt-level", choices=("O0", "O1", "O2"), metavar="LEVEL", help="deprecated; O0 means --disable_amp")
-    parser.add_argument("--local_rank", "--local-rank", type=int, metavar="N", help="set by some launchers [LOCAL_RANK]")
+        how = (
+            {"action": "store_true"}
+            if flag.sets is not None
+            else {"type": flag.type, "metavar": "N" if flag.type is int else "VALUE"}
+        )
+        parser.add_argument(
+            *flag.names, dest=flag.dest, default=None, help=f"{flag.help} [{flag.key}]", **how
+        )
+    parser.add_argument(
+        "--amp-opt-level",
+        choices=("O0", "O1", "O2"),
+        metavar="LEVEL",
+        help="deprecated; O0 means --disable_amp",
+    )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        metavar="N",
+        help="set by some launchers [LOCAL_RANK]",
+    )
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line (sys.argv if `argv` is None). Flags that are not given are None, so that none overrides a YAML by accident.
+    """Read the command line (sys.argv if `argv` is None). Flags that are not given are None, so
+    that none overrides a YAML by accident.
 
     An unknown flag ends the program with status 2 and one line that names the nearest flag.
     """
@@ -453,14 +691,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without object construction, in which a key given twice is an error, not the last one's."""
+    """YAML without object construction, in which a key given twice is an error, not the last
+    one's.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names: list = []
         for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
             name = self.construct_object(key, deep=True)
             if name in names:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name} is given twice", key.start_mark
+                )
             names.append(name)
         return super().construct_mapping(node, deep)
 
@@ -469,33 +711,62 @@ def _read_yaml(path: Path, named_by: str) -> dict:
     """The mapping in a YAML file; {} if it is empty."""
     if not path.is_file():
         folder = path.parent
-        guess = nearest(path.name, [entry.name for entry in folder.iterdir() if entry.is_file()]) if folder.is_dir() else None
-        raise ConfigError(f"{named_by}: {str(path)!r} is not a file" + (f"; did you mean {str(folder / guess)!r}?" if guess else ""))
+        guess = (
+            nearest(path.name, [entry.name for entry in folder.iterdir() if entry.is_file()])
+            if folder.is_dir()
+            else None
+        )
+        raise ConfigError(
+            f"{named_by}: {str(path)!r} is not a file"
+            + (f"; did you mean {str(folder / guess)!r}?" if guess else "")
+        )
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{path}: not valid YAML{f' (line {mark.line + 1})' if mark else ''}: {' '.join(reason.split())}") from error
+        raise ConfigError(
+            f"{path}: not valid YAML{f' (line {mark.line + 1})' if mark else ''}:"
+            f" {' '.join(reason.split())}"
+        ) from error
     if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}; allowed: a mapping, such as TRAIN: {{EPOCHS: 100}}")
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}; allowed: a mapping, such as TRAIN:"
+            " {EPOCHS: 100}"
+        )
     return content or {}
 
 
 def _unknown(where: str, key: str, value: Any) -> ConfigError:
-    """The error for a key that does not exist: the same name in another section is the first guess, then the closest spelling."""
+    """The error for a key that does not exist: the same name in another section is the first guess,
+    then the closest spelling.
+    """
     *section, leaf = key.split(".")
     same = [known for known in KEYS if known.split(".")[-1].lower() == leaf.lower()]
     guess = nearest(key, same) or nearest(key, [*KEYS, *SECTIONS]) or (same[0] if same else None)
-    home = next((name for depth in range(len(section), 0, -1) if (name := ".".join(section[:depth])) in SECTIONS), "")
+    home = next(
+        (
+            name
+            for depth in range(len(section), 0, -1)
+            if (name := ".".join(section[:depth])) in SECTIONS
+        ),
+        "",
+    )
     start = f"{home}." if home else ""
-    inside = sorted({known[len(start):].split(".")[0] for known in KEYS if known.startswith(start)})
-    return ConfigError(f"{where}: unknown key {key} (value {show(value)}); " + (f"did you mean {guess}? " if guess else "")
-                       + f"allowed{f' in {home}' if home else ''}: {', '.join(inside)}")
+    inside = sorted(
+        {known[len(start) :].split(".")[0] for known in KEYS if known.startswith(start)}
+    )
+    return ConfigError(
+        f"{where}: unknown key {key} (value {show(value)}); "
+        + (f"did you mean {guess}? " if guess else "")
+        + f"allowed{f' in {home}' if home else ''}: {', '.join(inside)}"
+    )
 
 
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf of nested mappings; an empty section has none. Only known sections are entered."""
+    """Dotted key and value of every leaf of nested mappings; an empty section has none. Only known
+    sections are entered.
+    """
     for name, value in node.items():
         key = f"{prefix}{name}"
         if key in SECTIONS and isinstance(value, dict):
@@ -505,9 +776,14 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _convert(where: str, key: str, value: Any) -> Any:
-    """The value as the program uses it. Raises: ConfigError for an unknown key or a value that is not allowed."""
+    """The value as the program uses it. Raises: ConfigError for an unknown key or a value that is
+    not allowed.
+    """
     if key in SECTIONS:
-        raise ConfigError(f"{where}: {key}: {show(value)} stands where a section is meant; allowed: a mapping, such as {key}: {{...}}")
+        raise ConfigError(
+            f"{where}: {key}: {show(value)} stands where a section is meant; allowed: a mapping,"
+            f" such as {key}: {{...}}"
+        )
     if key not in KEYS:
         raise _unknown(where, key, value)
     kind = KEYS[key].kind
@@ -515,10 +791,14 @@ def _convert(where: str, key: str, value: Any) -> Any:
         return kind.convert(value)
     except ValueError as error:
         guess = nearest(value, kind.choices) if isinstance(value, str) and not str(error) else None
-        written = show(value) if isinstance(value, str) else f"{show(value)} ({type(value).__name__})"
+        written = (
+            show(value) if isinstance(value, str) else f"{show(value)} ({type(value).__name__})"
+        )
         reason = f": {error}" if str(error) else ""
-        raise ConfigError(f"{where}: {key}: {written} is not allowed{reason}; allowed: {kind.allowed}"
-                          + (f"; did you mean {guess!r}?" if guess else "")) from None
+        raise ConfigError(
+            f"{where}: {key}: {written} is not allowed{reason}; allowed: {kind.allowed}"
+            + (f"; did you mean {guess!r}?" if guess else "")
+        ) from None
 
 
 def _note(message: str) -> None:
@@ -527,26 +807,42 @@ def _note(message: str) -> None:
         logger.warning(message)
 
 
-def _merge(given: dict[str, Any], where: str, leaves: Iterator[tuple[str, Any]] | list[tuple[str, Any]]) -> None:
-    """Add converted leaves to `given`; those of mixture-of-experts models (in the reference's full dumps) are dropped with a note."""
+def _merge(
+    given: dict[str, Any], where: str, leaves: Iterator[tuple[str, Any]] | list[tuple[str, Any]]
+) -> None:
+    """Add converted leaves to `given`; those of mixture-of-experts models (in the reference's full
+    dumps) are dropped with a note.
+    """
     for key, value in leaves:
-        reason = next((reason for prefix, reason in DROPPED.items() if f"{key}.".startswith(prefix)), None)
+        reason = next(
+            (reason for prefix, reason in DROPPED.items() if f"{key}.".startswith(prefix)), None
+        )
         if reason:
             _note(f"{where}: {key} has no effect: {reason}")
         else:
             given[key] = _convert(where, key, value)
 
 
-def _merge_file(given: dict[str, Any], path: Path, named_by: str, above: tuple[Path, ...] = ()) -> None:
-    """Add a YAML's settings to `given`, those of its BASE files first. Raises: ConfigError, for a cycle too."""
+def _merge_file(
+    given: dict[str, Any], path: Path, named_by: str, above: tuple[Path, ...] = ()
+) -> None:
+    """Add a YAML's settings to `given`, those of its BASE files first. Raises: ConfigError, for a
+    cycle too.
+    """
     content = _read_yaml(path, named_by)
     here = path.resolve()
     if here in above:
-        raise ConfigError("BASE: the files include each other: " + " -> ".join(file.name for file in (*above[above.index(here):], here)))
+        raise ConfigError(
+            "BASE: the files include each other: "
+            + " -> ".join(file.name for file in (*above[above.index(here) :], here))
+        )
     parents = content.pop("BASE", None) or []
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(f"{path}: BASE: {show(parents)} is not allowed; allowed: a file name or a list of them, relative to this file")
+        raise ConfigError(
+            f"{path}: BASE: {show(parents)} is not allowed; allowed: a file name or a list of them,"
+            " relative to this file"
+        )
     for parent in filter(None, parents):
         _merge_file(given, path.parent / parent, f"{path}: BASE", (*above, here))
     _merge(given, str(path), _leaves(content))
@@ -555,33 +851,50 @@ def _merge_file(given: dict[str, Any], path: Path, named_by: str, above: tuple[P
 def _options(opts: Sequence[str]) -> list[tuple[str, Any]]:
     """Pairs of the flat --opts list."""
     if len(opts) % 2:
-        raise ConfigError(f"--opts: {show(opts[-1])} has no partner ({len(opts)} words); allowed: pairs KEY VALUE, lists quoted: '[2, 2]'")
+        raise ConfigError(
+            f"--opts: {show(opts[-1])} has no partner ({len(opts)} words); allowed: pairs KEY"
+            " VALUE, lists quoted: '[2, 2]'"
+        )
     return [(str(key), value) for key, value in zip(opts[::2], opts[1::2], strict=True)]
 
 
 def _merge_flags(given: dict[str, Any], args: Any) -> None:
-    """Add what the named flags say; a missing or None attribute says nothing, nor does False where the flag takes no value."""
+    """Add what the named flags say; a missing or None attribute says nothing, nor does False where
+    the flag takes no value.
+    """
     for flag in FLAGS:
         value = getattr(args, flag.dest, None)
         if value is not None and not (flag.sets is not None and not value):
-            given[flag.key] = _convert(flag.names[0], flag.key, value if flag.sets is None else flag.sets)
+            given[flag.key] = _convert(
+                flag.names[0], flag.key, value if flag.sets is None else flag.sets
+            )
     level = getattr(args, "amp_opt_level", None)
     if level:
-        _note(f"--amp-opt-level {level} is deprecated: " + ("use --disable_amp" if level == "O0" else "it has no effect, use AMP_DTYPE"))
+        _note(
+            f"--amp-opt-level {level} is deprecated: "
+            + ("use --disable_amp" if level == "O0" else "it has no effect, use AMP_DTYPE")
+        )
     if level == "O0":
         given["AMP_ENABLE"] = False
 
 
 def _local_rank(args: Any) -> int:
-    """This process' index on its machine: the launcher's environment variable, else the flag, else 0."""
-    for where, value in (("environment: LOCAL_RANK", os.environ.get("LOCAL_RANK")), ("--local-rank", getattr(args, "local_rank", None))):
+    """This process' index on its machine: the launcher's environment variable, else the flag, else
+    0.
+    """
+    for where, value in (
+        ("environment: LOCAL_RANK", os.environ.get("LOCAL_RANK")),
+        ("--local-rank", getattr(args, "local_rank", None)),
+    ):
         if value is not None and value != "":
             return _convert(where, "LOCAL_RANK", value)
     return 0
 
 
 def _resolve(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """Fill in what follows from other settings: the data set's classes, "no transfer" for any number of stages, the output path."""
+    """Fill in what follows from other settings: the data set's classes, "no transfer" for any
+    number of stages, the output path.
+    """
     if "MODEL.NUM_CLASSES" not in given:
         values["MODEL.NUM_CLASSES"] = CLASSES.get(values["DATA.DATASET"], 0)
     if not any(values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"]):
@@ -602,7 +915,9 @@ def _tree(values: dict[str, Any]) -> CfgNode:
 
 
 def notes(cfg: CfgNode) -> list[str]:
-    """One line for each setting that is accepted for the reference's sake and does nothing, and for rates that look like a slip."""
+    """One line for each setting that is accepted for the reference's sake and does nothing, and for
+    rates that look like a slip.
+    """
     found = []
     for key, reason in SUPERSEDED.items():
         value = cfg
@@ -611,7 +926,10 @@ def notes(cfg: CfgNode) -> list[str]:
         if value != KEYS[key].default:
             found.append(f"{key} {value!r} has no effect: {reason}")
     if cfg.TRAIN.LR_SCHEDULER.NAME == "cosine" and cfg.TRAIN.MIN_LR > cfg.TRAIN.BASE_LR:
-        found.append(f"TRAIN.MIN_LR {cfg.TRAIN.MIN_LR:g} is above TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}: the rate will rise")
+        found.append(
+            f"TRAIN.MIN_LR {cfg.TRAIN.MIN_LR:g} is above TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}: the"
+            " rate will rise"
+        )
     return found
 
 
@@ -619,7 +937,8 @@ def get_config(args: Any) -> CfgNode:
     """Merge defaults, files, --opts and flags into the frozen configuration.
 
     Args:
-        args: what `parse_args` returns, or any object with some of its attributes (cfg, opts, batch_size, ...); a missing one says nothing.
+        args: what `parse_args` returns, or any object with some of its attributes (cfg, opts,
+            batch_size, ...); a missing one says nothing.
     Raises: ConfigError, one line, for anything that cannot be used.
     """
     given: dict[str, Any] = {}
@@ -639,7 +958,9 @@ def get_config(args: Any) -> CfgNode:
 
 
 def load_config(path: str | os.PathLike | None, opts: Sequence[Any] = ()) -> CfgNode:
-    """The frozen configuration of a YAML file (None: the defaults) with `opts`, a flat list of keys and values."""
+    """The frozen configuration of a YAML file (None: the defaults) with `opts`, a flat list of keys
+    and values.
+    """
     return get_config(argparse.Namespace(cfg=path, opts=list(opts)))
 
 
@@ -650,7 +971,9 @@ def _plain(value: Any) -> Any:
 
 
 def to_dict(cfg: CfgNode) -> dict[str, Any]:
-    """The configuration as plain dicts, lists, numbers and text, as a YAML would give it: OUTPUT without MODEL.NAME/TAG, LOCAL_RANK 0."""
+    """The configuration as plain dicts, lists, numbers and text, as a YAML would give it: OUTPUT
+    without MODEL.NAME/TAG, LOCAL_RANK 0.
+    """
     tail = os.path.join(cfg.MODEL.NAME, cfg.TAG)
     root = cfg.OUTPUT.removesuffix(tail)
     return _plain(cfg) | {"OUTPUT": root.rstrip("/") or root, "LOCAL_RANK": 0}

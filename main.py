@@ -1,12 +1,16 @@
 """Trains, evaluates or times a model.
 
-    python main.py --cfg configs/digits/digits_tiny.yaml                                     one process, on any device
-    torchrun --nproc-per-node=8 main.py --cfg configs/swin/swin_tiny_patch4_window7_224.yaml --data-path DIR
-    python main.py --cfg ... --eval --resume CHECKPOINT                                      evaluate; also --pretrained WEIGHTS
-    python main.py --cfg ... --throughput                                                    time; needs no data
+    python main.py --cfg configs/digits/digits_tiny.yaml                                     one
+    process, on any device torchrun --nproc-per-node=8 main.py --cfg
+    configs/swin/swin_tiny_patch4_window7_224.yaml --data-path DIR
+    python main.py --cfg ... --eval --resume CHECKPOINT
+    evaluate; also --pretrained WEIGHTS
+    python main.py --cfg ... --throughput                                                    time;
+    needs no data
 
-Run again with the same command, a training goes on where it was. Exit status: 0 done; 2 something the user can mend, told in one
-line on stderr; 143 stopped by SIGTERM (130: by Ctrl-C) with the state saved.
+Run again with the same command, a training goes on where it was. Exit status: 0 done; 2 something
+the user can mend, told in one line on stderr; 143 stopped by SIGTERM (130: by Ctrl-C) with the
+state saved.
 """
 
 import sys
@@ -41,7 +45,16 @@ from models.layers.products import describe_products
 from optimizer import OptimizerError, build_optimizer
 from utils import RunError, World
 
-USER_ERRORS = (CheckpointError, ConfigError, DataError, LogError, ModelError, OptimizerError, RunError, ScheduleError)
+USER_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LogError,
+    ModelError,
+    OptimizerError,
+    RunError,
+    ScheduleError,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +87,12 @@ class Program:
     def run(self) -> int:
         if self.config.THROUGHPUT_MODE:
             return self.time()
-        self.data = build_data(self.config, rank=self.world.rank, world_size=self.world.size, train=not self.config.EVAL_MODE)
+        self.data = build_data(
+            self.config,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            train=not self.config.EVAL_MODE,
+        )
         try:
             return self.use_data()
         finally:
@@ -99,27 +117,50 @@ class Program:
     def time(self) -> int:
         model, data, kind = self.build_model(), self.config.DATA, self.config.MODEL.TYPE.upper()
         network = torch.compile(model) if self.config.MODEL.COMPILE else model
-        result = throughput(network, data.BATCH_SIZE, data.IMG_SIZE, self.config.MODEL[kind].IN_CHANS, self.world.device, self.autocast,
-                            count=count_macs)
+        result = throughput(
+            network,
+            data.BATCH_SIZE,
+            data.IMG_SIZE,
+            self.config.MODEL[kind].IN_CHANS,
+            self.world.device,
+            self.autocast,
+            count=count_macs,
+        )
         self.logger.info(describe(result))
         return 0
 
     def evaluate(self) -> int:
         model = self.config.MODEL
         if not (model.RESUME or model.PRETRAINED):
-            raise RunError(f"--eval needs weights: give --resume CHECKPOINT (such as {self.folder / 'best.pth'}) or --pretrained WEIGHTS")
-        averaged = model.EMA.ENABLE and model.EMA.EVAL and bool(model.RESUME) and has_average(model.RESUME)
-        for entry, name in [(None, "network"), ("ema", "averaged network")][:1 + averaged]:
+            raise RunError(
+                "--eval needs weights: give --resume CHECKPOINT (such as"
+                f" {self.folder / 'best.pth'}) or --pretrained WEIGHTS"
+            )
+        averaged = (
+            model.EMA.ENABLE and model.EMA.EVAL and bool(model.RESUME) and has_average(model.RESUME)
+        )
+        for entry, name in [(None, "network"), ("ema", "averaged network")][: 1 + averaged]:
             self.load_weights(entry)
             result = self.test(self.model)
-            self.logger.info("Accuracy of the %s on the %d test images: %.1f%%", name, result.count, result.acc1)
+            self.logger.info(
+                "Accuracy of the %s on the %d test images: %.1f%%", name, result.count, result.acc1
+            )
         return 0
 
     def test(self, network: torch.nn.Module) -> EvalResult:
         test, data = self.config.TEST, self.data
         logger = self.logger if self.config.EVAL_MODE else utils.behind_bar(self.logger)
-        result = evaluate(network, data.val_loader, device=self.world.device, num_classes=data.num_classes, autocast=self.autocast,
-                          reduce=not test.SEQUENTIAL, per_class=test.PER_CLASS, print_freq=self.config.PRINT_FREQ, logger=logger)
+        result = evaluate(
+            network,
+            data.val_loader,
+            device=self.world.device,
+            num_classes=data.num_classes,
+            autocast=self.autocast,
+            reduce=not test.SEQUENTIAL,
+            per_class=test.PER_CLASS,
+            print_freq=self.config.PRINT_FREQ,
+            logger=logger,
+        )
         if test.PER_CLASS and self.world.is_main:
             write_per_class(result, self.folder, data.class_names)
         return result
@@ -128,47 +169,112 @@ class Program:
         model, rule = self.config.MODEL, "exact" if self.config.MODEL.RESUME else "finetune"
         weights = read_weights(model.RESUME or model.PRETRAINED, entry)
         head = "evaluate" if self.config.EVAL_MODE else "reset" if model.HEAD_RESET else "auto"
-        load_weights(self.model, weights, rule=rule, head=head, allow_partial=model.PARTIAL_LOAD, source_residual=model.SOURCE,
-                     logger=self.logger)
+        load_weights(
+            self.model,
+            weights,
+            rule=rule,
+            head=head,
+            allow_partial=model.PARTIAL_LOAD,
+            source_residual=model.SOURCE,
+            logger=self.logger,
+        )
 
     def train(self) -> int:
-        config, world, settings, plain = self.config, self.world, self.config.TRAIN, to_dict(self.config)
+        config, world, settings, plain = (
+            self.config,
+            self.world,
+            self.config.TRAIN,
+            to_dict(self.config),
+        )
         pretrained = local(config.MODEL.PRETRAINED)
         path = choose(self.folder, local(config.MODEL.RESUME), settings.AUTO_RESUME, world)
-        fresh = path is None or not holds_state(path)  # no training state of this program to go on from, only weights at most
+        fresh = path is None or not holds_state(
+            path
+        )  # no training state of this program to go on from, only weights at most
         loaded = fresh and bool(path or pretrained)
         if loaded:
             self.load_weights()
         trainer = self.build_trainer()
         if path:
             resume(trainer, path, plain, len(self.data.train_loader))
-        with (MetricLog(self.folder if world.is_main else None, resume_step=-1 if fresh else trainer.state.update, name=config.MODEL.NAME,
-                        tensorboard=config.LOG.TENSORBOARD, wandb=config.LOG.WANDB, config=plain) as metrics, StopSignal(world) as stop):
-            report = Report(world, metrics, epochs=settings.EPOCHS, batches=len(self.data.train_loader), print_freq=config.PRINT_FREQ)
+        with (
+            MetricLog(
+                self.folder if world.is_main else None,
+                resume_step=-1 if fresh else trainer.state.update,
+                name=config.MODEL.NAME,
+                tensorboard=config.LOG.TENSORBOARD,
+                wandb=config.LOG.WANDB,
+                config=plain,
+            ) as metrics,
+            StopSignal(world) as stop,
+        ):
+            report = Report(
+                world,
+                metrics,
+                epochs=settings.EPOCHS,
+                batches=len(self.data.train_loader),
+                print_freq=config.PRINT_FREQ,
+            )
             if world.is_main:
                 utils.write_config(self.folder, plain, dump_config(config))
             if loaded:
                 validate(trainer, self.test, report)
-            plan = Plan(settings.EPOCHS, settings.SAVE_STEPS, settings.MAX_STEPS, settings.MAX_NONFINITE)
+            plan = Plan(
+                settings.EPOCHS, settings.SAVE_STEPS, settings.MAX_STEPS, settings.MAX_NONFINITE
+            )
             folder = CheckpointFolder(self.folder, config.SAVE_FREQ, settings.KEEP)
-            signal = fit(trainer, self.data.train_loader, self.test, plan=plan, folder=folder, report=report, stop=stop,
-                         extra={"config": plain, "metadata": weights_metadata(self.model)})
+            signal = fit(
+                trainer,
+                self.data.train_loader,
+                self.test,
+                plan=plan,
+                folder=folder,
+                report=report,
+                stop=stop,
+                extra={"config": plain, "metadata": weights_metadata(self.model)},
+            )
         report.finished(trainer.state, folder, signal, plot=config.LOG.PLOT)
         return 128 + signal if signal else 0
 
     def build_trainer(self) -> Trainer:
-        config, settings, data, model, world = self.config, self.config.TRAIN, self.data, self.model, self.world
-        rates, layout = scaled_rates(config, world.size), Layout(config.DATA.BATCH_SIZE, world.size, settings.ACCUMULATION_STEPS)
+        config, settings, data, model, world = (
+            self.config,
+            self.config.TRAIN,
+            self.data,
+            self.model,
+            self.world,
+        )
+        rates, layout = (
+            scaled_rates(config, world.size),
+            Layout(config.DATA.BATCH_SIZE, world.size, settings.ACCUMULATION_STEPS),
+        )
         optimizer = build_optimizer(config, model, rates.base)
         scheduler = build_scheduler(config, optimizer, layout.updates(data.train_loader), rates)
         distillation = self.build_distillation(settings.DISTILL)
-        loss = with_distillation(make_criterion(data.soft_targets, config.MODEL.LABEL_SMOOTHING), distillation)
-        trainer = Trainer(model, optimizer, scheduler, loss, world=world, layout=layout, dtype=self.dtype, clip=settings.CLIP_GRAD,
-                          clip_mode=settings.CLIP_MODE, mixup=data.mixup, compile=config.MODEL.COMPILE, ema_leads=config.MODEL.EMA.EVAL,
-                          ema=ParameterEma(model, config.MODEL.EMA.DECAY) if config.MODEL.EMA.ENABLE else None,
-                          channels_last=config.MODEL.CHANNELS_LAST, two_heads=distillation is not None and has_two_heads(model))
+        loss = with_distillation(
+            make_criterion(data.soft_targets, config.MODEL.LABEL_SMOOTHING), distillation
+        )
+        trainer = Trainer(
+            model,
+            optimizer,
+            scheduler,
+            loss,
+            world=world,
+            layout=layout,
+            dtype=self.dtype,
+            clip=settings.CLIP_GRAD,
+            clip_mode=settings.CLIP_MODE,
+            mixup=data.mixup,
+            compile=config.MODEL.COMPILE,
+            ema_leads=config.MODEL.EMA.EVAL,
+            ema=ParameterEma(model, config.MODEL.EMA.DECAY) if config.MODEL.EMA.ENABLE else None,
+            channels_last=config.MODEL.CHANNELS_LAST,
+            two_heads=distillation is not None and has_two_heads(model),
+        )
         trainer.state.epoch = settings.START_EPOCH
-        utils.seed_everything(config.SEED + world.rank)  # from here on each process draws its own numbers
+        utils.seed_everything(
+            config.SEED + world.rank
+        )  # from here on each process draws its own numbers
         return trainer
 
     def build_distillation(self, node) -> Distillation | None:
@@ -176,14 +282,18 @@ class Program:
             return None
         if node.TEACHER.endswith((".yaml", ".yml")):
             teacher = build_model(load_config(node.TEACHER), self.data.num_classes)
-            load_weights(teacher, read_weights(node.TEACHER_WEIGHTS), rule="exact", logger=self.logger)
+            load_weights(
+                teacher, read_weights(node.TEACHER_WEIGHTS), rule="exact", logger=self.logger
+            )
         else:
             teacher = timm_teacher(node.TEACHER, node.TEACHER_WEIGHTS, self.data.num_classes)
         return Distillation(teacher.to(self.world.device), node.KIND, node.ALPHA, node.TAU)
 
 
 def local(source: str) -> Path | None:
-    """A file on this machine: the path, or an https URL's download; None for ''. Raises: CheckpointError where there is none."""
+    """A file on this machine: the path, or an https URL's download; None for ''. Raises:
+    CheckpointError where there is none.
+    """
     if not source:
         return None
     path = download(source) if "://" in source else Path(source).expanduser()

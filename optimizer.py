@@ -1,4 +1,6 @@
-"""Config -> optimizer: the parameter groups, layer-wise learning rates, and the weight decay of the query and key rows."""
+"""Config -> optimizer: the parameter groups, layer-wise learning rates, and the weight decay of the
+query and key rows.
+"""
 
 import difflib
 import logging
@@ -12,18 +14,34 @@ from torch import Tensor, nn
 _logger = logging.getLogger(__name__)
 
 NAMES = ("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb")
-# Settings that a resumed run takes from its own config, not from the checkpoint (trap T11); the rest of a group is state.
-FOLLOW_CONFIG = ("lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "lr_scale", "group_name", "use_fallback", "fused", "foreach")
+# Settings that a resumed run takes from its own config, not from the checkpoint (trap T11); the
+# rest of a group is state.
+FOLLOW_CONFIG = (
+    "lr",
+    "weight_decay",
+    "betas",
+    "eps",
+    "momentum",
+    "nesterov",
+    "lr_scale",
+    "group_name",
+    "use_fallback",
+    "fused",
+    "foreach",
+)
 
 
 class OptimizerError(ValueError):
-    """An optimizer that cannot be built or continued as asked: one line that says why and how to mend it."""
+    """An optimizer that cannot be built or continued as asked: one line that says why and how to
+    mend it.
+    """
 
 
 def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The optimizer named by TRAIN.OPTIMIZER.NAME over the groups of `parameter_groups`.
 
-    A resumed optimizer keeps its moments and step counts, and takes learning rate, weight decay and the like from `config`.
+    A resumed optimizer keeps its moments and step counts, and takes learning rate, weight decay and
+    the like from `config`.
 
     Args:
         config: reads TRAIN.{OPTIMIZER, WEIGHT_DECAY, DECAY_ALL, LAYER_DECAY, QK_WEIGHT_DECAY}.
@@ -36,7 +54,9 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
     groups = parameter_groups(model, lr, train.WEIGHT_DECAY, train.LAYER_DECAY, train.DECAY_ALL)
     optimizer = _create(name, model, groups, lr, train.OPTIMIZER)
     for group in optimizer.param_groups:
-        group["optimizer"] = type(optimizer).__name__  # travels in the state dict, so that a changed optimizer is noticed
+        group["optimizer"] = type(
+            optimizer
+        ).__name__  # travels in the state dict, so that a changed optimizer is noticed
     optimizer.register_load_state_dict_pre_hook(_follow_config)
     if train.QK_WEIGHT_DECAY != 1:
         decay_query_key_rows(optimizer, query_key_weights(model), train.QK_WEIGHT_DECAY)
@@ -46,15 +66,24 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
 # ---- parameter groups
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, decay_all: bool = False) -> list[dict]:
-    """Trainable parameters in groups, ordered as in the reference: decayed, not decayed; with layer decay by first appearance.
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    decay_all: bool = False,
+) -> list[dict]:
+    """Trainable parameters in groups, ordered as in the reference: decayed, not decayed; with layer
+    decay by first appearance.
 
-    Not decayed: 1-D parameters, names ending in `.bias`, names in `model.no_weight_decay()`, and names that contain one of
-    `model.no_weight_decay_keywords()`. Keywords are substrings of the full name. The reference's SimMIM wrapper prefixed
-    them, so that none ever matched and its bias tables were decayed (trap T8): a wrapper here passes them on as they are.
-    `decay_all` decays all of these too, as recipes that hand the whole model to the optimizer do.
+    Not decayed: 1-D parameters, names ending in `.bias`, names in `model.no_weight_decay()`, and
+    names that contain one of `model.no_weight_decay_keywords()`. Keywords are substrings of the
+    full name. The reference's SimMIM wrapper prefixed them, so that none ever matched and its bias
+    tables were decayed (trap T8): a wrapper here passes them on as they are. `decay_all` decays all
+    of these too, as recipes that hand the whole model to the optimizer do.
 
-    Layer decay multiplies `lr` once, by layer_decay ** (last layer - layer_id); a group's `lr_scale` repeats it for the reader.
+    Layer decay multiplies `lr` once, by layer_decay ** (last layer - layer_id); a group's
+    `lr_scale` repeats it for the reader.
     """
     decayed = (lambda name, p: True) if decay_all else decay_rule(model)
     tree = BlockTree.of(model) if layer_decay != 1 else None
@@ -68,7 +97,11 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
         if key not in groups:
             scale = layer_decay ** (tree.last - layer)
             label = f"layer_{layer}_{'decay' if decay else 'no_decay'}"
-            groups[key] = {"group_name": label, **_group(decay, lr * scale, weight_decay), "lr_scale": scale}
+            groups[key] = {
+                "group_name": label,
+                **_group(decay, lr * scale, weight_decay),
+                "lr_scale": scale,
+            }
         groups[key]["params"].append(p)
     return [group for group in groups.values() if group["params"]]
 
@@ -81,7 +114,14 @@ def decay_rule(model: nn.Module):
     """(name, parameter) -> whether weight decay applies, by what the model says of itself."""
     names = set(getattr(model, "no_weight_decay", set)())
     keywords = set(getattr(model, "no_weight_decay_keywords", set)())
-    return lambda name, p: not (p.ndim == 1 or name.endswith(".bias") or name in names or any(k in name for k in keywords))
+    return lambda name, p: (
+        not (
+            p.ndim == 1
+            or name.endswith(".bias")
+            or name in names
+            or any(k in name for k in keywords)
+        )
+    )
 
 
 STAGES = r"(layers|stages|transformers)\.(\d+)"
@@ -92,11 +132,13 @@ EMBEDDINGS = frozenset(("patch_embed", "mask_token", "pre_mlp"))
 
 @dataclass(frozen=True)
 class BlockTree:
-    """Where the blocks of a model are, read off its parameter names, and how deep each parameter lies.
+    """Where the blocks of a model are, read off its parameter names, and how deep each parameter
+    lies.
 
-    counts: (kind, stage) -> blocks, in the order of the forward pass. first: top-level names that come before all blocks.
-    Blocks are named layers.I.blocks.J (Swin), stages.I.blocks.J (SwiftFormer), transformers.I.blocks.J (PiT), blocks.J (ViT),
-    blocks.J and then blocks_token_only.J (CaiT), or layerI.J (ResNet).
+    counts: (kind, stage) -> blocks, in the order of the forward pass. first: top-level names that
+    come before all blocks. Blocks are named layers.I.blocks.J (Swin), stages.I.blocks.J
+    (SwiftFormer), transformers.I.blocks.J (PiT), blocks.J (ViT), blocks.J and then
+    blocks_token_only.J (CaiT), or layerI.J (ResNet).
     """
 
     counts: dict[tuple[str, int], int]
@@ -114,8 +156,10 @@ class BlockTree:
                 first.add(name.partition(".")[0])
         if not blocks:
             raise OptimizerError(
-                f"TRAIN.LAYER_DECAY: {type(model).__name__} has no parameters named layers.I.blocks.J, stages.I.blocks.J, "
-                "transformers.I.blocks.J, blocks.J or layerI.J, so its depth is unknown; set it to 1.0")
+                f"TRAIN.LAYER_DECAY: {type(model).__name__} has no parameters named"
+                " layers.I.blocks.J, stages.I.blocks.J, transformers.I.blocks.J, blocks.J or"
+                " layerI.J, so its depth is unknown; set it to 1.0"
+            )
         return cls({place: 1 + max(found) for place, found in blocks.items()}, EMBEDDINGS | first)
 
     @property
@@ -133,10 +177,12 @@ class BlockTree:
         return total
 
     def layer_id(self, name: str) -> int:
-        """Depth of a parameter: 0 what comes before the blocks, 1 + b block b counted over all stages, a downsampling as the block
-        before it, and `last` the rest: norm, head and, as in the reference, Swin's absolute position embedding.
+        """Depth of a parameter: 0 what comes before the blocks, 1 + b block b counted over all
+        stages, a downsampling as the block before it, and `last` the rest: norm, head and, as in
+        the reference, Swin's absolute position embedding.
 
-        This project's own: the pre-MLP of the stem counts as patch embedding, that of a stage as the stage's first block.
+        This project's own: the pre-MLP of the stem counts as patch embedding, that of a stage as
+        the stage's first block.
         """
         if found := BLOCK.match(name):
             kind, stage, block = _place(found)
@@ -145,7 +191,9 @@ class BlockTree:
             kind, stage, part = found[1], int(found[2]), found[3]
             if part == "pre_mlp":
                 return self.before(kind, stage) + 1
-            return self.before(kind, stage + (kind == "layers"))  # Swin shrinks the map at the end of a stage, the others at its beginning
+            return self.before(
+                kind, stage + (kind == "layers")
+            )  # Swin shrinks the map at the end of a stage, the others at its beginning
         return 0 if name.partition(".")[0] in self.first else self.last
 
 
@@ -158,10 +206,15 @@ def _place(found: re.Match) -> tuple[str, int, int]:
 # ---- creation
 
 
-def _create(name: str, model: nn.Module, groups: list[dict], lr: float, settings) -> torch.optim.Optimizer:
+def _create(
+    name: str, model: nn.Module, groups: list[dict], lr: float, settings
+) -> torch.optim.Optimizer:
     betas, eps, momentum = tuple(settings.BETAS), settings.EPS, settings.MOMENTUM
     if name in ("adamw", "fused_adam"):
-        fused = name == "fused_adam" or next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel does it all; the same update
+        fused = name == "fused_adam" or next(model.parameters()).device.type in (
+            "cpu",
+            "cuda",
+        )  # one kernel does it all; the same update
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
@@ -171,47 +224,79 @@ def _create(name: str, model: nn.Module, groups: list[dict], lr: float, settings
         return _create_timm("muon", muon_groups(model, groups), lr, betas, eps, momentum)
     if name.startswith("timm:"):
         return _create_timm(name.removeprefix("timm:"), groups, lr, betas, eps, momentum)
-    raise OptimizerError(f"TRAIN.OPTIMIZER.NAME {name!r} is not known{_nearest(name, NAMES)}; allowed: {', '.join(NAMES)}, timm:<name>")
+    raise OptimizerError(
+        f"TRAIN.OPTIMIZER.NAME {name!r} is not known{_nearest(name, NAMES)}; allowed:"
+        f" {', '.join(NAMES)}, timm:<name>"
+    )
 
 
-def _create_timm(name: str, groups: list[dict], lr: float, betas: tuple, eps: float, momentum: float) -> torch.optim.Optimizer:
-    """timm's optimizer over finished groups, which timm passes on unread: it neither regroups nor rescales them."""
+def _create_timm(
+    name: str, groups: list[dict], lr: float, betas: tuple, eps: float, momentum: float
+) -> torch.optim.Optimizer:
+    """timm's optimizer over finished groups, which timm passes on unread: it neither regroups nor
+    rescales them.
+    """
     known = timm.optim.list_optimizers()
     if name.startswith("lookahead_"):
-        raise OptimizerError(f"TRAIN.OPTIMIZER.NAME timm:{name}: timm's lookahead wrapper cannot be saved and resumed exactly; "
-                             f"use timm:{name.removeprefix('lookahead_')}")
+        raise OptimizerError(
+            f"TRAIN.OPTIMIZER.NAME timm:{name}: timm's lookahead wrapper cannot be saved and"
+            f" resumed exactly; use timm:{name.removeprefix('lookahead_')}"
+        )
     if name not in known:
-        raise OptimizerError(f"TRAIN.OPTIMIZER.NAME: timm {timm.__version__} has no optimizer {name!r}{_nearest(name, known)}; "
-                             "timm.optim.list_optimizers() lists them")
+        raise OptimizerError(
+            f"TRAIN.OPTIMIZER.NAME: timm {timm.__version__} has no optimizer"
+            f" {name!r}{_nearest(name, known)}; timm.optim.list_optimizers() lists them"
+        )
     info = timm.optim.get_optimizer_info(name)
     if info.second_order:
-        raise OptimizerError(f"TRAIN.OPTIMIZER.NAME timm:{name} needs second derivatives, which this trainer does not form; use another")
+        raise OptimizerError(
+            f"TRAIN.OPTIMIZER.NAME timm:{name} needs second derivatives, which this trainer does"
+            " not form; use another"
+        )
     options = {"betas": betas} if info.has_betas and info.num_betas == 2 else {}
     try:
-        return timm.optim.create_optimizer_v2(groups, name, lr=lr, momentum=momentum, eps=eps, **options)
-    except (ImportError, AssertionError) as problem:  # timm asserts that apex, bitsandbytes or CUDA is there
-        raise OptimizerError(f"TRAIN.OPTIMIZER.NAME timm:{name} cannot be built here: {problem}") from problem
+        return timm.optim.create_optimizer_v2(
+            groups, name, lr=lr, momentum=momentum, eps=eps, **options
+        )
+    except (
+        ImportError,
+        AssertionError,
+    ) as problem:  # timm asserts that apex, bitsandbytes or CUDA is there
+        raise OptimizerError(
+            f"TRAIN.OPTIMIZER.NAME timm:{name} cannot be built here: {problem}"
+        ) from problem
 
 
 def muon_groups(model: nn.Module, groups: list[dict]) -> list[dict]:
-    """Splits each group: decayed matrices inside `layers.` or `blocks.` go to Muon, all else to the AdamW in the same object.
+    """Splits each group: decayed matrices inside `layers.` or `blocks.` go to Muon, all else to the
+    AdamW in the same object.
 
-    Embedding, head, convolutions, tables and modifiers' parameters are no hidden linear maps, so orthogonal updates have no
-    meaning for them. Muon's updates are scaled to AdamW's root mean square (timm's default), so one learning rate fits both.
+    Embedding, head, convolutions, tables and modifiers' parameters are no hidden linear maps, so
+    orthogonal updates have no meaning for them. Muon's updates are scaled to AdamW's root mean
+    square (timm's default), so one learning rate fits both.
     """
     decayed = decay_rule(model)
-    hidden = {p for name, p in model.named_parameters() if p.ndim == 2 and _is_hidden(name) and decayed(name, p)}
+    hidden = {
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and _is_hidden(name) and decayed(name, p)
+    }
     split = []
     for group in groups:
         for fallback in (False, True):
             params = [p for p in group["params"] if (p not in hidden) == fallback]
-            split.append({**group, "params": params, "use_fallback": fallback, "nesterov": not fallback})
+            split.append(
+                {**group, "params": params, "use_fallback": fallback, "nesterov": not fallback}
+            )
     return [group for group in split if group["params"]]
 
 
 def _is_hidden(name: str) -> bool:
     parts = name.split(".")
-    return any(part in parts for part in ("layers", "blocks", "blocks_token_only")) and "modifiers" not in parts
+    return (
+        any(part in parts for part in ("layers", "blocks", "blocks_token_only"))
+        and "modifiers" not in parts
+    )
 
 
 def _nearest(name: str, known) -> str:
@@ -223,36 +308,65 @@ def _nearest(name: str, known) -> str:
 
 
 def query_key_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable `attn.qkv.weight` (3C, C) of every block; rows [0:2C] make the queries and keys."""
-    found = [p for name, p in model.named_parameters() if name.endswith("attn.qkv.weight") and p.requires_grad]
+    """The trainable `attn.qkv.weight` (3C, C) of every block; rows [0:2C] make the queries and
+    keys.
+    """
+    found = [
+        p
+        for name, p in model.named_parameters()
+        if name.endswith("attn.qkv.weight") and p.requires_grad
+    ]
     if not found:
-        raise OptimizerError(f"TRAIN.QK_WEIGHT_DECAY: {type(model).__name__} has no trainable attn.qkv.weight; set it to 1.0")
+        raise OptimizerError(
+            f"TRAIN.QK_WEIGHT_DECAY: {type(model).__name__} has no trainable attn.qkv.weight; set"
+            " it to 1.0"
+        )
     return found
 
 
-def decay_query_key_rows(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], multiplier: float) -> None:
-    """Multiplies the weight decay of rows [0:2C] of each (3C, C) weight by `multiplier`, in every later step.
+def decay_query_key_rows(
+    optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], multiplier: float
+) -> None:
+    """Multiplies the weight decay of rows [0:2C] of each (3C, C) weight by `multiplier`, in every
+    later step.
 
-    A step hook that reads each group's present lr and weight_decay, so it holds under schedules and after a resume:
+    A step hook that reads each group's present lr and weight_decay, so it holds under schedules and
+    after a resume:
 
-        AdamW, Muon (W <- (1 - lr wd) W - lr u):   W_qk <- W_qk (1 - lr wd m) / (1 - lr wd) before the step
-        SGD (g <- g + wd W, then momentum):        g_qk <- g_qk + wd (m - 1) W_qk           before the step
+        AdamW, Muon (W <- (1 - lr wd) W - lr u):   W_qk <- W_qk (1 - lr wd m) / (1 - lr wd) before
+        the step
+        SGD (g <- g + wd W, then momentum):        g_qk <- g_qk + wd (m - 1) W_qk           before
+        the step
 
-    Raises: OptimizerError for optimizers that mix the decay into something non-linear, such as LAMB's trust ratio.
+    Raises: OptimizerError for optimizers that mix the decay into something non-linear, such as
+        LAMB's trust ratio.
     """
     if multiplier < 0:
-        raise OptimizerError(f"TRAIN.QK_WEIGHT_DECAY {multiplier} is negative; allowed: 0 (no decay of q and k) or more, 1.0 = off")
+        raise OptimizerError(
+            f"TRAIN.QK_WEIGHT_DECAY {multiplier} is negative; allowed: 0 (no decay of q and k) or"
+            " more, 1.0 = off"
+        )
     apply = _row_decay_of(optimizer)
     if apply is None:
-        raise OptimizerError(f"TRAIN.QK_WEIGHT_DECAY {multiplier}: {type(optimizer).__name__} has no exact form of a decay per row; "
-                             "use adamw, fused_adam, muon or sgd, or set it to 1.0")
+        raise OptimizerError(
+            f"TRAIN.QK_WEIGHT_DECAY {multiplier}: {type(optimizer).__name__} has no exact form of a"
+            " decay per row; use adamw, fused_adam, muon or sgd, or set it to 1.0"
+        )
     chosen = set(weights)
 
     def before_step(optimizer, args, kwargs):
         for group in optimizer.param_groups:
-            params = [p for p in group["params"] if p in chosen and p.grad is not None]  # no gradient, no step, no decay
+            params = [
+                p for p in group["params"] if p in chosen and p.grad is not None
+            ]  # no gradient, no step, no decay
             if params and group["weight_decay"]:
-                apply(params, group["lr"], group["weight_decay"], multiplier, getattr(optimizer, "found_inf", None))
+                apply(
+                    params,
+                    group["lr"],
+                    group["weight_decay"],
+                    multiplier,
+                    getattr(optimizer, "found_inf", None),
+                )
 
     optimizer.register_step_pre_hook(before_step)
 
@@ -264,17 +378,33 @@ def _row_decay_of(optimizer):
 
 
 @torch.no_grad()
-def _decay_decoupled(params: list[Tensor], lr: float, weight_decay: float, multiplier: float, found_inf: Tensor | None) -> None:
+def _decay_decoupled(
+    params: list[Tensor],
+    lr: float,
+    weight_decay: float,
+    multiplier: float,
+    found_inf: Tensor | None,
+) -> None:
     factor = (1 - lr * weight_decay * multiplier) / (1 - lr * weight_decay)
-    if found_inf is not None:  # a fused optimizer decides on the device whether this step is skipped
+    if (
+        found_inf is not None
+    ):  # a fused optimizer decides on the device whether this step is skipped
         factor = torch.where(found_inf > 0, 1.0, factor)
     torch._foreach_mul_([_query_key_rows(p) for p in params], factor)
 
 
 @torch.no_grad()
-def _decay_coupled(params: list[Tensor], lr: float, weight_decay: float, multiplier: float, found_inf: Tensor | None) -> None:
+def _decay_coupled(
+    params: list[Tensor],
+    lr: float,
+    weight_decay: float,
+    multiplier: float,
+    found_inf: Tensor | None,
+) -> None:
     rows = [_query_key_rows(p) for p in params]
-    torch._foreach_add_([_query_key_rows(p.grad) for p in params], rows, alpha=weight_decay * (multiplier - 1))
+    torch._foreach_add_(
+        [_query_key_rows(p.grad) for p in params], rows, alpha=weight_decay * (multiplier - 1)
+    )
 
 
 def _query_key_rows(weight: Tensor) -> Tensor:
@@ -285,23 +415,41 @@ def _query_key_rows(weight: Tensor) -> Tensor:
 
 
 def _follow_config(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """Before loading: refuses another optimizer's state, and puts this run's settings in place of the stored ones."""
+    """Before loading: refuses another optimizer's state, and puts this run's settings in place of
+    the stored ones.
+    """
     stored, own = state["param_groups"], optimizer.param_groups
     kinds = {group.get("optimizer", own[0]["optimizer"]) for group in stored}
     if kinds != {own[0]["optimizer"]}:
-        raise OptimizerError(f"the checkpoint holds the state of {', '.join(sorted(kinds))}, this run uses {own[0]['optimizer']}; "
-                             "set TRAIN.OPTIMIZER.NAME to the stored one, or start from the weights alone with --pretrained")
+        raise OptimizerError(
+            f"the checkpoint holds the state of {', '.join(sorted(kinds))}, this run uses"
+            f" {own[0]['optimizer']}; set TRAIN.OPTIMIZER.NAME to the stored one, or start from the"
+            " weights alone with --pretrained"
+        )
     if [len(g["params"]) for g in stored] != [len(g["params"]) for g in own]:
-        raise OptimizerError(f"the checkpoint's optimizer has parameter groups of {[len(g['params']) for g in stored]} tensors, "
-                             f"this run's {[len(g['params']) for g in own]}; the model or TRAIN.LAYER_DECAY has changed")
+        raise OptimizerError(
+            "the checkpoint's optimizer has parameter groups of"
+            f" {[len(g['params']) for g in stored]} tensors, this run's"
+            f" {[len(g['params']) for g in own]}; the model or TRAIN.LAYER_DECAY has changed"
+        )
     for setting, old, new in settings_changed(stored, own):
-        _logger.warning("resuming: %s is %s in the checkpoint and %s in the config; the config is followed", setting, old, new)
-    merged = [{**g, **{k: mine[k] for k in FOLLOW_CONFIG if k in mine}} for g, mine in zip(stored, own, strict=True)]
+        _logger.warning(
+            "resuming: %s is %s in the checkpoint and %s in the config; the config is followed",
+            setting,
+            old,
+            new,
+        )
+    merged = [
+        {**g, **{k: mine[k] for k in FOLLOW_CONFIG if k in mine}}
+        for g, mine in zip(stored, own, strict=True)
+    ]
     return {**state, "param_groups": merged}
 
 
 def settings_changed(stored: list[dict], own: list[dict]) -> list[tuple[str, object, object]]:
-    """(setting, stored value, own value) where two lists of groups differ, once a setting; lr is left to the schedule's own report."""
+    """(setting, stored value, own value) where two lists of groups differ, once a setting; lr is
+    left to the schedule's own report.
+    """
     changed = {}
     for old, new in zip(stored, own, strict=True):
         for key in FOLLOW_CONFIG[1:]:

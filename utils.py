@@ -1,4 +1,6 @@
-"""What every run needs and no method contains: processes, devices, random states, logs, meters and files written whole."""
+"""What every run needs and no method contains: processes, devices, random states, logs, meters and
+files written whole.
+"""
 
 import json
 import logging
@@ -25,14 +27,17 @@ PACKAGES = ("run", "data", "models", "engine", "kernels", "optimizer", "lr_sched
 
 
 class RunError(RuntimeError):
-    """Something the user can mend: a folder, a device, a launch, a run that diverged. The message is one line."""
+    """Something the user can mend: a folder, a device, a launch, a run that diverged. The message
+    is one line.
+    """
 
 
 class World:
     """The processes of this run: one alone, or those that torchrun started, joined in a group.
 
-    rank in 0 .. size - 1, local_rank on this machine, device. `control` is a CPU (gloo) group for messages that must not wait
-    for the device; it and the default group exist only where size > 1. A context manager: leaving it ends the group.
+    rank in 0 .. size - 1, local_rank on this machine, device. `control` is a CPU (gloo) group for
+    messages that must not wait for the device; it and the default group exist only where size > 1.
+    A context manager: leaving it ends the group.
     """
 
     def __init__(self, device: str = "auto", local_rank: int = 0) -> None:
@@ -48,7 +53,8 @@ class World:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         store, rank, size = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # A prefix of its own for each restart, so that no process meets addresses that a killed one left in the store.
+        # A prefix of its own for each restart, so that no process meets addresses that a killed one
+        # left in the store.
         store = dist.PrefixStore(f"attempt_{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         self.control = dist.new_group(backend="gloo")
@@ -90,31 +96,46 @@ class World:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if self.control is not None and kind is None:  # after an error the others may wait in a collective: leave without them
+        if (
+            self.control is not None and kind is None
+        ):  # after an error the others may wait in a collective: leave without them
             dist.destroy_process_group()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name` (auto, cuda, mps or cpu; auto takes the first of these that works here).
+    """The device called `name` (auto, cuda, mps or cpu; auto takes the first of these that works
+    here).
 
     Raises: RunError where the device does not exist on this machine.
     """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     name = next(kind for kind, works in found.items() if works) if name == "auto" else name
     if not found.get(name, False):
         works = ", ".join(kind for kind, ok in found.items() if ok)
-        raise RunError(f"DEVICE {name}: not available on this machine (available: {works}); choose one of these or auto")
+        raise RunError(
+            f"DEVICE {name}: not available on this machine (available: {works}); choose one of"
+            " these or auto"
+        )
     if name != "cuda":
         return torch.device(name)
     if local_rank >= torch.cuda.device_count():
-        raise RunError(f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found): "
-                       f"start with --nproc-per-node={torch.cuda.device_count()}, or use --device cpu")
+        raise RunError(
+            f"process {local_rank} of this machine has no GPU of its own"
+            f" ({torch.cuda.device_count()} found): start with"
+            f" --nproc-per-node={torch.cuda.device_count()}, or use --device cpu"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def choose_precision(device: torch.device, name: str = "auto", enabled: bool = True) -> torch.dtype:
-    """The dtype of autocast. auto: bfloat16 on CUDA from sm_80 on, float16 on older CUDA, float32 (no autocast) elsewhere."""
+    """The dtype of autocast. auto: bfloat16 on CUDA from sm_80 on, float16 on older CUDA, float32
+    (no autocast) elsewhere.
+    """
     if not enabled:
         return torch.float32
     if name != "auto":
@@ -125,7 +146,9 @@ def choose_precision(device: torch.device, name: str = "auto", enabled: bool = T
 
 
 def autocast_factory(device: torch.device, dtype: torch.dtype) -> Callable[[], torch.autocast]:
-    """A function without arguments that opens an autocast region of this dtype; float32 means no autocast."""
+    """A function without arguments that opens an autocast region of this dtype; float32 means no
+    autocast.
+    """
     enabled = dtype != torch.float32
     return partial(torch.autocast, device.type, dtype=dtype if enabled else None, enabled=enabled)
 
@@ -136,12 +159,15 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def prepare_device(device: torch.device, threads: int = 0, deterministic: bool = False) -> None:
-    """Process-wide settings. threads: CPU threads of torch, 0 leaves them. deterministic: kernels that give the same bits each time;
-    torch raises where it has none."""
+    """Process-wide settings. threads: CPU threads of torch, 0 leaves them. deterministic: kernels
+    that give the same bits each time; torch raises where it has none.
+    """
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cpu":
-        torch.set_flush_denormal(True)  # exp(-100) of masked pairs is a denormal, which slows the CPU down
+        torch.set_flush_denormal(
+            True
+        )  # exp(-100) of masked pairs is a denormal, which slows the CPU down
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -156,13 +182,20 @@ def seed_everything(seed: int) -> None:
 
 
 def capture_rng(device: torch.device) -> dict[str, Any]:
-    """The states of all generators of this process as tensors and numbers, so that they load under weights_only=True."""
+    """The states of all generators of this process as tensors and numbers, so that they load under
+    weights_only=True.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {"name": name, "keys": torch.from_numpy(keys.astype(np.int64)), "position": int(position),
-                  "has_gauss": int(has_gauss), "cached": float(cached)},
+        "numpy": {
+            "name": name,
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
@@ -175,7 +208,9 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    np.random.set_state(
+        (numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"])
+    )
     torch.set_rng_state(state["torch"])
     if device.type in state and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state[device.type])
@@ -183,9 +218,11 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only when it is complete and on disk; until then the old file stays.
+    """A binary file that takes the name `path` only when it is complete and on disk; until then the
+    old file stays.
 
-    Raises: RunError naming the path where the system refuses the write (disk full, file too large, no permission).
+    Raises: RunError naming the path where the system refuses the write (disk full, file too large,
+        no permission).
     """
     partial_path = path.with_name(f".{path.name}.partial")
     try:
@@ -196,8 +233,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial_path, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error} (free on that disk: {free_space(path.parent)}); "
-                       "nothing that was there has changed") from error
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error} (free on that disk:"
+            f" {free_space(path.parent)}); nothing that was there has changed"
+        ) from error
     finally:
         partial_path.unlink(missing_ok=True)
 
@@ -209,13 +248,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, plain: dict[str, Any], text: str) -> None:
-    """The run's settings, as config.json (the reference's name) and as config.yaml, which can be given back as --cfg."""
+    """The run's settings, as config.json (the reference's name) and as config.yaml, which can be
+    given back as --cfg.
+    """
     write_text(folder / "config.json", json.dumps(plain, indent=1))
     write_text(folder / "config.yaml", text)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in this folder survive a power cut; systems that cannot open folders (Windows) need no such call."""
+    """Makes a rename in this folder survive a power cut; systems that cannot open folders (Windows)
+    need no such call.
+    """
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(handle)
@@ -228,7 +271,9 @@ def free_space(folder: Path) -> str:
 
 
 def prepare_folder(folder: str | Path) -> Path:
-    """Creates a folder and proves that it can be written to, before anything else is done. Raises: RunError."""
+    """Creates a folder and proves that it can be written to, before anything else is done. Raises:
+    RunError.
+    """
     folder = Path(folder)
     probe = folder / f".probe-{os.getpid()}"
     try:
@@ -236,12 +281,16 @@ def prepare_folder(folder: str | Path) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise RunError(f"output folder {folder}: {error.strerror or error}; choose another one with --output") from error
+        raise RunError(
+            f"output folder {folder}: {error.strerror or error}; choose another one with --output"
+        ) from error
     return folder
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints above a progress bar, if there is one, and leaves out the lines that the bar replaces."""
+    """Prints above a progress bar, if there is one, and leaves out the lines that the bar
+    replaces.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         if not (getattr(record, "progress", False) and on_terminal()):
@@ -255,20 +304,30 @@ def on_terminal() -> bool:
 
 
 def create_logger(folder: Path | None, name: str, rank: int = 0) -> logging.Logger:
-    """The log of the run: folder/log_rank{rank}.txt (appended; None: no file) and, on rank 0, the console.
+    """The log of the run: folder/log_rank{rank}.txt (appended; None: no file) and, on rank 0, the
+    console.
 
-    Lines read `[date time name] (file line): LEVEL message`. Warnings of every library arrive here too.
+    Lines read `[date time name] (file line): LEVEL message`. Warnings of every library arrive here
+    too.
     """
     root = logging.getLogger()
     for handler in [h for h in root.handlers if getattr(h, "of_run", False)]:
         root.removeHandler(handler)
         handler.close()
     place = "(%(filename)s %(lineno)d)"
-    head = colored(f"[%(asctime)s {name}]", "green") + colored(place, "yellow") if on_terminal() else f"[%(asctime)s {name}] {place}"
+    head = (
+        colored(f"[%(asctime)s {name}]", "green") + colored(place, "yellow")
+        if on_terminal()
+        else f"[%(asctime)s {name}] {place}"
+    )
     if rank == 0:
         _attach(root, _ConsoleHandler(), f"{head}: %(levelname)s %(message)s")
     if folder is not None:
-        _attach(root, logging.FileHandler(folder / f"log_rank{rank}.txt"), f"[%(asctime)s {name}] {place}: %(levelname)s %(message)s")
+        _attach(
+            root,
+            logging.FileHandler(folder / f"log_rank{rank}.txt"),
+            f"[%(asctime)s {name}] {place}: %(levelname)s %(message)s",
+        )
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -287,7 +346,9 @@ def _attach(root: logging.Logger, handler: logging.Handler, pattern: str) -> Non
 
 
 class Stopwatch:
-    """Seconds per item: `lap(n)` after every n items; `last` is that of the newest lap, `mean` that of all of them."""
+    """Seconds per item: `lap(n)` after every n items; `last` is that of the newest lap, `mean` that
+    of all of them.
+    """
 
     def __init__(self) -> None:
         self.start = self.mark = time.perf_counter()
@@ -311,15 +372,26 @@ def print_error(error: BaseException) -> None:
     """One line on stderr; processes other than the first say which they are."""
     message = one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
-        message = (f"{message.partition(' GPU ')[0]} The device is full: lower DATA.BATCH_SIZE (--batch-size; raise --accumulation-steps "
-                   "by the same factor to keep the result), or add --use-checkpoint")
+        message = (
+            f"{message.partition(' GPU ')[0]} The device is full: lower DATA.BATCH_SIZE"
+            " (--batch-size; raise --accumulation-steps by the same factor to keep the result), or"
+            " add --use-checkpoint"
+        )
     rank = os.environ.get("RANK", "0")
-    print(f"main.py: error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr, flush=True)
+    print(
+        f"main.py: error{'' if rank == '0' else f' (process {rank})'}: {message}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; of an error from a DataLoader worker only its own last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    """The message of an error without line breaks; of an error from a DataLoader worker only its
+    own last line.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     if "in DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2] or lines[-1]
     return " ".join(lines)

@@ -1,12 +1,15 @@
-"""The attention operation on the CPU, layout included: the fused kernel against PyTorch's operations, in one interleaved run.
+"""The attention operation on the CPU, layout included: the fused kernel against PyTorch's
+operations, in one interleaved run.
 
     python benchmarks/cpu_attention.py --json benchmarks/results/cpu_attention.json
 
-Forward is without a gradient; backward is that of qkv, weight and bias, its forward not timed. Seconds are this process' CPU time with one
-thread, so that other programs disturb less; each round takes every backend once, in rotating order, and a ratio is the median over rounds
-of the ratio within a round. "reference" is the plain formula, operation by operation, as in eager Swin; "eager" is this project's own
-PyTorch form. Errors are against float64: the norm of the difference over the norm of the result, the fused kernel beside the reference run
-in the same dtype.
+Forward is without a gradient; backward is that of qkv, weight and bias, its forward not timed.
+Seconds are this process' CPU time with one thread, so that other programs disturb less; each round
+takes every backend once, in rotating order, and a ratio is the median over rounds of the ratio
+within a round. "reference" is the plain formula, operation by operation, as in eager Swin; "eager"
+is this project's own
+PyTorch form. Errors are against float64: the norm of the difference over the norm of the result,
+the fused kernel beside the reference run in the same dtype.
 """
 
 import argparse
@@ -26,9 +29,13 @@ from kernels.window_attention import BACKENDS, OffsetTerms, window_layout
 from kernels.window_attention.fused import missing
 
 # name, grid side, window side, shift, heads of 32 channels, a weight per offset, cosine attention
-SHAPES = (("Swin-T stage 1", 56, 7, 0, 3, False, False), ("Swin-T stage 1, shifted, CRPW", 56, 7, 3, 3, True, False),
-          ("Swin-T stage 3, shifted", 14, 7, 3, 12, False, False), ("SwinV2-T w8 stage 1, shifted", 64, 8, 4, 3, False, True),
-          ("SwinV2-B w16 stage 1, shifted", 64, 16, 8, 4, False, True))
+SHAPES = (
+    ("Swin-T stage 1", 56, 7, 0, 3, False, False),
+    ("Swin-T stage 1, shifted, CRPW", 56, 7, 3, 3, True, False),
+    ("Swin-T stage 3, shifted", 14, 7, 3, 12, False, False),
+    ("SwinV2-T w8 stage 1, shifted", 64, 8, 4, 3, False, True),
+    ("SwinV2-B w16 stage 1, shifted", 64, 16, 8, 4, False, True),
+)
 BACKENDS_TIMED = ("fused", "eager", "reference")
 
 
@@ -39,18 +46,31 @@ class Work:
         _, side, window, shift, heads, per_offset, self.cosine = shape
         torch.manual_seed(0)
         offsets = (2 * window - 1) ** 2
-        self.heads, self.layout = heads, window_layout((side, side), (window, window), (shift, shift))
+        self.heads, self.layout = (
+            heads,
+            window_layout((side, side), (window, window), (shift, shift)),
+        )
         self.qkv = torch.randn(batch, side, side, 96 * heads).to(dtype)
-        self.weight = (10.0 if self.cosine else 32**-0.5) * (1 + 0.1 * torch.randn(offsets if per_offset else 1, heads))
-        self.bias, self.grad = torch.randn(offsets, heads), torch.randn(batch, side, side, 32 * heads).to(dtype)
+        self.weight = (10.0 if self.cosine else 32**-0.5) * (
+            1 + 0.1 * torch.randn(offsets if per_offset else 1, heads)
+        )
+        self.bias, self.grad = (
+            torch.randn(offsets, heads),
+            torch.randn(batch, side, side, 32 * heads).to(dtype),
+        )
 
     def forward(self, backend: str, qkv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(B, H, W, C)."""
-        return BACKENDS[backend](qkv, OffsetTerms(self.layout.window, weight, bias), self.layout, self.heads, self.cosine)
+        return BACKENDS[backend](
+            qkv, OffsetTerms(self.layout.window, weight, bias), self.layout, self.heads, self.cosine
+        )
 
     def outcome(self, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Output and gradients of qkv, weight and bias, all computed in `dtype` if one is given."""
-        leaves = [tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_() for tensor in (self.qkv, self.weight, self.bias)]
+        leaves = [
+            tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_()
+            for tensor in (self.qkv, self.weight, self.bias)
+        ]
         y = self.forward(backend, *leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, self.grad.to(y.dtype))]
 
@@ -72,7 +92,7 @@ def measure(shape: tuple, dtype: torch.dtype, batch: int, rounds: int) -> dict:
     work = Work(shape, dtype, batch)
     taken: dict[str, list[tuple[float, float]]] = {backend: [] for backend in BACKENDS_TIMED}
     for turn in range(-2, rounds):
-        order = BACKENDS_TIMED[turn % 3:] + BACKENDS_TIMED[:turn % 3]
+        order = BACKENDS_TIMED[turn % 3 :] + BACKENDS_TIMED[: turn % 3]
         for backend in order:
             seconds = work.seconds(backend)
             if turn >= 0:
@@ -81,32 +101,60 @@ def measure(shape: tuple, dtype: torch.dtype, batch: int, rounds: int) -> dict:
     for index, kind in enumerate(("forward", "backward")):
         row[f"{kind} ms"] = 1e3 * statistics.median(seconds[index] for seconds in taken["fused"])
         for other in BACKENDS_TIMED[1:]:
-            ratios = [theirs[index] / ours[index] for ours, theirs in zip(taken["fused"], taken[other], strict=True)]
+            ratios = [
+                theirs[index] / ours[index]
+                for ours, theirs in zip(taken["fused"], taken[other], strict=True)
+            ]
             row[f"{kind} x {other}"] = statistics.median(ratios)
-    exact, fused, plain = work.outcome("reference", torch.float64), work.outcome("fused"), work.outcome("reference")
-    for name, right, ours, theirs in zip(("y", "dqkv", "dweight", "dbias"), exact, fused, plain, strict=True):
-        row[f"error {name}"] = [((tensor.double() - right).norm() / right.norm()).item() for tensor in (ours, theirs)]
+    exact, fused, plain = (
+        work.outcome("reference", torch.float64),
+        work.outcome("fused"),
+        work.outcome("reference"),
+    )
+    for name, right, ours, theirs in zip(
+        ("y", "dqkv", "dweight", "dbias"), exact, fused, plain, strict=True
+    ):
+        row[f"error {name}"] = [
+            ((tensor.double() - right).norm() / right.norm()).item() for tensor in (ours, theirs)
+        ]
     return row
 
 
 def table(rows: list[dict]) -> str:
     """Two Markdown tables: speed and error."""
-    lines = ["| shape | dtype | forward, backward ms | forward: x reference, x eager | backward: x reference, x eager |",
-             "|---|---|---|---|---|"]
+    lines = [
+        (
+            "| shape | dtype | forward, backward ms | forward: x reference, x eager | backward: x"
+            " reference, x eager |"
+        ),
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
-        ratios = [f"{row[f'{kind} x reference']:.2f}, {row[f'{kind} x eager']:.2f}" for kind in ("forward", "backward")]
+        ratios = [
+            f"{row[f'{kind} x reference']:.2f}, {row[f'{kind} x eager']:.2f}"
+            for kind in ("forward", "backward")
+        ]
         times = f"{row['forward ms']:.1f}, {row['backward ms']:.1f}"
         lines.append(f"| {row['shape']} | {row['dtype']} | {times} | {' | '.join(ratios)} |")
-    lines += ["", "| shape | dtype | error of y | of dqkv | of dweight | of dbias |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| shape | dtype | error of y | of dqkv | of dweight | of dbias |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        errors = " | ".join("{:.1e} ({:.1e})".format(*row[f"error {name}"]) for name in ("y", "dqkv", "dweight", "dbias"))
+        errors = " | ".join(
+            "{:.1e} ({:.1e})".format(*row[f"error {name}"])
+            for name in ("y", "dqkv", "dweight", "dbias")
+        )
         lines.append(f"| {row['shape']} | {row['dtype']} | {errors} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measures, prints and stores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path)
@@ -114,8 +162,11 @@ def main() -> None:
     if missing("cpu"):
         sys.exit(f"there is no fused kernel here: {missing('cpu')}")
     torch.set_num_threads(1)
-    rows = [measure(shape, dtype, arguments.batch if shape[2] < 16 else 2, arguments.rounds) for shape in SHAPES
-            for dtype in (torch.float32, torch.bfloat16)]
+    rows = [
+        measure(shape, dtype, arguments.batch if shape[2] < 16 else 2, arguments.rounds)
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     versions = {**environment(), "batch": arguments.batch, "rounds": arguments.rounds}
     print(table(rows), versions, sep="\n")
     if arguments.json:

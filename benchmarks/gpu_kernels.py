@@ -1,14 +1,19 @@
-"""Everything the fused window attention needs a GPU for, in one call of under nine minutes on an H200.
+"""Everything the fused window attention needs a GPU for, in one call of under nine minutes on an
+H200.
 
-    python benchmarks/gpu_kernels.py --json benchmarks/results/gpu_kernels.json       all parts, on the current CUDA device
+    python benchmarks/gpu_kernels.py --json benchmarks/results/gpu_kernels.json       all parts, on
+    the current CUDA device
     python benchmarks/gpu_kernels.py --parts build correctness sanitizer              some of them
-    python benchmarks/gpu_kernels.py --device cpu --quick                             what can be tried without a GPU
+    python benchmarks/gpu_kernels.py --device cpu --quick                             what can be
+    tried without a GPU
 
-Parts: build (compiles the kernels for this device), correctness (the shapes of the emulated tests and random ones, against float64, and
-the operation in PyTorch), determinism (bit-equal when run twice, and from a CUDA graph), sanitizer (compute-sanitizer's memcheck and
-racecheck on small shapes), ops and models (speed and memory, against other means; medians of interleaved rounds). Only when named, since
-compiling takes minutes: compiled (whole models through torch.compile). A part that fails is reported and the next one runs; the exit status
-is 1 if any did.
+Parts: build (compiles the kernels for this device), correctness (the shapes of the emulated tests
+and random ones, against float64, and the operation in PyTorch), determinism (bit-equal when run
+twice, and from a CUDA graph), sanitizer (compute-sanitizer's memcheck and racecheck on small
+shapes), ops and models (speed and memory, against other means; medians of interleaved rounds). Only
+when named, since
+compiling takes minutes: compiled (whole models through torch.compile). A part that fails is
+reported and the next one runs; the exit status is 1 if any did.
 """
 
 import argparse
@@ -36,18 +41,38 @@ ROOT = Path(__file__).resolve().parent.parent
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PARTS = ("build", "correctness", "determinism", "sanitizer", "ops", "models")
 NAMED = ("compiled",)
-# Seconds after which a part starts nothing more; the sum of PARTS leaves room for starting up within nine minutes.
-SECONDS = {"build": 180, "correctness": 60, "determinism": 20, "sanitizer": 100, "ops": 110, "models": 60, "compiled": 240}
-QUICK = [Case((7, 7), missing=(2, 3), shift=(3, 3), weight="table"), Case((8, 8), (1, 2), cosine=True, dropout=0.2, dtype=F32),
-         Case((9, 12), (1, 1), weight="table", post=True, dtype=F16), Case((16, 16), (1, 1), heads=1)]
+# Seconds after which a part starts nothing more; the sum of PARTS leaves room for starting up
+# within nine minutes.
+SECONDS = {
+    "build": 180,
+    "correctness": 60,
+    "determinism": 20,
+    "sanitizer": 100,
+    "ops": 110,
+    "models": 60,
+    "compiled": 240,
+}
+QUICK = [
+    Case((7, 7), missing=(2, 3), shift=(3, 3), weight="table"),
+    Case((8, 8), (1, 2), cosine=True, dropout=0.2, dtype=F32),
+    Case((9, 12), (1, 1), weight="table", post=True, dtype=F16),
+    Case((16, 16), (1, 1), heads=1),
+]
 # more windows than there are multiprocessors, so that a block takes several
-LARGE = [Case((7, 7), (8, 8), shift=(3, 3), batch=8, heads=3, weight="table"),
-         Case((8, 8), (8, 8), shift=(4, 4), batch=8, heads=3, cosine=True), Case((16, 16), (4, 4), shift=(8, 8), batch=8, cosine=True),
-         Case((24, 24), (2, 2), shift=(12, 12), batch=2, heads=1, weight="table"),
-         Case((12, 12), (3, 3), missing=(5, 0), shift=(6, 6), batch=4, dtype=F16, dropout=0.1)]
-SANITIZED = [Case((7, 7), (2, 2), missing=(2, 3), shift=(3, 3), weight="table"), Case((8, 8), (1, 2), cosine=True, dropout=0.1, dtype=F16),
-             Case((9, 12), (1, 2), shift=(4, 6), weight="table", post=True), Case((10, 10), (1, 1), heads=1, dtype=F32),
-             Case((24, 24), (1, 1), heads=1, weight="table")]
+LARGE = [
+    Case((7, 7), (8, 8), shift=(3, 3), batch=8, heads=3, weight="table"),
+    Case((8, 8), (8, 8), shift=(4, 4), batch=8, heads=3, cosine=True),
+    Case((16, 16), (4, 4), shift=(8, 8), batch=8, cosine=True),
+    Case((24, 24), (2, 2), shift=(12, 12), batch=2, heads=1, weight="table"),
+    Case((12, 12), (3, 3), missing=(5, 0), shift=(6, 6), batch=4, dtype=F16, dropout=0.1),
+]
+SANITIZED = [
+    Case((7, 7), (2, 2), missing=(2, 3), shift=(3, 3), weight="table"),
+    Case((8, 8), (1, 2), cosine=True, dropout=0.1, dtype=F16),
+    Case((9, 12), (1, 2), shift=(4, 6), weight="table", post=True),
+    Case((10, 10), (1, 1), heads=1, dtype=F32),
+    Case((24, 24), (1, 1), heads=1, weight="table"),
+]
 
 
 class Failure(RuntimeError):
@@ -68,7 +93,9 @@ class Run:
             missing = reason if path is None else library.missing(self.device)
             if missing:
                 raise Failure(f"no kernel for {self.device}: {missing}")
-            self.kernel = Kernel(ctypes.CDLL(str(path)), "wa_cuda" if self.device == "cuda" else "wa_cpu")
+            self.kernel = Kernel(
+                ctypes.CDLL(str(path)), "wa_cuda" if self.device == "cuda" else "wa_cpu"
+            )
         return self.kernel
 
     def cases(self) -> list[Case]:
@@ -98,9 +125,16 @@ def part_correctness(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
         drawn = Drawn(case)
         wrong += [f"{case}: {text}" for text in problems(kernel.run(drawn), drawn)]
         tried += 1
-    wrong += [f"operation, {case}: {text}" for case in QUICK[:1] + QUICK[2:] for text in check_operation(case, run.device)]
+    wrong += [
+        f"operation, {case}: {text}"
+        for case in QUICK[:1] + QUICK[2:]
+        for text in check_operation(case, run.device)
+    ]
     if wrong:
-        raise Failure(f"{len(wrong)} results of {tried} cases err more than PyTorch's own in the same dtype:\n  " + "\n  ".join(wrong[:40]))
+        raise Failure(
+            f"{len(wrong)} results of {tried} cases err more than PyTorch's own in the same"
+            " dtype:\n  " + "\n  ".join(wrong[:40])
+        )
     return [{"cases": tried, "of": len(run.cases())}]
 
 
@@ -108,15 +142,26 @@ def check_operation(case: Case, device: str) -> list[str]:
     """What errs of the output and gradients of window_attention(backend="fused") with autograd."""
     drawn = Drawn(case)
     inputs = {name: getattr(drawn, name) for name in ("qkv", "weight", "bias", "post")}
-    leaves = {name: t.to(device, copy=True).requires_grad_() for name, t in inputs.items() if t is not None}
+    leaves = {
+        name: t.to(device, copy=True).requires_grad_()
+        for name, t in inputs.items()
+        if t is not None
+    }
     terms = OffsetTerms(case.window, leaves["weight"], leaves.get("bias"), leaves.get("post"))
     layout = window_layout(case.grid, case.window, case.shift, device=torch.device(device))
     out = window_attention(leaves["qkv"], terms, layout, case.heads, case.cosine, 0.0, "fused")
     out.backward(drawn.grad_out.to(device))
-    ours = by_part({"out": out.detach().cpu(), **{name: leaf.grad.cpu() for name, leaf in leaves.items()}}, case)
+    ours = by_part(
+        {"out": out.detach().cpu(), **{name: leaf.grad.cpu() for name, leaf in leaves.items()}},
+        case,
+    )
     exact, plain = by_pytorch(drawn, torch.float64), by_pytorch(drawn, case.dtype)
-    return [f"{name}: {distances(ours[name], exact[name])[0]:.2e}" for name in exact
-            if distances(ours[name], exact[name])[0] > 2 * distances(plain[name], exact[name])[0] + 1e-4 * exact[name].norm().item()]
+    return [
+        f"{name}: {distances(ours[name], exact[name])[0]:.2e}"
+        for name in exact
+        if distances(ours[name], exact[name])[0]
+        > 2 * distances(plain[name], exact[name])[0] + 1e-4 * exact[name].norm().item()
+    ]
 
 
 def part_determinism(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
@@ -126,7 +171,11 @@ def part_determinism(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
         drawn = Drawn(case)
         first, *others = (kernel.run(drawn) for _ in range(3))
         for other in others:
-            differing = [name for name in first if not torch.equal(first[name].nan_to_num(7), other[name].nan_to_num(7))]
+            differing = [
+                name
+                for name in first
+                if not torch.equal(first[name].nan_to_num(7), other[name].nan_to_num(7))
+            ]
             if differing:
                 raise Failure(f"{case}: not the same bits twice: {differing}")
     if run.device == "cuda":
@@ -137,7 +186,9 @@ def part_determinism(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
 def check_graph() -> None:
     """The operation's forward and backward captured and replayed on new inputs."""
     inputs = kernel_speed.Inputs(kernel_speed.SHAPES[1].but(batch=4), "cuda", BF16)
-    qkv, weight, bias = (t.detach().clone().requires_grad_() for t in (inputs.qkv[0], inputs.weight, inputs.bias))
+    qkv, weight, bias = (
+        t.detach().clone().requires_grad_() for t in (inputs.qkv[0], inputs.weight, inputs.bias)
+    )
 
     def step() -> tuple[torch.Tensor, ...]:
         out = kernel_speed.backend("fused")(qkv, weight, bias, inputs)
@@ -161,23 +212,49 @@ def part_sanitizer(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
     """memcheck and racecheck over small shapes, each in a process of its own."""
     if run.device != "cuda":
         return [{"skipped": "compute-sanitizer checks CUDA kernels"}]
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
     if tool is None:
         return [{"skipped": "compute-sanitizer is not installed"}]
     rows = []
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-name-exclude", "kernel_substring=at::native",
-                   sys.executable, __file__, "--only-run-small"]
+        command = [
+            tool,
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            "--kernel-name-exclude",
+            "kernel_substring=at::native",
+            sys.executable,
+            __file__,
+            "--only-run-small",
+        ]
         start = time.perf_counter()
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS["sanitizer"] / 2, check=False)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS["sanitizer"] / 2,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             rows.append({"tool": check, "skipped": "not done in its time"})
             continue
         text = done.stdout + done.stderr
         if done.returncode:
-            raise Failure(f"{check} ended with {done.returncode}:\n" + "\n".join(text.splitlines()[-30:]))
-        rows.append({"tool": check, "seconds": time.perf_counter() - start, "said": text.strip().splitlines()[-1]})
+            raise Failure(
+                f"{check} ended with {done.returncode}:\n" + "\n".join(text.splitlines()[-30:])
+            )
+        rows.append(
+            {
+                "tool": check,
+                "seconds": time.perf_counter() - start,
+                "said": text.strip().splitlines()[-1],
+            }
+        )
     return rows
 
 
@@ -189,12 +266,22 @@ def part_ops(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
 
 def part_models(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
     """Speed and memory of whole models."""
-    return list(kernel_speed.time_models(run.device, max(2, run.rounds * 2 // 3), run.quick, time_is_up))
+    return list(
+        kernel_speed.time_models(run.device, max(2, run.rounds * 2 // 3), run.quick, time_is_up)
+    )
 
 
 def part_compiled(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
     """Speed and memory of whole models through torch.compile."""
-    return list(kernel_speed.time_models(run.device, max(2, run.rounds * 2 // 3), run.quick, time_is_up, kernel_speed.compiled_rivals))
+    return list(
+        kernel_speed.time_models(
+            run.device,
+            max(2, run.rounds * 2 // 3),
+            run.quick,
+            time_is_up,
+            kernel_speed.compiled_rivals,
+        )
+    )
 
 
 def table(rows: list[dict]) -> str:
@@ -205,7 +292,9 @@ def table(rows: list[dict]) -> str:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows])
+    return "\n".join(
+        lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
+    )
 
 
 def run_parts(run: Run, parts: list[str]) -> dict[str, list[dict]]:
@@ -216,7 +305,9 @@ def run_parts(run: Run, parts: list[str]) -> dict[str, list[dict]]:
         limit = SECONDS[part]
         print(f"== {part}", flush=True)
         try:
-            rows = globals()[f"part_{part}"](run, lambda start=start, limit=limit: time.perf_counter() - start > limit)
+            rows = globals()[f"part_{part}"](
+                run, lambda start=start, limit=limit: time.perf_counter() - start > limit
+            )
         except Exception as error:  # the other parts are still worth their time
             rows = [{"failed": f"{type(error).__name__}: {error}"}]
         results[part] = rows
@@ -226,17 +317,24 @@ def run_parts(run: Run, parts: list[str]) -> dict[str, list[dict]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few of them")
     parser.add_argument("--parts", nargs="+", choices=PARTS + NAMED, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=15, help="of each timing (models: two thirds of them)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="of each timing (models: two thirds of them)"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only-run-small", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_kernels: there is no CUDA device here, so nothing was checked or timed on a GPU; --device cpu --quick tries what can be"
-              " tried without one", file=sys.stderr)
+        print(
+            "gpu_kernels: there is no CUDA device here, so nothing was checked or timed on a GPU;"
+            " --device cpu --quick tries what can be tried without one",
+            file=sys.stderr,
+        )
         return 2
     torch.manual_seed(0)
     run = Run(arguments)
@@ -250,7 +348,9 @@ def main() -> int:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
-    failed = [part for part, rows in found["parts"].items() if len(rows) == 1 and "failed" in rows[0]]
+    failed = [
+        part for part, rows in found["parts"].items() if len(rows) == 1 and "failed" in rows[0]
+    ]
     print(f"failed: {', '.join(failed)}" if failed else "every part did what it should")
     return 1 if failed else 0
 

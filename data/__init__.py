@@ -1,4 +1,7 @@
-"""Images: where they lie, how they are read, changed, ordered and batched. data.build turns a config into loaders."""
+"""Images: where they lie, how they are read, changed, ordered and batched. data.build turns a
+config into loaders.
+"""
+
 from data.build import Data, build_data
 from data.errors import DataError, worker_failure
 

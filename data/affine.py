@@ -1,4 +1,5 @@
 """Random affine maps of whole batches: an epoch of the digits costs about 0.1 s on one core."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from data.sources import ArraySource
 
 @dataclass(frozen=True)
 class Affine:
-    """Ranges, each uniform in +-value: rotation in rad, relative scale, shear (x per y), shift in half image sides."""
+    """Ranges, each uniform in +-value: rotation in rad, relative scale, shear (x per y), shift in
+    half image sides.
+    """
 
     rotation: float = 0.2
     scale: float = 0.12
@@ -26,15 +29,18 @@ class Affine:
     def matrices(self, draws: np.ndarray, size: tuple[int, int], hflip: float = 0.0) -> Tensor:
         """Output -> input coordinates, both in [-1, 1], of N images.
 
-        draws: (N, 6), uniform in [-1, 1): rotation, scale, shear, shift x, shift y, flip. hflip: probability of mirroring.
-        Returns (N, 2, 3) float32, rows x and y. Computed for a whole epoch at once, so independent of the batches.
+        draws: (N, 6), uniform in [-1, 1): rotation, scale, shear, shift x, shift y, flip. hflip:
+        probability of mirroring. Returns (N, 2, 3) float32, rows x and y. Computed for a whole
+        epoch at once, so independent of the batches.
         """
         angle, scale = draws[:, 0] * self.rotation, 1 + draws[:, 1] * self.scale
         shear = draws[:, 2] * self.shear
         cos, sin, aspect = scale * np.cos(angle), scale * np.sin(angle), size[0] / size[1]
         mirror = np.where((draws[:, 5] + 1) / 2 < hflip, -1.0, 1.0)
-        rows = [[cos * mirror, (cos * shear - sin) * aspect, draws[:, 3] * self.shift],
-                [sin * mirror / aspect, sin * shear + cos, draws[:, 4] * self.shift]]
+        rows = [
+            [cos * mirror, (cos * shear - sin) * aspect, draws[:, 3] * self.shift],
+            [sin * mirror / aspect, sin * shear + cos, draws[:, 4] * self.shift],
+        ]
         return torch.from_numpy(np.array(rows).transpose(2, 0, 1).astype(np.float32))
 
 
@@ -44,16 +50,31 @@ class ArrayBatches(Dataset):
     Args:
         source: images (N, h, w) uint8. channels: how often the grey channel is repeated.
         mean, std: per channel, of values in [0, 1]. affine: None for evaluation.
-        hflip: probability of mirroring. erasing: timm's RandomErasing or None. copies: repetitions of an image in an epoch.
+        hflip: probability of mirroring. erasing: timm's RandomErasing or None. copies: repetitions
+            of an image in an epoch.
     """
 
-    def __init__(self, source: ArraySource, *, channels: int, mean: tuple[float, ...], std: tuple[float, ...], affine: Affine | None = None,
-                 hflip: float = 0.0, erasing=None, seed: int = 0, copies: int = 1):
+    def __init__(
+        self,
+        source: ArraySource,
+        *,
+        channels: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        affine: Affine | None = None,
+        hflip: float = 0.0,
+        erasing=None,
+        seed: int = 0,
+        copies: int = 1,
+    ):
         self.source, self.channels, self.affine, self.hflip = source, channels, affine, hflip
         self.erasing, self.seed, self.copies = erasing, seed, copies
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
         self.reading: Tensor | None = None  # asked for by the loader; memory never stalls
-        self._images, self._labels = torch.from_numpy(source.images)[:, None], torch.from_numpy(source.labels)
+        self._images, self._labels = (
+            torch.from_numpy(source.images)[:, None],
+            torch.from_numpy(source.labels),
+        )
         self._epoch, self._matrices = -1, None
 
     def __len__(self) -> int:
@@ -77,7 +98,10 @@ class ArrayBatches(Dataset):
     def _matrices_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             draws = stream(AFFINE, self.seed, epoch).uniform(-1, 1, (self.copies * len(self), 6))
-            self._epoch, self._matrices = epoch, self.affine.matrices(draws, tuple(self._images.shape[-2:]), self.hflip)
+            self._epoch, self._matrices = (
+                epoch,
+                self.affine.matrices(draws, tuple(self._images.shape[-2:]), self.hflip),
+            )
         return self._matrices
 
     def _erase(self, images: Tensor, keys: list[Key]) -> None:
@@ -88,12 +112,18 @@ class ArrayBatches(Dataset):
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Bilinear samples of images (B, C, h, w) at matrices (B, 2, 3) times the output's coordinates; 0 outside.
+    """Bilinear samples of images (B, C, h, w) at matrices (B, 2, 3) times the output's coordinates;
+    0 outside.
 
-    The grid is formed by products and sums of one rounding each, not by a matrix product, whose rounding may depend on
-    the number of threads and so on the number of workers.
+    The grid is formed by products and sums of one rounding each, not by a matrix product, whose
+    rounding may depend on the number of threads and so on the number of workers.
     """
-    x, y = (torch.arange(1 - n, n, 2, dtype=torch.float32) / n for n in (images.shape[-1], images.shape[-2]))
+    x, y = (
+        torch.arange(1 - n, n, 2, dtype=torch.float32) / n
+        for n in (images.shape[-1], images.shape[-2])
+    )
     a = matrices[..., None, None]  # (B, 2, 3, 1, 1)
     grid = a[:, :, 0] * x + a[:, :, 1] * y[:, None] + a[:, :, 2]  # (B, 2, h, w)
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(
+        images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False
+    )

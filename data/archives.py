@@ -1,4 +1,5 @@
 """Images inside zip archives, as the reference's zip mode, with an index that needs no map file."""
+
 from __future__ import annotations
 
 import logging
@@ -15,18 +16,22 @@ from data.files import FileList, is_image
 from data.images import UnreadableImage, decode
 
 logger = logging.getLogger(__name__)
-_LOCAL_HEADER = 30  # bytes before the name in a zip's local file header; the last four are two lengths
+_LOCAL_HEADER = (
+    30  # bytes before the name in a zip's local file header; the last four are two lengths
+)
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
 class Archive:
     """Random access to the members of a zip file.
 
-    The standard library's ZipFile keeps one object per member, about 1 GB for ImageNet in each worker, and one file
-    position for all processes forked after opening. This keeps four arrays and opens the file once per process.
+    The standard library's ZipFile keeps one object per member, about 1 GB for ImageNet in each
+    worker, and one file position for all processes forked after opening. This keeps four arrays and
+    opens the file once per process.
 
     Args:
-        names: the members to index. Raises: DataError if the file is no zip, or lacks or encrypts a member.
+        names: the members to index. Raises: DataError if the file is no zip, or lacks or encrypts a
+            member.
     """
 
     def __init__(self, path: str | os.PathLike, names: FileList):
@@ -48,7 +53,9 @@ class Archive:
             file = self._open()
             file.seek(self._start[index])
             header = file.read(_LOCAL_HEADER)
-            extra = sum(int.from_bytes(header[at:at + 2], "little") for at in (26, 28))  # lengths of name and extra field
+            extra = sum(
+                int.from_bytes(header[at : at + 2], "little") for at in (26, 28)
+            )  # lengths of name and extra field
             file.seek(extra, os.SEEK_CUR)
             return file.read(int(self.size[index]))
         except OSError as error:
@@ -57,7 +64,9 @@ class Archive:
     def unpack(self, index: int, raw: bytes) -> bytes:
         """The content of a member, checked against its checksum. Raises: UnreadableImage."""
         try:
-            content = zlib.decompress(raw, -zlib.MAX_WBITS) if self._method[index] == _DEFLATED else raw
+            content = (
+                zlib.decompress(raw, -zlib.MAX_WBITS) if self._method[index] == _DEFLATED else raw
+            )
         except zlib.error as error:
             raise UnreadableImage(f"damaged archive member ({error})") from None
         if zlib.crc32(content) != self._crc[index]:
@@ -74,16 +83,27 @@ class ZipSource:
     """Images of a zip archive.
 
     Args:
-        cache: 'no' reads from the archive each time; 'full' holds all bytes in memory, once per process of the job;
-            'part' holds the images i with i mod world_size == rank and reads the others. Whatever the cache, every
-            rank sees every image in the course of training.
+        cache: 'no' reads from the archive each time; 'full' holds all bytes in memory, once per
+            process of the job; 'part' holds the images i with i mod world_size == rank and reads
+            the others. Whatever the cache, every rank sees every image in the course of training.
     Raises: DataError if the cache would not fit into the machine.
     """
 
-    def __init__(self, path: str | os.PathLike, files: FileList, cache: str = "no", rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        files: FileList,
+        cache: str = "no",
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.files, self.labels = files, files.labels
         self.archive = Archive(path, files)
-        held = {"no": np.arange(0), "full": np.arange(len(files)), "part": np.arange(rank, len(files), world_size)}
+        held = {
+            "no": np.arange(0),
+            "full": np.arange(len(files)),
+            "part": np.arange(rank, len(files), world_size),
+        }
         if cache not in held:
             raise DataError(f"DATA.CACHE_MODE '{cache}' is unknown; allowed: no, full, part")
         self._load(held[cache])
@@ -99,19 +119,27 @@ class ZipSource:
 
     def _raw(self, index: int) -> bytes:
         at = self._place[index]
-        return self.archive.raw(index) if at < 0 else self._bytes[at:at + self.archive.size[index]].tobytes()
+        return (
+            self.archive.raw(index)
+            if at < 0
+            else self._bytes[at : at + self.archive.size[index]].tobytes()
+        )
 
     def _load(self, held: np.ndarray) -> None:
-        self._place = np.full(len(self), -1, dtype=np.int64)  # where in _bytes image i begins, -1 if not held
+        self._place = np.full(
+            len(self), -1, dtype=np.int64
+        )  # where in _bytes image i begins, -1 if not held
         ends = np.cumsum(self.archive.size[held])
         total = int(ends[-1]) if len(held) else 0
         _check_memory(total, self.archive.path)
         self._bytes = np.empty(total, dtype=np.uint8)
         if total:
-            logger.info("caching %d images of %s, %.1f GB", len(held), self.archive.path, total / 1e9)
+            logger.info(
+                "caching %d images of %s, %.1f GB", len(held), self.archive.path, total / 1e9
+            )
         for index, end in zip(held.tolist(), ends.tolist()):
             raw = self.archive.raw(index)
-            self._bytes[end - len(raw):end] = np.frombuffer(raw, dtype=np.uint8)
+            self._bytes[end - len(raw) : end] = np.frombuffer(raw, dtype=np.uint8)
             self._place[index] = end - len(raw)
 
 
@@ -120,27 +148,41 @@ def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise DataError(f"'{path}' is not a complete zip archive ({error}); make it again") from None
+        raise DataError(
+            f"'{path}' is not a complete zip archive ({error}); make it again"
+        ) from None
 
 
 def read_map(path: Path) -> FileList:
-    """The reference's map file: one 'relative/path<TAB>label' a line. Raises: DataError naming the first bad line."""
+    """The reference's map file: one 'relative/path<TAB>label' a line. Raises: DataError naming the
+    first bad line.
+    """
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-        return FileList(_map_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
+        return FileList(
+            _map_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
+        )
 
 
 def index_archive(path: Path) -> tuple[FileList, list[str]]:
     """Images of an archive labelled by folder, and the sorted folder names.
 
-    Folders that enclose all images (train/ in train.zip) are passed over; the class is the first folder below.
+    Folders that enclose all images (train/ in train.zip) are passed over; the class is the first
+    folder below.
     Raises: DataError if there are no images in class folders.
     """
     with open_zip(path) as archive:
-        names = sorted(name for name in archive.namelist() if is_image(name) and not name.startswith("__MACOSX/"))
+        names = sorted(
+            name
+            for name in archive.namelist()
+            if is_image(name) and not name.startswith("__MACOSX/")
+        )
     skip = _enclosing(names)
     if not names or any(name.count("/") <= skip for name in names):
         stray = next((name for name in names if name.count("/") <= skip), "no image at all")
-        raise DataError(f"'{path}' must hold <class>/<image>, found {stray}; without a map file the folders are the classes")
+        raise DataError(
+            f"'{path}' must hold <class>/<image>, found {stray}; without a map file the folders are"
+            " the classes"
+        )
     owners = [name.split("/")[skip] for name in names]
     classes = sorted(set(owners))
     labels = {name: label for label, name in enumerate(classes)}
@@ -148,10 +190,15 @@ def index_archive(path: Path) -> tuple[FileList, list[str]]:
 
 
 def _enclosing(names: list[str]) -> int:
-    """How many leading folders all of `names` share, leaving at least one folder to be the class."""
+    """How many leading folders all of `names` share, leaving at least one folder to be the
+    class.
+    """
     if not names:
         return 0
-    first, last = names[0].split("/")[:-2], names[-1].split("/")  # sorted: what these two share, all share
+    first, last = (
+        names[0].split("/")[:-2],
+        names[-1].split("/"),
+    )  # sorted: what these two share, all share
     shared = 0
     while shared < len(first) and first[shared] == last[shared]:
         shared += 1
@@ -161,7 +208,9 @@ def _enclosing(names: list[str]) -> int:
 def _map_entry(path: Path, number: int, line: str) -> tuple[str, int]:
     name, tab, label = line.rstrip("\r\n").rpartition("\t")
     if not tab or not label.strip().isdecimal():
-        raise DataError(f"'{path}' line {number} must be 'relative/path<TAB>label', got {line.strip()[:80]!r}")
+        raise DataError(
+            f"'{path}' line {number} must be 'relative/path<TAB>label', got {line.strip()[:80]!r}"
+        )
     return name.removeprefix("/"), int(label)
 
 
@@ -169,9 +218,14 @@ def _member(archive: zipfile.ZipFile, name: str, path: str) -> zipfile.ZipInfo:
     try:
         member = archive.getinfo(name)
     except KeyError:
-        raise DataError(f"'{path}' has no member '{name}', which its map file lists; make both again") from None
+        raise DataError(
+            f"'{path}' has no member '{name}', which its map file lists; make both again"
+        ) from None
     if member.flag_bits & 1 or member.compress_type not in (_STORED, _DEFLATED):
-        raise DataError(f"'{path}' member '{name}' is encrypted or compressed in a way other than deflate; store it plainly (zip -0)")
+        raise DataError(
+            f"'{path}' member '{name}' is encrypted or compressed in a way other than deflate;"
+            " store it plainly (zip -0)"
+        )
     return member
 
 
@@ -180,5 +234,7 @@ def _check_memory(needed: int, path: str) -> None:
         return
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
-        raise DataError(f"DATA.CACHE_MODE would hold {needed / 1e9:.0f} GB of '{path}' per process, the machine has "
-                        f"{present / 1e9:.0f} GB; use part with more processes, or no")
+        raise DataError(
+            f"DATA.CACHE_MODE would hold {needed / 1e9:.0f} GB of '{path}' per process, the machine"
+            f" has {present / 1e9:.0f} GB; use part with more processes, or no"
+        )

@@ -1,4 +1,7 @@
-"""Data sets that answer a list of keys with one batch, errors included: an error crosses processes as a value."""
+"""Data sets that answer a list of keys with one batch, errors included: an error crosses processes
+as a value.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,14 +17,17 @@ from data.images import UnreadableImage
 from data.randomness import REPLACEMENT, Key, preserved_rng, seed_sample, stream
 from data.sources import Source
 
-# Unreadable images in a row after which replacing one more is no longer sensible: the storage is gone.
+# Unreadable images in a row after which replacing one more is no longer sensible: the storage is
+# gone.
 _ATTEMPTS = 10
 
 
 class Batch(NamedTuple):
-    """What a worker hands over. `replaced`: "path: reason" of each unreadable image; `error`: text of a DataError, or ''."""
+    """What a worker hands over. `replaced`: "path: reason" of each unreadable image; `error`: text
+    of a DataError, or ''.
+    """
 
-    images: Tensor | None = None   # (B, C, H, W) float32, normalised
+    images: Tensor | None = None  # (B, C, H, W) float32, normalised
     targets: Tensor | None = None  # (B,) int64
     replaced: tuple[str, ...] = ()
     error: str = ""
@@ -30,16 +36,26 @@ class Batch(NamedTuple):
 class ImageDataset(Dataset):
     """Reads and transforms the images of a source.
 
-    A training image that cannot be read is replaced by another, a function of (seed, key), and reported in the
-    batch; a validation image that cannot be read is an error, since a score over other images is another score.
+    A training image that cannot be read is replaced by another, a function of (seed, key), and
+    reported in the batch; a validation image that cannot be read is an error, since a score over
+    other images is another score.
 
     Args:
-        transform: RGB image -> (C, H, W) tensor; draws from the global generators, which are seeded per sample.
+        transform: RGB image -> (C, H, W) tensor; draws from the global generators, which are seeded
+            per sample.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], seed: int = 0, training: bool = False):
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int = 0,
+        training: bool = False,
+    ):
         self.source, self.transform, self.seed, self.training = source, transform, seed, training
-        self.reading: Tensor | None = None  # (workers,) int64, shared: the image each worker is at; set by the loader
+        self.reading: Tensor | None = (
+            None  # (workers,) int64, shared: the image each worker is at; set by the loader
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -61,7 +77,9 @@ class ImageDataset(Dataset):
         finally:
             self._announce(-1)
         images, targets = zip(*samples)
-        return Batch(default_collate(list(images)), torch.tensor(targets, dtype=torch.int64), tuple(replaced))
+        return Batch(
+            default_collate(list(images)), torch.tensor(targets, dtype=torch.int64), tuple(replaced)
+        )
 
     def _sample(self, key: Key, replaced: list[str]) -> tuple[Tensor, int]:
         index, image = self._read(key, replaced)
@@ -78,7 +96,10 @@ class ImageDataset(Dataset):
             except UnreadableImage as reason:
                 note = f"{self.source.name(index)}: {reason}"
             if others is None:
-                raise DataError(f"validation image cannot be read: {note}; restore the file, an evaluation leaves no image out")
+                raise DataError(
+                    f"validation image cannot be read: {note}; restore the file, an evaluation"
+                    " leaves no image out"
+                )
             replaced.append(note)
             index = int(others.randint(len(self)))
         raise DataError(f"{_ATTEMPTS} training images in a row cannot be read, the last: {note}")

@@ -1,7 +1,10 @@
-"""scikit-learn's bundled handwritten digits: 1 797 real 8x8 images, the data set that needs no download.
+"""scikit-learn's bundled handwritten digits: 1 797 real 8x8 images, the data set that needs no
+download.
 
-Origin: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+Origin: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+    Repository, 1998.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -11,25 +14,38 @@ from torch.nn import functional as F
 from data.errors import DataError
 from data.sources import ArraySource, Sources
 
-# Every TEST_EVERY-th image of each class, from its first on, is a test image: 1 433 training and 364 test images.
+# Every TEST_EVERY-th image of each class, from its first on, is a test image: 1 433 training and
+# 364 test images.
 TEST_EVERY = 5
 
 
 def digits(size: tuple[int, int], interpolation: str = "bilinear", train: bool = True) -> Sources:
-    """The digits enlarged to `size` (h, w), grey, by bilinear or bicubic interpolation without a random choice."""
+    """The digits enlarged to `size` (h, w), grey, by bilinear or bicubic interpolation without a
+    random choice.
+    """
     images, labels = load()
     images = enlarge(images, size, interpolation)
     test = is_test(labels)
-    return Sources(ArraySource("digits (train)", images[~test], labels[~test]) if train else None,
-                   ArraySource("digits (test)", images[test], labels[test]), [str(digit) for digit in range(10)])
+    return Sources(
+        ArraySource("digits (train)", images[~test], labels[~test]) if train else None,
+        ArraySource("digits (test)", images[test], labels[test]),
+        [str(digit) for digit in range(10)],
+    )
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
-    """Images (1797, 8, 8) with values 0..16 and labels (1797,). Raises: DataError without scikit-learn."""
+    """Images (1797, 8, 8) with values 0..16 and labels (1797,). Raises: DataError without
+    scikit-learn.
+    """
     try:
-        from sklearn.datasets import load_digits  # here, as importing it takes a second that other data sets need not wait
+        from sklearn.datasets import (
+            load_digits,
+        )  # here, as importing it takes a second that other data sets need not wait
     except ImportError:
-        raise DataError("DATA.DATASET digits needs scikit-learn, which holds the images: pip install scikit-learn") from None
+        raise DataError(
+            "DATA.DATASET digits needs scikit-learn, which holds the images: pip install"
+            " scikit-learn"
+        ) from None
     bundle = load_digits()
     return bundle.images, bundle.target.astype(np.int64)
 
@@ -46,5 +62,10 @@ def enlarge(images: np.ndarray, size: tuple[int, int], interpolation: str) -> np
     """(N, 8, 8) in 0..16 -> (N, h, w) uint8. Interpolations other than bicubic mean bilinear."""
     levels = torch.from_numpy(images).float()[:, None] * (255 / 16)
     if levels.shape[-2:] != tuple(size):
-        levels = F.interpolate(levels, size, mode="bicubic" if interpolation == "bicubic" else "bilinear", align_corners=False)
+        levels = F.interpolate(
+            levels,
+            size,
+            mode="bicubic" if interpolation == "bicubic" else "bilinear",
+            align_corners=False,
+        )
     return levels[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()

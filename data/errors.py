@@ -1,4 +1,7 @@
-"""The one exception of this package that a user is meant to read, and the text of its commonest forms."""
+"""The one exception of this package that a user is meant to read, and the text of its commonest
+forms.
+"""
+
 from __future__ import annotations
 
 import os
@@ -8,11 +11,15 @@ _SHOWN = 6
 
 
 class DataError(RuntimeError):
-    """Missing, wrong or unreadable data. The message is one line: what was given, what is expected, how to mend it."""
+    """Missing, wrong or unreadable data. The message is one line: what was given, what is expected,
+    how to mend it.
+    """
 
 
 def describe(path: str | os.PathLike) -> str:
-    """What lies at `path`, in a few words: 'no such folder', 'an empty folder' or its first entries (folders end in '/')."""
+    """What lies at `path`, in a few words: 'no such folder', 'an empty folder' or its first entries
+    (folders end in '/').
+    """
     path = Path(path)
     if not path.exists():
         return "no such folder"
@@ -26,28 +33,48 @@ def describe(path: str | os.PathLike) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def layout_error(dataset: str, root: str | os.PathLike, expected: str, looked: str | os.PathLike | None = None,
-                 hint: str = "") -> DataError:
-    """The error of a wrong layout. `looked` is the place whose content is shown (default: `root`)."""
+def layout_error(
+    dataset: str,
+    root: str | os.PathLike,
+    expected: str,
+    looked: str | os.PathLike | None = None,
+    hint: str = "",
+) -> DataError:
+    """The error of a wrong layout. `looked` is the place whose content is shown (default:
+    `root`).
+    """
     looked = root if looked is None else looked
     place = "" if looked == root else f" in '{looked}'"
     end = f"; {hint}" if hint else ""
-    return DataError(f"DATA.DATASET {dataset}: DATA.DATA_PATH '{root}' must hold {expected}; found{place}: {describe(looked)}{end}")
+    return DataError(
+        f"DATA.DATASET {dataset}: DATA.DATA_PATH '{root}' must hold {expected}; found{place}:"
+        f" {describe(looked)}{end}"
+    )
 
 
 def worker_failure(error: RuntimeError, reading: str = "") -> DataError | None:
-    """A DataError for torch's report of a dead or silent DataLoader worker; None if `error` is something else.
+    """A DataError for torch's report of a dead or silent DataLoader worker; None if `error` is
+    something else.
 
-    torch raises the report of a killed worker from a signal handler, so it can appear anywhere in the main process.
+    torch raises the report of a killed worker from a signal handler, so it can appear anywhere in
+    the main process.
     """
     text = str(error)
     if "DataLoader timed out" in text:
-        return DataError(f"no batch arrived within DATA.TIMEOUT seconds{reading}; check the storage, or raise DATA.TIMEOUT "
-                         "(0 waits for ever)")
-    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return DataError(
+            f"no batch arrived within DATA.TIMEOUT seconds{reading}; check the storage, or raise"
+            " DATA.TIMEOUT (0 waits for ever)"
+        )
+    if "DataLoader worker" in text and (
+        "killed by signal" in text or "exited unexpectedly" in text
+    ):
         if "shared memory" in text or "Bus error" in text:
-            return DataError("a data worker died for lack of shared memory; enlarge /dev/shm (docker: --shm-size) "
-                             "or set DATA.NUM_WORKERS 0")
-        return DataError(f"a data worker died ({text.splitlines()[0].rstrip('. ')}); often the machine ran out of memory: "
-                         "lower DATA.NUM_WORKERS or DATA.BATCH_SIZE, or set DATA.CACHE_MODE no")
+            return DataError(
+                "a data worker died for lack of shared memory; enlarge /dev/shm (docker:"
+                " --shm-size) or set DATA.NUM_WORKERS 0"
+            )
+        return DataError(
+            f"a data worker died ({text.splitlines()[0].rstrip('. ')}); often the machine ran out"
+            " of memory: lower DATA.NUM_WORKERS or DATA.BATCH_SIZE, or set DATA.CACHE_MODE no"
+        )
     return None

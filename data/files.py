@@ -1,4 +1,5 @@
 """Lists of image files in compact buffers, and the scan of class folders."""
+
 from __future__ import annotations
 
 import os
@@ -14,7 +15,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 class FileList:
     """Names and labels of N images as two buffers, one offset array and no Python object per image.
 
-    Workers are forked: a list of str would be copied page by page as reference counts change, these buffers never are.
+    Workers are forked: a list of str would be copied page by page as reference counts change, these
+        buffers never are.
 
     Args:
         pairs: (name, label) of each image; names are relative to whatever root the reader adds.
@@ -33,24 +35,32 @@ class FileList:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._names[self._ends[index]:self._ends[index + 1]])
+        return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
 
 
 def class_folders(folder: str | os.PathLike) -> list[str]:
-    """Sorted names of the sub-folders; hidden ones (.ipynb_checkpoints) are no classes. [] where `folder` is none."""
+    """Sorted names of the sub-folders; hidden ones (.ipynb_checkpoints) are no classes. [] where
+    `folder` is none.
+    """
     if not os.path.isdir(folder):
         return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+        )
 
 
 def is_image(name: str) -> bool:
-    """Whether the extension is one of EXTENSIONS and the file is not hidden (macOS leaves ._x.jpg beside x.jpg)."""
+    """Whether the extension is one of EXTENSIONS and the file is not hidden (macOS leaves ._x.jpg
+    beside x.jpg).
+    """
     return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
 
 
 def images_below(root: Path, folder: str) -> Iterator[str]:
-    """Paths, relative to `root`, of the images below root/folder at any depth, in torchvision's ImageFolder order."""
+    """Paths, relative to `root`, of the images below root/folder at any depth, in torchvision's
+    ImageFolder order.
+    """
     for parent, _, names in sorted(os.walk(root / folder, followlinks=True)):
         for name in sorted(names):
             if is_image(name):
@@ -60,4 +70,6 @@ def images_below(root: Path, folder: str) -> Iterator[str]:
 def scan_classes(root: str | os.PathLike, classes: list[str]) -> FileList:
     """All images of root/<class>/; the label is the position in `classes`."""
     root = Path(root)
-    return FileList((path, label) for label, name in enumerate(classes) for path in images_below(root, name))
+    return FileList(
+        (path, label) for label, name in enumerate(classes) for path in images_below(root, name)
+    )

@@ -1,4 +1,5 @@
 """From bytes to an RGB image, with one reason for every way in which that fails."""
+
 from __future__ import annotations
 
 import io
@@ -9,7 +10,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 # What Pillow's decoders raise on damaged files (SyntaxError: broken PNG chunks).
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class UnreadableImage(Exception):
@@ -19,7 +29,8 @@ class UnreadableImage(Exception):
 def decode(content: bytes) -> Image.Image:
     """The image as 8-bit RGB, whatever its container, name or mode (grey, CMYK, palette, 16 bit).
 
-    Orientation tags are ignored, as by the reference, whose released weights were trained and scored that way.
+    Orientation tags are ignored, as by the reference, whose released weights were trained and
+    scored that way.
     Raises: UnreadableImage.
     """
     if not content:
@@ -43,7 +54,9 @@ def read_file(path: str) -> bytes:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255, which turns 16-bit images white
+    if image.mode.startswith(
+        "I;16"
+    ):  # Pillow's own conversion clips at 255, which turns 16-bit images white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 

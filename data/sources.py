@@ -1,9 +1,11 @@
-"""Where images come from. A source has a length, labels, a name for messages, and read(index) -> RGB image.
+"""Where images come from. A source has a length, labels, a name for messages, and read(index) ->
+RGB image.
 
-    source.labels         (N,) int64
-    source.name(index)    what to call image `index` in a message
-    source.read(index)    PIL image, RGB; raises UnreadableImage
+source.labels         (N,) int64
+source.name(index)    what to call image `index` in a message
+source.read(index)    PIL image, RGB; raises UnreadableImage
 """
+
 from __future__ import annotations
 
 import os

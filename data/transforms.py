@@ -1,4 +1,7 @@
-"""Training and evaluation transforms: RGB image -> normalised (C, h, w) tensor. Training follows timm's recipe."""
+"""Training and evaluation transforms: RGB image -> normalised (C, h, w) tensor. Training follows
+timm's recipe.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -10,42 +13,83 @@ from torchvision.transforms.functional import InterpolationMode
 
 from data.errors import DataError
 
-# Images of this side or less are not resized by a random or enlarged crop, as in the reference (CIFAR at 32).
+# Images of this side or less are not resized by a random or enlarged crop, as in the reference
+# (CIFAR at 32).
 SMALL = 32
 SMALL_PADDING = 4
-# AutoAugment's learned policies, by the data set they were learned on; torchvision holds all three, timm ImageNet's alone.
-LEARNED_POLICIES = {"cifar10": T.AutoAugmentPolicy.CIFAR10, "svhn": T.AutoAugmentPolicy.SVHN, "imagenet": T.AutoAugmentPolicy.IMAGENET}
+# AutoAugment's learned policies, by the data set they were learned on; torchvision holds all three,
+# timm ImageNet's alone.
+LEARNED_POLICIES = {
+    "cifar10": T.AutoAugmentPolicy.CIFAR10,
+    "svhn": T.AutoAugmentPolicy.SVHN,
+    "imagenet": T.AutoAugmentPolicy.IMAGENET,
+}
 INTERPOLATIONS = ("random", "bilinear", "bicubic", "lanczos", "hamming")
-_EVAL_MODES = {"bicubic": InterpolationMode.BICUBIC, "lanczos": InterpolationMode.LANCZOS, "hamming": InterpolationMode.HAMMING}
+_EVAL_MODES = {
+    "bicubic": InterpolationMode.BICUBIC,
+    "lanczos": InterpolationMode.LANCZOS,
+    "hamming": InterpolationMode.HAMMING,
+}
 
 
-def train_transform(size: tuple[int, int], *, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str = "bicubic",
-                    scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3), hflip: float = 0.5,
-                    color_jitter: float = 0.4, auto_augment: str = "none", erase_prob: float = 0.0, erase_mode: str = "pixel",
-                    erase_count: int = 1, erase_area: tuple[float, float] = (0.02, 1 / 3), crop_padding: int = -1) -> T.Compose:
-    """Crop, mirror, a policy or colour jitter, normalise, random erasing; the channels are those of `mean`: 1 (grey) or 3.
+def train_transform(
+    size: tuple[int, int],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str = "bicubic",
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    color_jitter: float = 0.4,
+    auto_augment: str = "none",
+    erase_prob: float = 0.0,
+    erase_mode: str = "pixel",
+    erase_count: int = 1,
+    erase_area: tuple[float, float] = (0.02, 1 / 3),
+    crop_padding: int = -1,
+) -> T.Compose:
+    """Crop, mirror, a policy or colour jitter, normalise, random erasing; the channels are those of
+    `mean`: 1 (grey) or 3.
 
     Args:
         size: (h, w). scale, ratio: area and aspect ratio of RandomResizedCrop.
-        color_jitter: strength, 0 for none; without effect beside `auto_augment`, as in the reference.
-        auto_augment: cifar10, svhn or imagenet (AutoAugment's policies, arXiv:1805.09501, as torchvision has them), timm's policy
-            string, or 'none'. The policies fill what they uncover with the mean colour.
-        erase_mode: pixel (noise), rand (one random colour) or const (0, which is the mean). erase_area: least and most share of the
-            image's area that one erased region takes.
-        crop_padding: >= 0 takes a random crop of the padded image instead of RandomResizedCrop; -1: only for
-            images up to SMALL pixels, with SMALL_PADDING. The image is first brought to `size` where it has another.
+        color_jitter: strength, 0 for none; without effect beside `auto_augment`, as in the
+            reference.
+        auto_augment: cifar10, svhn or imagenet (AutoAugment's policies, arXiv:1805.09501, as
+            torchvision has them), timm's policy string, or 'none'. The policies fill what they
+            uncover with the mean colour.
+        erase_mode: pixel (noise), rand (one random colour) or const (0, which is the mean).
+            erase_area: least and most share of the image's area that one erased region takes.
+        crop_padding: >= 0 takes a random crop of the padded image instead of RandomResizedCrop; -1:
+            only for images up to SMALL pixels, with SMALL_PADDING. The image is first brought to
+            `size` where it has another.
     Raises: DataError naming the key of a value that timm does not know.
     """
     _check_interpolation(interpolation)
     learned = auto_augment in LEARNED_POLICIES
-    options = dict(input_size=size, is_training=True, separate=True, scale=tuple(scale), ratio=tuple(ratio), hflip=hflip,
-                   color_jitter=None if learned else color_jitter or None,
-                   auto_augment=None if learned or auto_augment in ("", "none", None) else auto_augment,
-                   interpolation=interpolation, re_prob=erase_prob, re_mode=erase_mode, re_count=erase_count)
+    options = dict(
+        input_size=size,
+        is_training=True,
+        separate=True,
+        scale=tuple(scale),
+        ratio=tuple(ratio),
+        hflip=hflip,
+        color_jitter=None if learned else color_jitter or None,
+        auto_augment=None if learned or auto_augment in ("", "none", None) else auto_augment,
+        interpolation=interpolation,
+        re_prob=erase_prob,
+        re_mode=erase_mode,
+        re_count=erase_count,
+    )
     shape, colour, final = _timm_steps(options, mean, std)
     if crop_padding >= 0 or max(size) <= SMALL:
         padding = crop_padding if crop_padding >= 0 else SMALL_PADDING
-        shape = [T.Resize(size, _eval_mode(interpolation)), T.RandomCrop(size, padding=padding), *shape[1:]]
+        shape = [
+            T.Resize(size, _eval_mode(interpolation)),
+            T.RandomCrop(size, padding=padding),
+            *shape[1:],
+        ]
     keep_one_bit(colour)
     if learned:
         colour = [_learned_policy(auto_augment, mean), *colour]
@@ -57,29 +101,57 @@ def train_transform(size: tuple[int, int], *, mean: tuple[float, ...], std: tupl
 
 def _learned_policy(name: str, mean: tuple[float, ...]) -> T.AutoAugment:
     colour = tuple(mean) if len(mean) == 3 else tuple(mean) * 3
-    return T.AutoAugment(LEARNED_POLICIES[name], InterpolationMode.BILINEAR, fill=[round(255 * value) for value in colour])
+    return T.AutoAugment(
+        LEARNED_POLICIES[name],
+        InterpolationMode.BILINEAR,
+        fill=[round(255 * value) for value in colour],
+    )
 
 
-def _timm_steps(options: dict, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list, list, list]:
-    """timm's three groups of steps: crop and mirror; colours; to a normalised tensor. Grey images turn grey after the second."""
+def _timm_steps(
+    options: dict, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[list, list, list]:
+    """timm's three groups of steps: crop and mirror; colours; to a normalised tensor. Grey images
+    turn grey after the second.
+    """
     from timm.data import create_transform  # here: importing timm takes seconds
-    rgb = (mean, std) if len(mean) == 3 else (tuple(mean) * 3, tuple(std) * 3)  # RandAugment fills RGB images with the mean
+
+    rgb = (
+        (mean, std) if len(mean) == 3 else (tuple(mean) * 3, tuple(std) * 3)
+    )  # RandAugment fills RGB images with the mean
     try:
-        shape, colour, final = (group.transforms for group in create_transform(mean=rgb[0], std=rgb[1], **options))
+        shape, colour, final = (
+            group.transforms for group in create_transform(mean=rgb[0], std=rgb[1], **options)
+        )
     except (AssertionError, KeyError, ValueError, IndexError) as error:
-        raise DataError(f"timm refuses AUG.AUTO_AUGMENT '{options['auto_augment']}' or AUG.REMODE '{options['re_mode']}' "
-                        f"({type(error).__name__}: {error}); examples: rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, v0, original, 3a, none; "
-                        "REMODE pixel, rand or const") from None
+        raise DataError(
+            f"timm refuses AUG.AUTO_AUGMENT '{options['auto_augment']}' or AUG.REMODE"
+            f" '{options['re_mode']}' ({type(error).__name__}: {error}); examples:"
+            " rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, v0, original, 3a, none; REMODE pixel, rand or"
+            " const"
+        ) from None
     if len(mean) == 1:
-        colour, final = [*colour, T.Grayscale()], create_transform(mean=mean, std=std, **options)[2].transforms
+        colour, final = (
+            [*colour, T.Grayscale()],
+            create_transform(mean=mean, std=std, **options)[2].transforms,
+        )
     return shape, colour, final
 
 
-def eval_transform(size: tuple[int, int], *, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str = "bicubic",
-                   crop: bool = True, crop_ratio: float = 224 / 256) -> T.Compose:
-    """Resize and centre crop, or (crop False, or size <= SMALL) a plain resize to `size` (h, w); then normalise.
+def eval_transform(
+    size: tuple[int, int],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str = "bicubic",
+    crop: bool = True,
+    crop_ratio: float = 224 / 256,
+) -> T.Compose:
+    """Resize and centre crop, or (crop False, or size <= SMALL) a plain resize to `size` (h, w);
+    then normalise.
 
-    With crop, the image is resized, its shape kept, until it just covers int(h / crop_ratio) x int(w / crop_ratio);
+    With crop, the image is resized, its shape kept, until it just covers int(h / crop_ratio) x
+    int(w / crop_ratio);
     for a square that is: the shorter side becomes int(side / crop_ratio).
     """
     _check_interpolation(interpolation)
@@ -89,7 +161,9 @@ def eval_transform(size: tuple[int, int], *, mean: tuple[float, ...], std: tuple
     else:
         steps = [T.Resize(size, mode)]
     grey = [T.Grayscale()] if len(mean) == 1 else []
-    return T.Compose([*steps, *grey, T.ToTensor(), T.Normalize(torch.tensor(mean), torch.tensor(std))])
+    return T.Compose(
+        [*steps, *grey, T.ToTensor(), T.Normalize(torch.tensor(mean), torch.tensor(std))]
+    )
 
 
 class Cover:
@@ -111,10 +185,11 @@ class Cover:
 
 
 class AtLeastOneBit:
-    """timm's level function of a posterize operation, with the number of bits raised to 1 where it is 0.
+    """timm's level function of a posterize operation, with the number of bits raised to 1 where it
+    is 0.
 
-    At its highest level timm asks Pillow to keep 0 bits; Pillow 13 refuses, which stops about 0.16 % of the images of
-    the stock recipe.
+    At its highest level timm asks Pillow to keep 0 bits; Pillow 13 refuses, which stops about 0.16
+    % of the images of the stock recipe.
     """
 
     def __init__(self, level_fn: Callable):
@@ -140,7 +215,9 @@ def _operations(steps: list) -> Iterator:
 
 def _check_interpolation(name: str) -> None:
     if name not in INTERPOLATIONS:
-        raise DataError(f"DATA.INTERPOLATION '{name}' is unknown; allowed: {', '.join(INTERPOLATIONS)}")
+        raise DataError(
+            f"DATA.INTERPOLATION '{name}' is unknown; allowed: {', '.join(INTERPOLATIONS)}"
+        )
 
 
 def _eval_mode(name: str) -> InterpolationMode:

@@ -11,21 +11,30 @@ from utils import RunError
 MODES = ("norm", "value", "agc")
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], value: float | None, mode: str = "norm",
-                   exempt: Iterable[nn.Parameter] = ()) -> Tensor:
-    """Clips the gradients in place and returns their total 2-norm before clipping, a 0-d tensor on their device.
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    value: float | None,
+    mode: str = "norm",
+    exempt: Iterable[nn.Parameter] = (),
+) -> Tensor:
+    """Clips the gradients in place and returns their total 2-norm before clipping, a 0-d tensor on
+    their device.
 
     Args:
-        value: None or 0 only measures (the reference's 0.0 zeroed every gradient, trap T30); else, by mode:
+        value: None or 0 only measures (the reference's 0.0 zeroed every gradient, trap T30); else,
+            by mode:
             norm: the largest total norm; value: the largest absolute entry;
-            agc: the largest ratio of a row's gradient norm to its weight norm, adaptive clipping, arXiv:2102.06171.
+            agc: the largest ratio of a row's gradient norm to its weight norm, adaptive clipping,
+                arXiv:2102.06171.
         exempt: parameters that agc leaves alone; its paper leaves out the classifier.
     Raises: RunError for an unknown mode or a negative value.
     """
     if mode not in MODES:
         raise RunError(f"TRAIN.CLIP_MODE {mode!r} is not known; allowed: {', '.join(MODES)}")
     if value and value < 0:
-        raise RunError(f"TRAIN.CLIP_GRAD {value} is negative; allowed: above 0, or 0 or None for off")
+        raise RunError(
+            f"TRAIN.CLIP_GRAD {value} is negative; allowed: above 0, or 0 or None for off"
+        )
     with_gradient = [p for p in parameters if p.grad is not None]
     total = nn.utils.get_total_norm([p.grad for p in with_gradient])
     if value:
@@ -33,7 +42,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], value: float | None, mode
     return total
 
 
-def _clip(parameters: list[nn.Parameter], value: float, mode: str, total: Tensor, exempt: set[int]) -> None:
+def _clip(
+    parameters: list[nn.Parameter], value: float, mode: str, total: Tensor, exempt: set[int]
+) -> None:
     if mode == "norm":
         nn.utils.clip_grads_with_norm_(parameters, value, total)
     elif mode == "value":

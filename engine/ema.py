@@ -7,10 +7,12 @@ from utils import RunError
 
 
 class ParameterEma:
-    """A second copy of a model whose parameters follow p_ema <- decay p_ema + (1 - decay) p; buffers are copied.
+    """A second copy of a model whose parameters follow p_ema <- decay p_ema + (1 - decay) p;
+    buffers are copied.
 
-    Averaging buffers would blend integer index tables and running counts, which made earlier averages of Swin worse
-    (microsoft/Swin-Transformer issue 111). The average looks back about 1 / (1 - decay) updates: choose decay for the run's length.
+    Averaging buffers would blend integer index tables and running counts, which made earlier
+    averages of Swin worse (microsoft/Swin-Transformer issue 111). The average looks back about 1 /
+    (1 - decay) updates: choose decay for the run's length.
 
     Args:
         model: on its device; wrapped by DDP or compile or not. decay: in [0, 1).
@@ -43,7 +45,9 @@ class ParameterEma:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and torch.compile."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or (model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None)
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        )
         if inner is None:
             return model
         model = inner

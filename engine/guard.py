@@ -1,4 +1,6 @@
-"""Updates whose gradient is not finite: skipped and counted on the device, so that the host never waits for the answer."""
+"""Updates whose gradient is not finite: skipped and counted on the device, so that the host never
+waits for the answer.
+"""
 
 import torch
 from torch import Tensor
@@ -12,25 +14,31 @@ class DivergedError(RunError):
 
 @torch.no_grad()
 def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """`optimizer.step()` if `finite` (a boolean scalar on the gradients' device) holds; otherwise the weights stay as they are.
+    """`optimizer.step()` if `finite` (a boolean scalar on the gradients' device) holds; otherwise
+    the weights stay as they are.
 
-    On the CPU, and with torch's fused Adam and AdamW, the optimizer's own state stays as well. The others take a step with a zero
-    gradient whose effect on the weights is undone: their moments decay once and their step count advances, because to leave them
-    out the host would have to wait for the device in every update.
+    On the CPU, and with torch's fused Adam and AdamW, the optimizer's own state stays as well. The
+    others take a step with a zero gradient whose effect on the weights is undone: their moments
+    decay once and their step count advances, because to leave them out the host would have to wait
+    for the device in every update.
     """
     if finite.device.type == "cpu":
         if finite:
             optimizer.step()
-    elif isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False):
+    elif isinstance(optimizer, torch.optim.Adam) and getattr(
+        optimizer, "_step_supports_amp_scaling", False
+    ):
         fused_step(optimizer, finite)
     else:
         masked_step(optimizer, finite)
 
 
 def fused_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step of torch's fused Adam or AdamW, whose kernel itself does nothing where `finite` is False.
+    """A step of torch's fused Adam or AdamW, whose kernel itself does nothing where `finite` is
+    False.
 
-    Not for its fused SGD, which leaves the momentum unset where the very first step is skipped (torch 2.15).
+    Not for its fused SGD, which leaves the momentum unset where the very first step is skipped
+    (torch 2.15).
     """
     optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
     optimizer.step()
@@ -39,8 +47,12 @@ def fused_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 @torch.no_grad()
 def masked_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step of any optimizer whose effect on the weights is undone on the device where `finite` is False."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    """A step of any optimizer whose effect on the weights is undone on the device where `finite` is
+    False.
+    """
+    parameters = [
+        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     before = [p.clone() for p in parameters]
     for p in parameters:
         p.grad.copy_(torch.where(finite, p.grad, 0))
@@ -52,8 +64,8 @@ def masked_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 class Tally:
     """Sums over updates, kept on the device until they are read.
 
-    Over the finite updates of an epoch: mean loss and gradient norm. Over the run: skipped updates. Now: skipped in a row, and how
-    many of those had a non-finite loss on this process.
+    Over the finite updates of an epoch: mean loss and gradient norm. Over the run: skipped updates.
+    Now: skipped in a row, and how many of those had a non-finite loss on this process.
     """
 
     FIELDS = ("loss_sum", "norm_sum", "loss", "norm", "finite", "skipped", "streak", "bad_losses")
@@ -69,8 +81,15 @@ class Tally:
         ok, bad = finite.to(self.values), (~finite).to(self.values)
         old = self.values
         bad_loss = (~torch.isfinite(now[0])).to(self.values)
-        self.values = torch.cat([old[:2] + torch.where(finite, now, 0), now, torch.stack([
-            old[4] + ok, old[5] + bad, (old[6] + 1) * bad, (old[7] + bad_loss) * bad])])
+        self.values = torch.cat(
+            [
+                old[:2] + torch.where(finite, now, 0),
+                now,
+                torch.stack(
+                    [old[4] + ok, old[5] + bad, (old[6] + 1) * bad, (old[7] + bad_loss) * bad]
+                ),
+            ]
+        )
 
     def new_epoch(self) -> None:
         """Forgets the means."""

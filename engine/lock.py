@@ -1,4 +1,6 @@
-"""One training run per output folder: a lock file that a killed run does not leave closed for ever."""
+"""One training run per output folder: a lock file that a killed run does not leave closed for
+ever.
+"""
 
 import json
 import os
@@ -10,15 +12,16 @@ from pathlib import Path
 from utils import RunError
 
 NAME = ".lock"
-BEAT = 30.0     # seconds between two signs of life
+BEAT = 30.0  # seconds between two signs of life
 EXPIRES = 300.0  # seconds without one after which a lock of another machine counts as abandoned
 
 
 class FolderLock:
     """Holds `folder/.lock` (host, process, its start time) from `with` to the end of the block.
 
-    A lock whose process is gone is taken over: on the same machine by asking the system for the process, on another one when
-    its file has not been touched for five minutes (the holder touches it every 30 s).
+    A lock whose process is gone is taken over: on the same machine by asking the system for the
+    process, on another one when its file has not been touched for five minutes (the holder touches
+    it every 30 s).
     Raises: RunError on entering where a living run holds the folder.
     """
 
@@ -27,7 +30,9 @@ class FolderLock:
         self._done = threading.Event()
 
     def __enter__(self) -> "FolderLock":
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())})
+        mine = json.dumps(
+            {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())}
+        )
         while True:
             try:
                 with open(self.path, "x", encoding="utf-8") as file:
@@ -56,16 +61,22 @@ class FolderLock:
         except ValueError:
             holder = {}
         if _alive(holder, age):
-            raise RunError(f"output folder {self.path.parent} is in use by process {holder.get('pid', '?')} on "
-                           f"{holder.get('host', '?')}: wait for that run, choose another --output or --tag, or, if it is surely "
-                           f"gone, delete {self.path}")
+            raise RunError(
+                f"output folder {self.path.parent} is in use by process {holder.get('pid', '?')} on"
+                f" {holder.get('host', '?')}: wait for that run, choose another --output or --tag,"
+                f" or, if it is surely gone, delete {self.path}"
+            )
         self.path.unlink(missing_ok=True)
 
 
 def _alive(holder: dict, age: float) -> bool:
-    """Whether the process that wrote this lock still runs; `age` in seconds since its last sign of life."""
+    """Whether the process that wrote this lock still runs; `age` in seconds since its last sign of
+    life.
+    """
     if holder.get("host") != socket.gethostname():
-        return age < (EXPIRES if holder else 2.0)  # an empty file: written this moment, or its writer was killed in between
+        return age < (
+            EXPIRES if holder else 2.0
+        )  # an empty file: written this moment, or its writer was killed in between
     pid = holder["pid"]
     if pid == os.getpid():
         return False
@@ -79,7 +90,9 @@ def _alive(holder: dict, age: float) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process began, in the system's ticks: tells it from a later one of the same number. None: unknown here, or dead."""
+    """When a process began, in the system's ticks: tells it from a later one of the same number.
+    None: unknown here, or dead.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,6 @@
-"""Numbers of a run: metrics.jsonl, which a resumed run continues exactly, and on request TensorBoard and Weights & Biases."""
+"""Numbers of a run: metrics.jsonl, which a resumed run continues exactly, and on request
+TensorBoard and Weights & Biases.
+"""
 
 import json
 import logging
@@ -18,19 +20,31 @@ class LogError(RunError):
 
 
 class MetricLog:
-    """Writes one JSON object a line: {"step": updates done, "epoch": ..., "kind": "train" | "val" | ..., <name>: number, ...}.
+    """Writes one JSON object a line: {"step": updates done, "epoch": ..., "kind": "train" | "val" |
+    ..., <name>: number, ...}.
 
     Args:
         folder: the run's; None makes a log that writes nothing (all ranks but 0).
-        resume_step: how the existing file goes on. n: entries of later steps are dropped, and entries of step n that are already there
-            are not written twice, so that the file ends up as that of a run never stopped. -1: begin anew. None: add to what is
-            there. What is dropped stays in metrics.jsonl.bak.
-        tensorboard: also event files in folder/tensorboard. wandb: also a W&B run, named `name`, with `config` (plain values).
-    Raises: LogError if W&B is asked for and not installed. A missing TensorBoard is a warning, since it is on by default.
+        resume_step: how the existing file goes on. n: entries of later steps are dropped, and
+            entries of step n that are already there are not written twice, so that the file ends up
+            as that of a run never stopped. -1: begin anew. None: add to what is there. What is
+            dropped stays in metrics.jsonl.bak.
+        tensorboard: also event files in folder/tensorboard. wandb: also a W&B run, named `name`,
+            with `config` (plain values).
+    Raises: LogError if W&B is asked for and not installed. A missing TensorBoard is a warning,
+        since it is on by default.
     """
 
-    def __init__(self, folder: str | Path | None, *, resume_step: int | None = None, tensorboard: bool = True, wandb: bool = False,
-                 name: str = "", config: dict | None = None):
+    def __init__(
+        self,
+        folder: str | Path | None,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        wandb: bool = False,
+        name: str = "",
+        config: dict | None = None,
+    ):
         self.path = Path(folder) / FILE if folder is not None else None
         self._stream = self._board = self._run = None
         self._present: set[tuple[int, str]] = set()
@@ -38,17 +52,25 @@ class MetricLog:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _truncate(self.path, resume_step)
-        self._present = {(entry["step"], entry["kind"]) for entry in kept if entry["step"] == resume_step}
+        self._present = {
+            (entry["step"], entry["kind"]) for entry in kept if entry["step"] == resume_step
+        }
         self._stream = self.path.open("a", encoding="utf-8")
         self._board = _open_tensorboard(self.path.parent, resume_step) if tensorboard else None
-        self._run = _open_wandb(self.path.parent, name, config or {}, resume_step) if wandb else None
+        self._run = (
+            _open_wandb(self.path.parent, name, config or {}, resume_step) if wandb else None
+        )
 
     def write(self, step: int, epoch: int | float, kind: str, **scalars: float) -> None:
-        """Adds an entry; scalars are numbers or one-element tensors (which are waited for). NaN and infinities become null."""
+        """Adds an entry; scalars are numbers or one-element tensors (which are waited for). NaN and
+        infinities become null.
+        """
         if self._stream is None or (step, kind) in self._present:
             return
         values = {name: _plain(value) for name, value in scalars.items()}
-        self._stream.write(json.dumps({"step": int(step), "epoch": _plain(epoch), "kind": kind, **values}) + "\n")
+        self._stream.write(
+            json.dumps({"step": int(step), "epoch": _plain(epoch), "kind": kind, **values}) + "\n"
+        )
         self._stream.flush()  # out of this process, so that a killed run keeps it
         numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
         if self._board is not None:
@@ -89,7 +111,9 @@ def _truncate(path: Path, resume_step: int | None) -> list[dict]:
     if not path.exists():
         return []
     before = path.read_text(encoding="utf-8", errors="replace")
-    kept = [entry for entry in read_metrics(path) if resume_step is None or entry["step"] <= resume_step]
+    kept = [
+        entry for entry in read_metrics(path) if resume_step is None or entry["step"] <= resume_step
+    ]
     after = "".join(json.dumps(entry) + "\n" for entry in kept)
     if after != before:
         new = path.with_suffix(".tmp")
@@ -108,18 +132,31 @@ def _open_tensorboard(folder: Path, resume_step: int | None):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        _logger.warning("LOG.TENSORBOARD is on but tensorboard is not installed: `pip install tensorboard`, or set it to False")
+        _logger.warning(
+            "LOG.TENSORBOARD is on but tensorboard is not installed: `pip install tensorboard`, or"
+            " set it to False"
+        )
         return None
-    return SummaryWriter(folder / "tensorboard", purge_step=None if resume_step is None else resume_step + 1)
+    return SummaryWriter(
+        folder / "tensorboard", purge_step=None if resume_step is None else resume_step + 1
+    )
 
 
 def _open_wandb(folder: Path, name: str, config: dict, resume_step: int | None):
     try:
         import wandb
     except ImportError as problem:
-        raise LogError("LOG.WANDB is on but wandb is not installed: `pip install wandb`, or set it to False") from problem
+        raise LogError(
+            "LOG.WANDB is on but wandb is not installed: `pip install wandb`, or set it to False"
+        ) from problem
     mark = folder / "wandb_id.txt"
     if resume_step is None or resume_step < 0 or not mark.exists():
         mark.write_text(wandb.util.generate_id())
-    return wandb.init(project=name.split("/")[0] or None, name=name or None, config=config, dir=str(folder),
-                      id=mark.read_text().strip(), resume="allow")
+    return wandb.init(
+        project=name.split("/")[0] or None,
+        name=name or None,
+        config=config,
+        dir=str(folder),
+        id=mark.read_text().strip(),
+        resume="allow",
+    )

@@ -15,10 +15,12 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """Notes SIGTERM (a scheduler takes the machine away) and SIGINT (Ctrl-C); a second Ctrl-C of a lone process interrupts at once.
+    """Notes SIGTERM (a scheduler takes the machine away) and SIGINT (Ctrl-C); a second Ctrl-C of a
+    lone process interrupts at once.
 
-    In a group the note is exchanged beside the training: each call of `agreed` starts an exchange over the CPU group and returns
-    the result of the one before, so nothing waits and all processes learn of the stop after the same update.
+    In a group the note is exchanged beside the training: each call of `agreed` starts an exchange
+    over the CPU group and returns the result of the one before, so nothing waits and all processes
+    learn of the stop after the same update.
     """
 
     def __init__(self, world: World) -> None:
@@ -42,12 +44,17 @@ class StopSignal:
         self.received = self.received or number
 
     def agreed(self) -> int:
-        """The number of the signal that any process had received by the previous call (alone: by now); 0: go on."""
+        """The number of the signal that any process had received by the previous call (alone: by
+        now); 0: go on.
+        """
         if self.world.control is None:
             return self.received
         result = self._take()
         note = torch.tensor([self.received])
-        self._pending = dist.all_reduce(note, dist.ReduceOp.MAX, group=self.world.control, async_op=True), note
+        self._pending = (
+            dist.all_reduce(note, dist.ReduceOp.MAX, group=self.world.control, async_op=True),
+            note,
+        )
         return result
 
     def _take(self) -> int:
@@ -59,7 +66,9 @@ class StopSignal:
         return int(note)
 
     def settle(self) -> int:
-        """Like `agreed`, but waits, so that the answer holds for now and no exchange is left under way."""
+        """Like `agreed`, but waits, so that the answer holds for now and no exchange is left under
+        way.
+        """
         before = self._take()
         self.agreed()
         return before or (self._take() if self.world.control is not None else self.received)
@@ -67,7 +76,9 @@ class StopSignal:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started inside never see the stopping signals: data workers must live until the last update is done."""
+    """Processes started inside never see the stopping signals: data workers must live until the
+    last update is done.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

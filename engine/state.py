@@ -1,12 +1,16 @@
-"""The files of a training run: what is in a checkpoint, how it is written whole, and which one a run goes on from.
+"""The files of a training run: what is in a checkpoint, how it is written whole, and which one a
+run goes on from.
 
     last.pth            after every epoch, and every TRAIN.SAVE_STEPS updates inside one
     ckpt_epoch_{e}.pth  after epoch e, every SAVE_FREQ epochs; the newest TRAIN.KEEP of them stay
-    best.pth            after the epoch with the highest accuracy, and model.safetensors, its weights alone
+    best.pth            after the epoch with the highest accuracy, and model.safetensors, its
+    weights alone
 
-A checkpoint is a dictionary of tensors and plain data that loads under `torch.load(..., weights_only=True)`:
-model, ema, optimizer, lr_scheduler, scaler, progress (`TrainState`), layout (`Layout`), ranks (random states of every process),
-config. Each record of the file carries a checksum, so a damaged file is told from a whole one.
+A checkpoint is a dictionary of tensors and plain data that loads under
+`torch.load(..., weights_only=True)`:
+model, ema, optimizer, lr_scheduler, scaler, progress (`TrainState`), layout (`Layout`), ranks
+(random states of every process), config. Each record of the file carries a checksum, so a damaged
+file is told from a whole one.
 """
 
 import logging
@@ -30,8 +34,20 @@ from utils import RunError, atomic_write
 LOGGER = logging.getLogger(__name__)
 FORMAT = 1
 EPOCH_FILE = re.compile(r"ckpt_epoch_(\d+)\.pth")
-DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, NotImplementedError, OverflowError,
-          pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
+DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    NotImplementedError,
+    OverflowError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class CheckpointError(RunError):
@@ -40,10 +56,11 @@ class CheckpointError(RunError):
 
 @dataclass
 class TrainState:
-    """Where a run stands. epoch: the one under way, from 0. batch: micro-batches of it that every process has used up.
+    """Where a run stands. epoch: the one under way, from 0. batch: micro-batches of it that every
+    process has used up.
 
-    update: optimizer updates since the beginning. best: highest accuracy of an epoch so far, in percent, reached in best_epoch
-    (-1: none yet).
+    update: optimizer updates since the beginning. best: highest accuracy of an epoch so far, in
+    percent, reached in best_epoch (-1: none yet).
     """
 
     epoch: int = 0
@@ -55,7 +72,9 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a global batch is spread: images of a micro-batch on one process, processes, micro-batches of an update."""
+    """How a global batch is spread: images of a micro-batch on one process, processes,
+    micro-batches of an update.
+    """
 
     batch_size: int
     world_size: int
@@ -71,24 +90,39 @@ class Layout:
         return len(loader) // self.accumulation
 
     def __str__(self) -> str:
-        return f"{self.images} images ({self.world_size} processes x {self.batch_size} x {self.accumulation} accumulated)"
+        return (
+            f"{self.images} images ({self.world_size} processes x {self.batch_size} x"
+            f" {self.accumulation} accumulated)"
+        )
 
 
 def place(state: TrainState, saved: Layout, now: Layout) -> TrainState:
     """The saved position counted in micro-batches of another layout.
 
-    Raises: CheckpointError inside an epoch where an update holds another number of images, since then it cannot be met.
+    Raises: CheckpointError inside an epoch where an update holds another number of images, since
+        then it cannot be met.
     """
     if state.batch == 0 or saved == now:
         return state
     if saved.images != now.images:
-        raise CheckpointError(f"the checkpoint was saved inside epoch {state.epoch} with updates of {saved}; this run has {now}: "
-                              f"keep {saved.images} images an update, or resume from a ckpt_epoch_*.pth (end of an epoch)")
-    return replace(state, batch=state.batch * saved.batch_size * saved.world_size // (now.batch_size * now.world_size))
+        raise CheckpointError(
+            f"the checkpoint was saved inside epoch {state.epoch} with updates of {saved}; this run"
+            f" has {now}: keep {saved.images} images an update, or resume from a ckpt_epoch_*.pth"
+            " (end of an epoch)"
+        )
+    return replace(
+        state,
+        batch=state.batch
+        * saved.batch_size
+        * saved.world_size
+        // (now.batch_size * now.world_size),
+    )
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A whole checkpoint, on the CPU. Raises: CheckpointError, one line, where it is missing, damaged or something else."""
+    """A whole checkpoint, on the CPU. Raises: CheckpointError, one line, where it is missing,
+    damaged or something else.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path}: no such file")
@@ -96,9 +130,13 @@ def read(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except DAMAGE as error:
-        raise CheckpointError(f"checkpoint {path}: damaged or incomplete ({path.stat().st_size} bytes; {error})") from error
+        raise CheckpointError(
+            f"checkpoint {path}: damaged or incomplete ({path.stat().st_size} bytes; {error})"
+        ) from error
     if broken:
-        raise CheckpointError(f"checkpoint {path}: damaged (checksum of its record {broken} is wrong)")
+        raise CheckpointError(
+            f"checkpoint {path}: damaged (checksum of its record {broken} is wrong)"
+        )
     return _unpickle(path, mmap=False)
 
 
@@ -114,15 +152,19 @@ def _unpickle(path: Path, mmap: bool) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path}: cannot be read ({reason})") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: holds no training state of this program, only weights at most; "
-                              "start from its weights with --pretrained")
+        raise CheckpointError(
+            f"checkpoint {path}: holds no training state of this program, only weights at most; "
+            "start from its weights with --pretrained"
+        )
     return payload
 
 
 def foreign(path: Path) -> dict[str, Any]:
-    """All of a checkpoint of the reference (model, optimizer, epoch, ...); {} for a file that holds no such dictionary.
+    """All of a checkpoint of the reference (model, optimizer, epoch, ...); {} for a file that holds
+    no such dictionary.
 
-    Its pickled yacs node becomes an ordered dictionary, one of the few types that torch's restricted reader fills.
+    Its pickled yacs node becomes an ordered dictionary, one of the few types that torch's
+    restricted reader fills.
     """
     try:
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
@@ -146,10 +188,12 @@ def has_average(path: str | Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The furthest checkpoint of a folder that is whole, judged by its content; None where the folder has none at all.
+    """The furthest checkpoint of a folder that is whole, judged by its content; None where the
+    folder has none at all.
 
     Damaged ones on the way are named in a warning and left alone.
-    Raises: CheckpointError where there are checkpoints but none is whole: starting anew would write over them.
+    Raises: CheckpointError where there are checkpoints but none is whole: starting anew would write
+        over them.
     """
     paths = _checkpoints(folder)
     for path in _furthest_first(paths):
@@ -160,18 +204,24 @@ def newest(folder: Path) -> Path | None:
             continue
         return path
     if paths:
-        raise CheckpointError(f"{folder} holds {len(paths)} checkpoint(s) and none can be used (the newest problem: see the lines "
-                              "above): move them away, or choose another --output or --tag")
+        raise CheckpointError(
+            f"{folder} holds {len(paths)} checkpoint(s) and none can be used (the newest problem:"
+            " see the lines above): move them away, or choose another --output or --tag"
+        )
     return None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     named = [folder / "last.pth", folder / "best.pth"]
-    return [path for path in named if path.exists()] + sorted(p for p in folder.glob("ckpt_epoch_*.pth") if EPOCH_FILE.fullmatch(p.name))
+    return [path for path in named if path.exists()] + sorted(
+        p for p in folder.glob("ckpt_epoch_*.pth") if EPOCH_FILE.fullmatch(p.name)
+    )
 
 
 def _furthest_first(paths: list[Path]) -> list[Path]:
-    """Readable ones by updates done, most first, at equality in the given order; unreadable ones are named in a warning."""
+    """Readable ones by updates done, most first, at equality in the given order; unreadable ones
+    are named in a warning.
+    """
     updates = {}
     for path in paths:
         try:
@@ -182,7 +232,9 @@ def _furthest_first(paths: list[Path]) -> list[Path]:
 
 
 class CheckpointFolder:
-    """Writes the checkpoints of one run. save_freq: epochs between two ckpt_epoch files; keep: how many of them stay, 0 all."""
+    """Writes the checkpoints of one run. save_freq: epochs between two ckpt_epoch files; keep: how
+    many of them stay, 0 all.
+    """
 
     def __init__(self, folder: Path, save_freq: int = 1, keep: int = 3) -> None:
         self.folder, self.save_freq, self.keep = Path(folder), save_freq, keep
@@ -197,23 +249,37 @@ class CheckpointFolder:
                 raise OSError(0, f"writing failed ({str(error).splitlines()[0]})") from error
 
     def keep_epoch(self, epoch: int, last: bool = False) -> None:
-        """Keeps last.pth as the checkpoint of a finished epoch, if one is due (`last`: the final one always is)."""
+        """Keeps last.pth as the checkpoint of a finished epoch, if one is due (`last`: the final
+        one always is).
+        """
         if last or epoch % self.save_freq == 0:
             _copy(self.last, self.folder / f"ckpt_epoch_{epoch}.pth")
             self._drop_old(epoch)
 
     def keep_best(self, weights: dict[str, torch.Tensor], **about: Any) -> None:
-        """Keeps last.pth as the best one, and its weights as model.safetensors with `about` in the header."""
+        """Keeps last.pth as the best one, and its weights as model.safetensors with `about` in the
+        header.
+        """
         _copy(self.last, self.best)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         with atomic_write(self.folder / "model.safetensors") as file:
-            file.write(safetensors_bytes(tensors, {"format": "pt", **{key: str(value) for key, value in about.items()}}))
+            file.write(
+                safetensors_bytes(
+                    tensors, {"format": "pt", **{key: str(value) for key, value in about.items()}}
+                )
+            )
 
     def _drop_old(self, epoch: int) -> None:
-        ours = {int(EPOCH_FILE.fullmatch(p.name)[1]): p for p in _checkpoints(self.folder) if EPOCH_FILE.fullmatch(p.name)}
+        ours = {
+            int(EPOCH_FILE.fullmatch(p.name)[1]): p
+            for p in _checkpoints(self.folder)
+            if EPOCH_FILE.fullmatch(p.name)
+        }
         old = sorted(number for number in ours if number < epoch)
-        for number in old[:max(0, len(old) + 1 - self.keep)] if self.keep else []:
-            if holds_state(ours[number]):  # other programs use these names too: theirs are never deleted
+        for number in old[: max(0, len(old) + 1 - self.keep)] if self.keep else []:
+            if holds_state(
+                ours[number]
+            ):  # other programs use these names too: theirs are never deleted
                 ours[number].unlink()
 
 
@@ -233,4 +299,3 @@ def config_changes(saved: dict[str, Any], now: dict[str, Any], prefix: str = "")
         elif old != new:
             lines.append(f"{name}: {old} -> {new}")
     return lines
-

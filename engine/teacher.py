@@ -9,16 +9,23 @@ from utils import RunError
 
 
 def timm_teacher(name: str, weights: str, num_classes: int) -> nn.Module:
-    """The timm model `name` with `num_classes` outputs. weights: a file; '': the released ones, fetched by timm.
+    """The timm model `name` with `num_classes` outputs. weights: a file; '': the released ones,
+    fetched by timm.
 
     Raises: RunError for an unknown name or weights that cannot be had.
     """
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 1)
         guess = f"; did you mean {near[0]}?" if near else ""
-        raise RunError(f"TRAIN.DISTILL.TEACHER {name}: neither a YAML file nor a model of timm{guess}")
+        raise RunError(
+            f"TRAIN.DISTILL.TEACHER {name}: neither a YAML file nor a model of timm{guess}"
+        )
     try:
-        return timm.create_model(name, pretrained=not weights, num_classes=num_classes, checkpoint_path=weights)
+        return timm.create_model(
+            name, pretrained=not weights, num_classes=num_classes, checkpoint_path=weights
+        )
     except (OSError, RuntimeError) as error:
-        raise RunError(f"TRAIN.DISTILL.TEACHER {name}: its weights ({weights or 'released by timm'}) cannot be loaded: "
-                       f"{' '.join(str(error).split())[:300]}") from error
+        raise RunError(
+            f"TRAIN.DISTILL.TEACHER {name}: its weights ({weights or 'released by timm'}) cannot be"
+            f" loaded: {' '.join(str(error).split())[:300]}"
+        ) from error

@@ -12,25 +12,42 @@ from engine.ema import unwrap
 from engine.evaluate import Autocast, entered
 
 MIB = 2**20
-Count = Callable[[nn.Module, Tensor], Any]  # (model, images) -> multiply-accumulates of one image, see models/counting.py
+Count = Callable[
+    [nn.Module, Tensor], Any
+]  # (model, images) -> multiply-accumulates of one image, see models/counting.py
 
 
 @torch.no_grad()
-def throughput(model: nn.Module, batch_size: int, img_size: int | tuple[int, int], in_chans: int, device, autocast: Autocast = None,
-               iters: int | None = None, warmup: int | None = None, count: Count | None = None) -> dict:
+def throughput(
+    model: nn.Module,
+    batch_size: int,
+    img_size: int | tuple[int, int],
+    in_chans: int,
+    device,
+    autocast: Autocast = None,
+    iters: int | None = None,
+    warmup: int | None = None,
+    count: Count | None = None,
+) -> dict:
     """Forward passes of `model` in eval mode, in the dtype that `autocast` sets.
 
     Args:
-        img_size: pixels, a side or (height, width). iters, warmup: timed and untimed passes; by default 30 and 50 as in the
-            reference, on the CPU 5 and 2. count: counts multiply-accumulates by running the model; None leaves that out.
+        img_size: pixels, a side or (height, width). iters, warmup: timed and untimed passes; by
+            default 30 and 50 as in the
+            reference, on the CPU 5 and 2. count: counts multiply-accumulates by running the model;
+                None leaves that out.
     Returns a dict of plain values:
-        images_per_s, ms (per batch, mean), batch_size, img_size (h, w), device, dtype (of the logits), iters;
-        peak_mib and peak_of: on CUDA the most memory the caching allocator held in tensors during the timed passes, elsewhere the
-            process's largest resident size so far (None where the system does not tell);
+        images_per_s, ms (per batch, mean), batch_size, img_size (h, w), device, dtype (of the
+        logits), iters;
+        peak_mib and peak_of: on CUDA the most memory the caching allocator held in tensors during
+            the timed passes, elsewhere the process's largest resident size so far (None where the
+            system does not tell);
         params: all parameters, trainable or not;
-        macs: multiply-accumulates of one image by `model.flops()`, the family's formula (for Swin the reference's: norms counted as C
-            per token, softmax, bias and position MLP not), or None;
-        macs_with_attention, macs_without_attention: as `count` saw them, linear layers and convolutions plus either the attention
+        macs: multiply-accumulates of one image by `model.flops()`, the family's formula (for Swin
+            the reference's: norms counted as C per token, softmax, bias and position MLP not), or
+            None;
+        macs_with_attention, macs_without_attention: as `count` saw them, linear layers and
+        convolutions plus either the attention
             products or the norms (2 per number); None without `count`.
     """
     device = torch.device(device)
@@ -47,22 +64,41 @@ def throughput(model: nn.Module, batch_size: int, img_size: int | tuple[int, int
     finally:
         model.train(training)
     return {
-        "images_per_s": iters * batch_size / seconds, "ms": 1000 * seconds / iters, "batch_size": batch_size,
-        "img_size": (height, width), "device": device.type, "dtype": str(dtype).removeprefix("torch."), "iters": iters, **peak,
-        "params": sum(p.numel() for p in model.parameters()), "macs": _formula(unwrap(model)),
-        "macs_with_attention": counted and counted.with_attention, "macs_without_attention": counted and counted.without_attention}
+        "images_per_s": iters * batch_size / seconds,
+        "ms": 1000 * seconds / iters,
+        "batch_size": batch_size,
+        "img_size": (height, width),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "iters": iters,
+        **peak,
+        "params": sum(p.numel() for p in model.parameters()),
+        "macs": _formula(unwrap(model)),
+        "macs_with_attention": counted and counted.with_attention,
+        "macs_without_attention": counted and counted.without_attention,
+    }
 
 
 def describe(result: dict) -> str:
     """One line for the log."""
-    named = (("formula", result["macs"]), ("linear + attention products", result["macs_with_attention"]),
-             ("linear + norms, no attention products", result["macs_without_attention"]))
+    named = (
+        ("formula", result["macs"]),
+        ("linear + attention products", result["macs_with_attention"]),
+        ("linear + norms, no attention products", result["macs_without_attention"]),
+    )
     macs = ", ".join(f"{count / 1e9:.4f} ({name})" for name, count in named if count is not None)
-    peak = f"{result['peak_mib']:.0f} MiB ({result['peak_of']})" if result["peak_mib"] is not None else "unknown"
+    peak = (
+        f"{result['peak_mib']:.0f} MiB ({result['peak_of']})"
+        if result["peak_mib"] is not None
+        else "unknown"
+    )
     height, width = result["img_size"]
-    return (f"batch_size {result['batch_size']} throughput {result['images_per_s']:.1f} images/s {result['ms']:.2f} ms/batch "
-            f"image {height}x{width} {result['device']} {result['dtype']} peak memory {peak} params {result['params']}"
-            + (f" GMACs per image {macs}" if macs else ""))
+    return (
+        f"batch_size {result['batch_size']} throughput {result['images_per_s']:.1f} images/s"
+        f" {result['ms']:.2f} ms/batch image {height}x{width} {result['device']} {result['dtype']}"
+        f" peak memory {peak} params {result['params']}"
+        + (f" GMACs per image {macs}" if macs else "")
+    )
 
 
 def _formula(model: nn.Module) -> int | None:
@@ -94,7 +130,10 @@ def _wait(device: torch.device) -> None:
 
 def _peak(device: torch.device) -> dict:
     if device.type == "cuda":
-        return {"peak_mib": torch.cuda.max_memory_allocated(device) / MIB, "peak_of": "tensors on the device"}
+        return {
+            "peak_mib": torch.cuda.max_memory_allocated(device) / MIB,
+            "peak_of": "tensors on the device",
+        }
     if sys.platform == "win32":
         return {"peak_mib": None, "peak_of": "process"}
     import resource  # POSIX only

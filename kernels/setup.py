@@ -1,8 +1,10 @@
-"""`pip install ./kernels` compiles the library ahead of time: with nvcc for CUDA and the CPU, without for the CPU alone.
+"""`pip install ./kernels` compiles the library ahead of time: with nvcc for CUDA and the CPU,
+without for the CPU alone.
 
-It becomes the package `window_attention_kernels`, which holds the shared library and nothing else: the Python code stays in this
-repository, finds the library there, and takes it only if it was made from the same sources (the hash is in the file's name). Without a
-compiler, or without PyTorch beside this Python, the package is installed all the same and its docstring says why it is empty.
+It becomes the package `window_attention_kernels`, which holds the shared library and nothing else:
+the Python code stays in this repository, finds the library there, and takes it only if it was made
+from the same sources (the hash is in the file's name). Without a compiler, or without PyTorch
+beside this Python, the package is installed all the same and its docstring says why it is empty.
 """
 
 import atexit
@@ -21,7 +23,9 @@ PACKAGE = "window_attention_kernels"
 
 def load_builder():
     """window_attention/build.py by its path: importing its package would import PyTorch."""
-    spec = importlib.util.spec_from_file_location("window_attention_build", HERE / "window_attention" / "build.py")
+    spec = importlib.util.spec_from_file_location(
+        "window_attention_build", HERE / "window_attention" / "build.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -75,6 +79,10 @@ class PlatformWheel(bdist_wheel):
 if __name__ == "__main__":
     scratch = tempfile.mkdtemp(prefix="window_attention_")  # nothing is left in the source tree
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    setup(packages=[PACKAGE], package_dir={PACKAGE: scratch}, distclass=WithLibrary,
-          cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel},
-          options={"build": {"build_base": scratch}, "egg_info": {"egg_base": scratch}})
+    setup(
+        packages=[PACKAGE],
+        package_dir={PACKAGE: scratch},
+        distclass=WithLibrary,
+        cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel},
+        options={"build": {"build_base": scratch}, "egg_info": {"egg_base": scratch}},
+    )

@@ -13,5 +13,17 @@ from .t2t import T2TViT
 from .timm_models import timm_model
 from .vit import VisionTransformer
 
-__all__ = ["CaiT", "PiT", "RefinedViT", "SasaResNet", "SwiftFormer", "SwinMLP", "SwinTransformer", "SwinTransformerV2", "T2TViT",
-           "VisionTransformer", "build_model", "timm_model"]
+__all__ = [
+    "CaiT",
+    "PiT",
+    "RefinedViT",
+    "SasaResNet",
+    "SwiftFormer",
+    "SwinMLP",
+    "SwinTransformer",
+    "SwinTransformerV2",
+    "T2TViT",
+    "VisionTransformer",
+    "build_model",
+    "timm_model",
+]

@@ -1,4 +1,6 @@
-"""CaiT (arXiv:2103.17239): deep blocks of talking heads over the patches, then blocks in which a class token asks them."""
+"""CaiT (arXiv:2103.17239): deep blocks of talking heads over the patches, then blocks in which a
+class token asks them.
+"""
 
 from functools import partial
 
@@ -19,36 +21,100 @@ class CaiT(TokenTransformer):
     """Patch blocks, then class blocks; the head sees the class token.
 
     Args:
-        img_size, patch_size: an int or (rows, columns). depth, class_depth: blocks of each kind. head_dim: channels of a head; None is
-            embed_dim / num_heads. layer_scale: initial gamma of all branches, or "depth": 0.1 up to block 18, 1e-5 up to 24, then 1e-6.
-        mixing: initial values of the head mixings, "small" as released, "normal" (N(0, 1)) or "identity". mixing_bias: they have one.
-        class_context: what the class token attends to, see ClassBlock. class_mixing: heads mix in the class blocks as well.
-        drop_path_rate: of the patch blocks, drop_path_profile constant or linear; the class blocks have none.
-        attention: modifies the patch blocks; the class blocks have a single query without a place on the grid and stay as they are.
-    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dim) where num_classes is 0. State-dict keys are timm's.
+        img_size, patch_size: an int or (rows, columns). depth, class_depth: blocks of each kind.
+            head_dim: channels of a head; None is
+            embed_dim / num_heads. layer_scale: initial gamma of all branches, or "depth": 0.1 up to
+                block 18, 1e-5 up to 24, then 1e-6.
+        mixing: initial values of the head mixings, "small" as released, "normal" (N(0, 1)) or
+            "identity". mixing_bias: they have one.
+        class_context: what the class token attends to, see ClassBlock. class_mixing: heads mix in
+            the class blocks as well.
+        drop_path_rate: of the patch blocks, drop_path_profile constant or linear; the class blocks
+            have none.
+        attention: modifies the patch blocks; the class blocks have a single query without a place
+            on the grid and stay as they are.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dim) where
+        num_classes is 0. State-dict keys are timm's.
     Raises: ValueError for what cannot be, with the reason.
-    Source: CaiT, arXiv:2103.17239. The small-image form is that of github.com/CatworldLee/Gaussian-Mixture-Mask-Attention.
+    Source: CaiT, arXiv:2103.17239. The small-image form is that of
+        github.com/CatworldLee/Gaussian-Mixture-Mask-Attention.
     """
 
-    def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 16, in_chans: int = 3, num_classes: int = 1000,
-                 embed_dim: int = 192, depth: int = 24, num_heads: int = 4, *, head_dim: int | None = None, class_depth: int = 2,
-                 mlp_ratio: float = 4.0, qkv_bias: bool = True, mixing: str = "small", mixing_bias: bool = True, class_context: str = "all",
-                 class_mixing: bool = False, norm_eps: float = 1e-6, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
-                 drop_path_profile: str = "constant", layer_scale: float | str = 1e-5, use_checkpoint: bool = False,
-                 attention: AttentionSpec | None = None):
-        super().__init__(img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint)
-        spec, hidden, norm = attention or AttentionSpec(), int(embed_dim * mlp_ratio), partial(nn.LayerNorm, eps=norm_eps)
-        geometry = Geometry(embed_dim, num_heads, self.patch_embed.patches_resolution, head_dim=head_dim or 0)
+    def __init__(
+        self,
+        img_size: int | Size = 224,
+        patch_size: int | Size = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        num_heads: int = 4,
+        *,
+        head_dim: int | None = None,
+        class_depth: int = 2,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        mixing: str = "small",
+        mixing_bias: bool = True,
+        class_context: str = "all",
+        class_mixing: bool = False,
+        norm_eps: float = 1e-6,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_profile: str = "constant",
+        layer_scale: float | str = 1e-5,
+        use_checkpoint: bool = False,
+        attention: AttentionSpec | None = None,
+    ):
+        super().__init__(
+            img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint
+        )
+        spec, hidden, norm = (
+            attention or AttentionSpec(),
+            int(embed_dim * mlp_ratio),
+            partial(nn.LayerNorm, eps=norm_eps),
+        )
+        geometry = Geometry(
+            embed_dim, num_heads, self.patch_embed.patches_resolution, head_dim=head_dim or 0
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
         self.blocks = nn.ModuleList(
-            ScaledBlock(embed_dim, TalkingHeadsAttention(geometry, spec, qkv_bias, None, drop_rate, mixing, mixing_bias), hidden, drop_rate,
-                        rate, gamma_at(layer_scale, number), norm)
-            for number, rate in enumerate(drop_path_rates(drop_path_rate, depth, drop_path_profile), 1))
+            ScaledBlock(
+                embed_dim,
+                TalkingHeadsAttention(
+                    geometry, spec, qkv_bias, None, drop_rate, mixing, mixing_bias
+                ),
+                hidden,
+                drop_rate,
+                rate,
+                gamma_at(layer_scale, number),
+                norm,
+            )
+            for number, rate in enumerate(
+                drop_path_rates(drop_path_rate, depth, drop_path_profile), 1
+            )
+        )
         self.blocks_token_only = nn.ModuleList(
-            ClassBlock(embed_dim, ClassAttention(geometry, qkv_bias, drop_rate, spec.drop, mixing if class_mixing else None, mixing_bias),
-                       hidden, drop_rate, 0.0, gamma_at(layer_scale, number), norm, context=class_context)
-            for number in range(1, class_depth + 1))
+            ClassBlock(
+                embed_dim,
+                ClassAttention(
+                    geometry,
+                    qkv_bias,
+                    drop_rate,
+                    spec.drop,
+                    mixing if class_mixing else None,
+                    mixing_bias,
+                ),
+                hidden,
+                drop_rate,
+                0.0,
+                gamma_at(layer_scale, number),
+                norm,
+                context=class_context,
+            )
+            for number in range(1, class_depth + 1)
+        )
         self.norm = norm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.initialise()
@@ -60,7 +126,9 @@ class CaiT(TokenTransformer):
         trunc_normal(self.cls_token, 0.02)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the class token after its last block and `norm`, (B, embed_dim)."""
+        """(B, in_chans, H, W) -> the class token after its last block and `norm`, (B,
+        embed_dim).
+        """
         x = self.run(self.blocks, self.pos_drop(self.patch_embed(x) + self.pos_embed))
         token = self.cls_token.expand(len(x), -1, -1)
         for block in self.blocks_token_only:
@@ -80,4 +148,8 @@ class CaiT(TokenTransformer):
 
 def gamma_at(layer_scale: float | str, number: int) -> float:
     """The initial gamma of block `number`, counted from 1."""
-    return layer_scale if layer_scale != "depth" else next(gamma for last, gamma in BY_DEPTH if number <= last)
+    return (
+        layer_scale
+        if layer_scale != "depth"
+        else next(gamma for last, gamma in BY_DEPTH if number <= last)
+    )

@@ -1,4 +1,6 @@
-"""PiT, the pooling-based vision transformer (arXiv:2103.16302): ViT blocks at resolutions that halve from stage to stage."""
+"""PiT, the pooling-based vision transformer (arXiv:2103.16302): ViT blocks at resolutions that
+halve from stage to stage.
+"""
 
 from collections.abc import Sequence
 
@@ -13,47 +15,94 @@ from models.layers.token_transformer import TokenTransformer, drop_path_rates, t
 
 
 class PiT(TokenTransformer):
-    """Stages of blocks of global attention, with pooling between them that halves the grid and doubles the channels.
+    """Stages of blocks of global attention, with pooling between them that halves the grid and
+    doubles the channels.
 
     Args:
-        img_size, patch_size: an int or (rows, columns). stride: pixels between two patches; None is patch_size. embed_dim: channels of
-            the first stage. depths, num_heads: per stage. head_dim: channels of a head; None is channels / heads.
-        pointwise: a 1 x 1 convolution in the pooling. class_position: the class tokens have a position embedding, `cls_pos`.
+        img_size, patch_size: an int or (rows, columns). stride: pixels between two patches; None is
+            patch_size. embed_dim: channels of
+            the first stage. depths, num_heads: per stage. head_dim: channels of a head; None is
+                channels / heads.
+        pointwise: a 1 x 1 convolution in the pooling. class_position: the class tokens have a
+            position embedding, `cls_pos`.
         distilled: a second class token with a head of its own; the logits are the mean of both.
         drop_path_profile: linear from 0 to drop_path_rate, or constant.
-    Shapes: (B, in_chans, H, W) -> (B, num_classes), or features of the (first) class token where num_classes is 0. Keys are timm's.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes), or features of the (first) class token where
+        num_classes is 0. Keys are timm's.
     Raises: ValueError for lists of different lengths.
-    Source: Rethinking Spatial Dimensions of Vision Transformers, arXiv:2103.16302. pointwise and class_position are of the small-image
-        form of github.com/CatworldLee/Gaussian-Mixture-Mask-Attention.
+    Source: Rethinking Spatial Dimensions of Vision Transformers, arXiv:2103.16302. pointwise and
+        class_position are of the small-image form of
+        github.com/CatworldLee/Gaussian-Mixture-Mask-Attention.
     """
 
-    def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 16, in_chans: int = 3, num_classes: int = 1000,
-                 embed_dim: int = 144, depths: Sequence[int] = (2, 6, 4), num_heads: Sequence[int] = (3, 6, 12), *,
-                 stride: int | Size | None = None, head_dim: int | None = None, mlp_ratio: float = 4.0, qkv_bias: bool = True,
-                 pointwise: bool = False, class_position: bool = False, distilled: bool = False, norm_eps: float = 1e-6,
-                 drop_rate: float = 0.0, drop_path_rate: float = 0.0, drop_path_profile: str = "linear", use_checkpoint: bool = False,
-                 attention: AttentionSpec | None = None):
+    def __init__(
+        self,
+        img_size: int | Size = 224,
+        patch_size: int | Size = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 144,
+        depths: Sequence[int] = (2, 6, 4),
+        num_heads: Sequence[int] = (3, 6, 12),
+        *,
+        stride: int | Size | None = None,
+        head_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        pointwise: bool = False,
+        class_position: bool = False,
+        distilled: bool = False,
+        norm_eps: float = 1e-6,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_profile: str = "linear",
+        use_checkpoint: bool = False,
+        attention: AttentionSpec | None = None,
+    ):
         if len(depths) != len(num_heads):
-            raise ValueError(f"pit: depths {list(depths)} and num_heads {list(num_heads)} must have one entry per stage each")
+            raise ValueError(
+                f"pit: depths {list(depths)} and num_heads {list(num_heads)} must have one entry"
+                " per stage each"
+            )
         embed = OverlapEmbed(img_size, patch_size, stride or patch_size, in_chans, embed_dim)
-        super().__init__(img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint, embed)
+        super().__init__(
+            img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint, embed
+        )
         self.prefix, self.num_features = 1 + distilled, embed_dim * 2 ** (len(depths) - 1)
         self.cls_token = nn.Parameter(torch.zeros(1, self.prefix, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, embed_dim, *embed.patches_resolution))
-        self.cls_pos = nn.Parameter(torch.zeros(1, self.prefix, embed_dim)) if class_position else None
-        rates, grid, stages = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile)), embed.patches_resolution, []
+        self.cls_pos = (
+            nn.Parameter(torch.zeros(1, self.prefix, embed_dim)) if class_position else None
+        )
+        rates, grid, stages = (
+            iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile)),
+            embed.patches_resolution,
+            [],
+        )
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim = embed_dim * 2**stage
             pool = TokenPooling(dim // 2, dim, grid, self.prefix, pointwise) if stage else None
             grid = pool.pooled if pool else grid
             geometry = Geometry(dim, heads, grid, prefix=self.prefix, head_dim=head_dim or 0)
-            blocks = [token_block(geometry, attention or AttentionSpec(), mlp_ratio, qkv_bias=qkv_bias, drop=drop_rate,
-                                  drop_path=next(rates), norm_eps=norm_eps) for _ in range(depth)]
+            blocks = [
+                token_block(
+                    geometry,
+                    attention or AttentionSpec(),
+                    mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    drop=drop_rate,
+                    drop_path=next(rates),
+                    norm_eps=norm_eps,
+                )
+                for _ in range(depth)
+            ]
             stages.append(PoolingStage(pool, blocks, self.prefix + grid[0] * grid[1]))
         self.transformers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.num_features, norm_eps)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head_dist = nn.Linear(self.num_features, num_classes) if num_classes and distilled else None
+        self.head_dist = (
+            nn.Linear(self.num_features, num_classes) if num_classes and distilled else None
+        )
         self.initialise()
 
     def initialise_weights(self) -> None:
@@ -64,20 +113,24 @@ class PiT(TokenTransformer):
                 trunc_normal(positions, 0.02)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the class tokens after the last stage and `norm`, (B, prefix, num_features)."""
+        """(B, in_chans, H, W) -> the class tokens after the last stage and `norm`, (B, prefix,
+        num_features).
+        """
         x = (self.patch_embed(x) + self.pos_embed).flatten(2).transpose(1, 2)
         token = self.cls_token if self.cls_pos is None else self.cls_token + self.cls_pos
         x = self.pos_drop(torch.cat([token.expand(len(x), -1, -1), x], dim=1))
         for stage in self.transformers:
             x = self.run(stage.blocks, x if stage.pool is None else stage.pool(x))
-        return self.norm(x[:, :self.prefix])
+        return self.norm(x[:, : self.prefix])
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the class token, (B, num_features)."""
         return self.forward_tokens(x)[:, 0]
 
     def forward_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, in_chans, H, W) -> logits of the head and of the distillation head; the same twice where there is one."""
+        """(B, in_chans, H, W) -> logits of the head and of the distillation head; the same twice
+        where there is one.
+        """
         tokens = self.forward_tokens(x)
         logits = self.head(tokens[:, 0])
         return logits, logits if self.head_dist is None else self.head_dist(tokens[:, 1])
@@ -90,7 +143,11 @@ class PiT(TokenTransformer):
     def flops(self) -> int:
         """Multiply-accumulates for one image, attention products included."""
         heads = self.prefix if self.head_dist is not None else 1
-        return self.embed_flops() + sum(stage.flops() for stage in self.transformers) + heads * self.head_flops()
+        return (
+            self.embed_flops()
+            + sum(stage.flops() for stage in self.transformers)
+            + heads * self.head_flops()
+        )
 
     def position_names(self) -> set[str]:
         """Position embeddings and class tokens."""

@@ -14,11 +14,16 @@ class Registry:
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator. Raises ValueError if the name is taken."""
+
         def add(cls: type) -> type:
             if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is registered twice: {self._entries[name].__qualname__} and {cls.__qualname__}")
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered twice: {self._entries[name].__qualname__}"
+                    f" and {cls.__qualname__}"
+                )
             self._entries[name] = cls
             return cls
+
         return add
 
     def names(self) -> list[str]:
@@ -26,15 +31,20 @@ class Registry:
         return sorted(self._entries)
 
     def __getitem__(self, name: str) -> type:
-        """The class behind a name. Raises ValueError that lists what exists and the nearest spelling."""
+        """The class behind a name. Raises ValueError that lists what exists and the nearest
+        spelling.
+        """
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, 1, 0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"there is no {self.kind} {name!r}; there are {', '.join(self.names())}{hint}")
+            raise ValueError(
+                f"there is no {self.kind} {name!r}; there are {', '.join(self.names())}{hint}"
+            )
         return self._entries[name]
 
     def create(self, text: str, *args):
-        """Builds the entry that "name" or "name(arg=value, ...)" describes; `args` go before the options.
+        """Builds the entry that "name" or "name(arg=value, ...)" describes; `args` go before the
+        options.
 
         Raises: ValueError for an unknown name or option, with what is allowed.
         """
@@ -44,11 +54,15 @@ class Registry:
             return cls(*args, **options)
         except TypeError as error:
             where = f"{cls.__module__}.{cls.__qualname__}"
-            raise ValueError(f"{self.kind} {text!r}: {error}; its options are in the docstring of {where}") from error
+            raise ValueError(
+                f"{self.kind} {text!r}: {error}; its options are in the docstring of {where}"
+            ) from error
 
 
 def parse_call(text: str) -> tuple[str, dict]:
-    """"name(a=1, b=word)" -> ("name", {"a": 1, "b": "word"}). Values are Python literals; a bare word is a string."""
+    """ "name(a=1, b=word)" -> ("name", {"a": 1, "b": "word"}). Values are Python literals; a bare
+    word is a string.
+    """
     try:
         node = ast.parse(text.strip(), mode="eval").body
         if isinstance(node, ast.Name):

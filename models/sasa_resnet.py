@@ -1,4 +1,6 @@
-"""ResNet with stand-alone self-attention (arXiv:1906.05909): local attention in the place of the 3 x 3 convolutions."""
+"""ResNet with stand-alone self-attention (arXiv:1906.05909): local attention in the place of the 3
+x 3 convolutions.
+"""
 
 from collections.abc import Sequence
 
@@ -17,45 +19,100 @@ STEMS = ("conv", "attention", "small")
 
 
 class SasaResNet(Backbone):
-    """Groups of bottlenecks with local attention or, where `conv_groups` names the group, 3 x 3 convolutions (v1.5).
+    """Groups of bottlenecks with local attention or, where `conv_groups` names the group, 3 x 3
+    convolutions (v1.5).
 
     Args:
-        img_size: what `flops` assumes; the model takes any size. width: channels of the spatial layers in the first group; each later
+        img_size: what `flops` assumes; the model takes any size. width: channels of the spatial
+            layers in the first group; each later
             group has twice as many. depths: blocks per group.
-        stem: conv (7 x 7, stride 2, max pooling), attention (AttentionStem; images in multiples of 4 pixels), or small (3 x 3, stride 1,
-            no pooling: for images of about 32 pixels). conv_groups: numbers of the groups, from 1, that stay convolutions.
-        num_heads, kernel_size, rel, pad, scale, grouped, content: of LocalAttention. stem_heads, mixtures: of AttentionStem.
-    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, 4 width 2^(groups - 1)) where num_classes is 0. State-dict
-        keys are torchvision's; conv2 of a block may be attention, as may conv1 of the stem.
+        stem: conv (7 x 7, stride 2, max pooling), attention (AttentionStem; images in multiples of
+            4 pixels), or small (3 x 3, stride 1,
+            no pooling: for images of about 32 pixels). conv_groups: numbers of the groups, from 1,
+                that stay convolutions.
+        num_heads, kernel_size, rel, pad, scale, grouped, content: of LocalAttention. stem_heads,
+        mixtures: of AttentionStem.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, 4 width 2^(groups - 1))
+        where num_classes is 0. State-dict keys are torchvision's; conv2 of a block may be
+        attention, as may conv1 of the stem.
     Raises: ValueError for a group that does not exist, and for sizes that LocalAttention refuses.
     Source: Stand-Alone Self-Attention in Vision Models, arXiv:1906.05909, section 4.1.
     """
 
-    def __init__(self, img_size: int | Size = 224, in_chans: int = 3, num_classes: int = 1000, width: int = 64,
-                 depths: Sequence[int] = DEPTHS[50], *, stem: str = "conv", conv_groups: Sequence[int] = (), num_heads: int = 8,
-                 kernel_size: int = 7, rel: str = "shared", pad: str = "mask", scale: str = "none", grouped: bool = False,
-                 content: bool = True, stem_heads: int = 4, mixtures: int = 4, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
-                 drop_path_profile: str = "linear"):
+    def __init__(
+        self,
+        img_size: int | Size = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        width: int = 64,
+        depths: Sequence[int] = DEPTHS[50],
+        *,
+        stem: str = "conv",
+        conv_groups: Sequence[int] = (),
+        num_heads: int = 8,
+        kernel_size: int = 7,
+        rel: str = "shared",
+        pad: str = "mask",
+        scale: str = "none",
+        grouped: bool = False,
+        content: bool = True,
+        stem_heads: int = 4,
+        mixtures: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_profile: str = "linear",
+    ):
         super().__init__()
         strange = sorted(set(conv_groups) - set(range(1, len(depths) + 1)))
         if strange:
-            raise ValueError(f"sasa_resnet: conv_groups names {strange}; there are groups 1 to {len(depths)}")
-        self.img_size, self.num_classes, self.num_features = to_pair(img_size), num_classes, EXPANSION * width * 2 ** (len(depths) - 1)
+            raise ValueError(
+                f"sasa_resnet: conv_groups names {strange}; there are groups 1 to {len(depths)}"
+            )
+        self.img_size, self.num_classes, self.num_features = (
+            to_pair(img_size),
+            num_classes,
+            EXPANSION * width * 2 ** (len(depths) - 1),
+        )
         self.stem = check_choice("sasa_resnet: stem", stem, STEMS)
         if stem == "attention":  # it norms and pools itself
-            self.conv1, self.bn1 = AttentionStem(in_chans, width, stem_heads, mixtures=mixtures), nn.Identity()
+            self.conv1, self.bn1 = (
+                AttentionStem(in_chans, width, stem_heads, mixtures=mixtures),
+                nn.Identity(),
+            )
             self.relu, self.maxpool = nn.Identity(), nn.Identity()
         else:
             side, stride = (7, 2) if stem == "conv" else (3, 1)
-            self.conv1, self.bn1 = nn.Conv2d(in_chans, width, side, stride, side // 2, bias=False), nn.BatchNorm2d(width)
-            self.relu, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1) if stem == "conv" else nn.Identity()
-        local = dict(num_heads=num_heads, kernel_size=kernel_size, rel=rel, pad=pad, scale=scale, grouped=grouped, content=content)
+            self.conv1, self.bn1 = (
+                nn.Conv2d(in_chans, width, side, stride, side // 2, bias=False),
+                nn.BatchNorm2d(width),
+            )
+            self.relu, self.maxpool = (
+                nn.ReLU(),
+                nn.MaxPool2d(3, 2, 1) if stem == "conv" else nn.Identity(),
+            )
+        local = dict(
+            num_heads=num_heads,
+            kernel_size=kernel_size,
+            rel=rel,
+            pad=pad,
+            scale=scale,
+            grouped=grouped,
+            content=content,
+        )
         rates, dim = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile)), width
         for group, depth in enumerate(depths):
             channels, blocks = width * 2**group, []
             for block in range(depth):
                 stride = 2 if group and not block else 1
-                blocks.append(Bottleneck(dim, channels, stride, None if group + 1 in conv_groups else local, next(rates)))
+                blocks.append(
+                    Bottleneck(
+                        dim,
+                        channels,
+                        stride,
+                        None if group + 1 in conv_groups else local,
+                        next(rates),
+                    )
+                )
                 dim = EXPANSION * channels
             self.add_module(f"layer{group + 1}", nn.Sequential(*blocks))
         self.groups = len(depths)
@@ -64,8 +121,15 @@ class SasaResNet(Backbone):
         self.initialise()
 
     def initialise_weights(self) -> None:
-        """torchvision's rule for convolutions, normal with variance 2 / (out channels * area); projections of attention keep PyTorch's."""
-        attention = {id(inner) for module in self.modules() if isinstance(module, LocalAttention) for inner in module.modules()}
+        """torchvision's rule for convolutions, normal with variance 2 / (out channels * area);
+        projections of attention keep PyTorch's.
+        """
+        attention = {
+            id(inner)
+            for module in self.modules()
+            if isinstance(module, LocalAttention)
+            for inner in module.modules()
+        }
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and id(module) not in attention:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -75,7 +139,9 @@ class SasaResNet(Backbone):
         return [self.get_submodule(f"layer{group + 1}") for group in range(self.groups)]
 
     def forward_features(self, x: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
-        """(B, in_chans, H, W) -> pooled features (B, num_features); with `return_stages` the map of each group."""
+        """(B, in_chans, H, W) -> pooled features (B, num_features); with `return_stages` the map of
+        each group.
+        """
         x, maps = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
         for stage in self.stages():
             x = stage(x)
@@ -87,12 +153,18 @@ class SasaResNet(Backbone):
         return self.fc(self.head_drop(self.forward_features(x)))
 
     def block_pixels(self) -> list[list[tuple[Bottleneck, int, int]]]:
-        """For each group its blocks, each with the pixels of the map before and after it, for an image of img_size."""
-        first = {"conv": 2, "attention": 2, "small": 0}[self.stem]  # halvings of the sides before the first group
+        """For each group its blocks, each with the pixels of the map before and after it, for an
+        image of img_size.
+        """
+        first = {"conv": 2, "attention": 2, "small": 0}[
+            self.stem
+        ]  # halvings of the sides before the first group
         counts, groups = self.pixels(first), []
         for group, stage in enumerate(self.stages()):
             before, counts = counts, self.pixels(first + group)
-            groups.append([(block, counts if place else before, counts) for place, block in enumerate(stage)])
+            groups.append(
+                [(block, counts if place else before, counts) for place, block in enumerate(stage)]
+            )
         return groups
 
     def pixels(self, halvings: int) -> int:
@@ -101,7 +173,8 @@ class SasaResNet(Backbone):
         return -(-height // 2**halvings) * -(-width // 2**halvings)
 
     def flops(self) -> int:
-        """Multiply-accumulates of convolutions, linear layers, q · k and the sum of values for one image.
+        """Multiply-accumulates of convolutions, linear layers, q · k and the sum of values for one
+        image.
 
         The paper counts otherwise, see tools/sasa_cost.py.
         """
@@ -109,7 +182,11 @@ class SasaResNet(Backbone):
             macs = self.conv1.flops(self.pixels(0))
         else:
             macs = self.pixels(1 if self.stem == "conv" else 0) * self.conv1.weight.numel()
-        macs += sum(block.flops(before, after) for group in self.block_pixels() for block, before, after in group)
+        macs += sum(
+            block.flops(before, after)
+            for group in self.block_pixels()
+            for block, before, after in group
+        )
         return macs + self.num_features * self.num_classes
 
     @property
@@ -119,7 +196,12 @@ class SasaResNet(Backbone):
 
 
 def sasa_resnet(layers: int, **options) -> SasaResNet:
-    """A published depth, 26, 38 or 50, with further `options` of SasaResNet. Raises ValueError for another."""
+    """A published depth, 26, 38 or 50, with further `options` of SasaResNet. Raises ValueError for
+    another.
+    """
     if layers not in DEPTHS:
-        raise ValueError(f"sasa_resnet: there are {', '.join(map(str, DEPTHS))} layers, not {layers}; for others give depths")
+        raise ValueError(
+            f"sasa_resnet: there are {', '.join(map(str, DEPTHS))} layers, not {layers}; for others"
+            " give depths"
+        )
     return SasaResNet(depths=DEPTHS[layers], **options)

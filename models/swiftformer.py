@@ -1,4 +1,6 @@
-"""SwiftFormer (arXiv:2303.15446): convolution encoders, and one block of additive attention at the end of each stage."""
+"""SwiftFormer (arXiv:2303.15446): convolution encoders, and one block of additive attention at the
+end of each stage.
+"""
 
 from collections.abc import Sequence
 
@@ -24,18 +26,32 @@ SIZES = {
 class SwiftFormerBlock(nn.Module):
     """A narrow convolution encoder, then x + gamma1 * attention(x), then x + gamma2 * mlp(x).
 
-    layer_scale: the initial gammas, or None to leave them out (also the encoder's, which starts at 1).
+    layer_scale: the initial gammas, or None to leave them out (also the encoder's, which starts at
+        1).
     Shapes: (B, C, H, W) -> (B, C, H, W).
     """
 
-    def __init__(self, dim: int, hidden: int, attention: str, num_heads: int, drop: float, drop_path: float, layer_scale: float | None):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        attention: str,
+        num_heads: int,
+        drop: float,
+        drop_path: float,
+        layer_scale: float | None,
+    ):
         super().__init__()
         self.local_representation = ConvEncoder(dim, dim, layer_scale=layer_scale is not None)
         self.attn = MIXERS.create(attention, dim, num_heads)
         self.linear = ConvMlp(dim, hidden, drop)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.layer_scale_1 = nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale)
-        self.layer_scale_2 = nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale)
+        self.layer_scale_1 = (
+            nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale)
+        )
+        self.layer_scale_2 = (
+            nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale)
+        )
 
     def attend(self, x: Tensor) -> Tensor:
         """The attention alone, (B, C, H, W) -> (B, C, H, W)."""
@@ -50,7 +66,11 @@ class SwiftFormerBlock(nn.Module):
 
     def flops(self, pixels: int) -> int:
         """Multiply-accumulates of convolutions and linear layers for `pixels` pixels."""
-        return self.local_representation.flops(pixels) + self.attn.flops(pixels) + self.linear.flops(pixels)
+        return (
+            self.local_representation.flops(pixels)
+            + self.attn.flops(pixels)
+            + self.linear.flops(pixels)
+        )
 
 
 class SwiftFormerStage(nn.Module):
@@ -74,50 +94,92 @@ class SwiftFormer(Backbone):
     """Four stages on maps of 1/4, 1/8, 1/16 and 1/32 of the image.
 
     Args:
-        img_size: what `flops` assumes; the model takes any size. embed_dims, depths: channels and blocks of each stage.
-        vit_num: blocks with attention at the end of each stage; the others are convolution encoders. attention: the mixer,
-            "name(option=value)" (models/attention/mixers.py). num_heads: per stage, for mixers that have heads.
-        drop_rate: dropout before the heads and in the MLPs. drop_path_rate: grows linearly over the blocks, 0 in the published
-            recipe; drop_path_profile constant: the same in all. layer_scale: initial value of the gammas of attention and MLP, None
-            leaves all out.
+        img_size: what `flops` assumes; the model takes any size. embed_dims, depths: channels and
+            blocks of each stage.
+        vit_num: blocks with attention at the end of each stage; the others are convolution
+            encoders. attention: the mixer, "name(option=value)" (models/attention/mixers.py).
+                num_heads: per stage, for mixers that have heads.
+        drop_rate: dropout before the heads and in the MLPs. drop_path_rate: grows linearly over the
+            blocks, 0 in the published recipe; drop_path_profile constant: the same in all.
+            layer_scale: initial value of the gammas of attention and MLP, None leaves all out.
         distillation: a second head. The logits are the mean of both; `forward_heads` gives each.
-    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dims[-1]) where num_classes is 0. State-dict keys are
-        timm's. Published parameter counts include the second head.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dims[-1]) where
+        num_classes is 0. State-dict keys are timm's. Published parameter counts include the second
+        head.
     Source: SwiftFormer, arXiv:2303.15446; widths and depths of the released code.
     """
 
-    def __init__(self, img_size: int | tuple[int, int] = 224, in_chans: int = 3, num_classes: int = 1000,
-                 embed_dims: Sequence[int] = (48, 56, 112, 220), depths: Sequence[int] = (3, 3, 6, 4), *, mlp_ratio: float = 4.0,
-                 vit_num: int = 1, attention: str = "efficient_additive", num_heads: Sequence[int] | None = None, drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, drop_path_profile: str = "linear", layer_scale: float | None = 1e-5,
-                 distillation: bool = True):
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dims: Sequence[int] = (48, 56, 112, 220),
+        depths: Sequence[int] = (3, 3, 6, 4),
+        *,
+        mlp_ratio: float = 4.0,
+        vit_num: int = 1,
+        attention: str = "efficient_additive",
+        num_heads: Sequence[int] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_profile: str = "linear",
+        layer_scale: float | None = 1e-5,
+        distillation: bool = True,
+    ):
         super().__init__()
         num_heads = num_heads or [1] * len(depths)
         if not len(embed_dims) == len(depths) == len(num_heads):
-            raise ValueError(f"swiftformer: embed_dims {list(embed_dims)}, depths {list(depths)} and num_heads {list(num_heads)} "
-                             "must have one entry per stage each")
+            raise ValueError(
+                f"swiftformer: embed_dims {list(embed_dims)}, depths {list(depths)} and num_heads"
+                f" {list(num_heads)} must have one entry per stage each"
+            )
         if max(num_heads) > 1 and not MIXERS[parse_call(attention)[0]].has_heads:
-            raise ValueError(f"swiftformer: num_heads {list(num_heads)} has no meaning for mixer {attention}, which has no heads; "
-                             "leave it out")
+            raise ValueError(
+                f"swiftformer: num_heads {list(num_heads)} has no meaning for mixer {attention},"
+                " which has no heads; leave it out"
+            )
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.num_classes, self.num_features, self.depths = num_classes, embed_dims[-1], tuple(depths)
+        self.num_classes, self.num_features, self.depths = (
+            num_classes,
+            embed_dims[-1],
+            tuple(depths),
+        )
         first = embed_dims[0]
         self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, first // 2, 3, stride=2, padding=1), nn.BatchNorm2d(first // 2), nn.ReLU(),
-            nn.Conv2d(first // 2, first, 3, stride=2, padding=1), nn.BatchNorm2d(first), nn.ReLU())
+            nn.Conv2d(in_chans, first // 2, 3, stride=2, padding=1),
+            nn.BatchNorm2d(first // 2),
+            nn.ReLU(),
+            nn.Conv2d(first // 2, first, 3, stride=2, padding=1),
+            nn.BatchNorm2d(first),
+            nn.ReLU(),
+        )
         rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile))
         stages = []
         for stage, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
             hidden, convolutions = int(dim * mlp_ratio), depth - vit_num
-            blocks = [ConvEncoder(dim, hidden, next(rates), layer_scale is not None) for _ in range(convolutions)]
-            blocks += [SwiftFormerBlock(dim, hidden, attention, num_heads[stage], drop_rate, next(rates), layer_scale)
-                       for _ in range(depth - len(blocks))]
-            stages.append(SwiftFormerStage(ConvNorm(embed_dims[stage - 1], dim) if stage else nn.Identity(), blocks))
+            blocks = [
+                ConvEncoder(dim, hidden, next(rates), layer_scale is not None)
+                for _ in range(convolutions)
+            ]
+            blocks += [
+                SwiftFormerBlock(
+                    dim, hidden, attention, num_heads[stage], drop_rate, next(rates), layer_scale
+                )
+                for _ in range(depth - len(blocks))
+            ]
+            stages.append(
+                SwiftFormerStage(
+                    ConvNorm(embed_dims[stage - 1], dim) if stage else nn.Identity(), blocks
+                )
+            )
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head_dist = nn.Linear(self.num_features, num_classes) if num_classes and distillation else None
+        self.head_dist = (
+            nn.Linear(self.num_features, num_classes) if num_classes and distillation else None
+        )
         self.initialise()
 
     def initialise_weights(self) -> None:
@@ -129,7 +191,9 @@ class SwiftFormer(Backbone):
                     nn.init.zeros_(module.bias)
 
     def forward_features(self, x: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
-        """(B, in_chans, H, W) -> pooled features (B, embed_dims[-1]); with `return_stages` the map of each stage, the last normalised."""
+        """(B, in_chans, H, W) -> pooled features (B, embed_dims[-1]); with `return_stages` the map
+        of each stage, the last normalised.
+        """
         x, maps = self.stem(x), []
         for stage in self.stages:
             x = stage(x)
@@ -138,7 +202,9 @@ class SwiftFormer(Backbone):
         return [*maps[:-1], x] if return_stages else x.mean((2, 3))
 
     def forward_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, in_chans, H, W) -> logits of the head and of the distillation head; the same twice where there is one."""
+        """(B, in_chans, H, W) -> logits of the head and of the distillation head; the same twice
+        where there is one.
+        """
         x = self.head_drop(self.forward_features(x))
         logits = self.head(x)
         return logits, logits if self.head_dist is None else self.head_dist(x)
@@ -149,14 +215,28 @@ class SwiftFormer(Backbone):
         return logits if distilled is logits else (logits + distilled) / 2
 
     def flops(self) -> int:
-        """Multiply-accumulates of convolutions, linear layers and q w_g for one image; norms and activations are not counted."""
+        """Multiply-accumulates of convolutions, linear layers and q w_g for one image; norms and
+        activations are not counted.
+        """
         height, width = self.img_size
-        pixels = [-(-height // 2**step) * -(-width // 2**step) for step in range(1, len(self.depths) + 2)]
+        pixels = [
+            -(-height // 2**step) * -(-width // 2**step) for step in range(1, len(self.depths) + 2)
+        ]
         macs = pixels[0] * self.stem[0].weight.numel() + pixels[1] * self.stem[3].weight.numel()
-        macs += sum(stage.flops(count) for stage, count in zip(self.stages, pixels[1:], strict=True))
-        return macs + sum(head.weight.numel() for head in (self.head, self.head_dist) if isinstance(head, nn.Linear))
+        macs += sum(
+            stage.flops(count) for stage, count in zip(self.stages, pixels[1:], strict=True)
+        )
+        return macs + sum(
+            head.weight.numel()
+            for head in (self.head, self.head_dist)
+            if isinstance(head, nn.Linear)
+        )
 
 
 def swiftformer(size: str, **options) -> SwiftFormer:
-    """A published size, xs, s, l1 or l3, with further `options` of SwiftFormer. Raises ValueError for another word."""
-    return SwiftFormer(**{**SIZES[check_choice("swiftformer: size", size, tuple(SIZES))], **options})
+    """A published size, xs, s, l1 or l3, with further `options` of SwiftFormer. Raises ValueError
+    for another word.
+    """
+    return SwiftFormer(
+        **{**SIZES[check_choice("swiftformer: size", size, tuple(SIZES))], **options}
+    )

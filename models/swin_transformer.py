@@ -1,4 +1,6 @@
-"""Swin Transformer (arXiv:2103.14030): pre-norm blocks, scaled dot product with a bias per relative offset."""
+"""Swin Transformer (arXiv:2103.14030): pre-norm blocks, scaled dot product with a bias per relative
+offset.
+"""
 
 from collections.abc import Sequence
 
@@ -20,8 +22,18 @@ class SwinTransformerBlock(AttentionBlock):
     Shapes: (B, L, C) -> (B, L, C).
     """
 
-    def __init__(self, *args, attention: AttentionSpec, qkv_bias: bool, qk_scale: float | None, drop: float, **kwargs):
-        self.attention_options = dict(spec=attention, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop)
+    def __init__(
+        self,
+        *args,
+        attention: AttentionSpec,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        drop: float,
+        **kwargs,
+    ):
+        self.attention_options = dict(
+            spec=attention, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop
+        )
         super().__init__(*args, drop=drop, **kwargs)
 
     def make_attention(self) -> nn.Module:
@@ -39,27 +51,69 @@ class SwinTransformer(PyramidTransformer):
     """The reference's arguments in the reference's order, then this project's.
 
     Args:
-        img_size, patch_size, window_size: an int or (rows, columns). qk_scale: None is head_dim^-0.5.
-        attn_drop_rate: the same as AttentionSpec.drop, kept for the reference's callers. fused_window_process: has no effect, and
-            True is answered with a warning; the window attention of this project folds shift and partition into its gathers.
-        attention: what is modified. others: further `PyramidOptions` (pre_mlp, sw_mlp, dynamic_img_size ...).
+        img_size, patch_size, window_size: an int or (rows, columns). qk_scale: None is
+            head_dim^-0.5.
+        attn_drop_rate: the same as AttentionSpec.drop, kept for the reference's callers.
+            fused_window_process: has no effect, and True is answered with a warning; the window
+                attention of this project folds shift and partition into its gathers.
+        attention: what is modified. others: further `PyramidOptions` (pre_mlp, sw_mlp,
+            dynamic_img_size ...).
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
 
-    def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 4, in_chans: int = 3, num_classes: int = 1000,
-                 embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2), num_heads: Sequence[int] = (3, 6, 12, 24),
-                 window_size: int | Size = 7, mlp_ratio: float = 4.0, qkv_bias: bool = True, qk_scale: float | None = None,
-                 drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1,
-                 norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False, patch_norm: bool = True, use_checkpoint: bool = False,
-                 fused_window_process: bool = False, *, attention: AttentionSpec | None = None, **others):
+    def __init__(
+        self,
+        img_size: int | Size = 224,
+        patch_size: int | Size = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | Size = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        ape: bool = False,
+        patch_norm: bool = True,
+        use_checkpoint: bool = False,
+        fused_window_process: bool = False,
+        *,
+        attention: AttentionSpec | None = None,
+        **others,
+    ):
         self.qkv_bias, self.qk_scale = qkv_bias, qk_scale
         if fused_window_process:
             others = {**others, "fused_window_process": True}
-        super().__init__(pyramid_options(
-            attention, attn_drop_rate, others, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-            embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate, norm_layer=norm_layer, ape=ape, patch_norm=patch_norm, use_checkpoint=use_checkpoint))
+        super().__init__(
+            pyramid_options(
+                attention,
+                attn_drop_rate,
+                others,
+                img_size=img_size,
+                patch_size=patch_size,
+                in_chans=in_chans,
+                num_classes=num_classes,
+                embed_dim=embed_dim,
+                depths=depths,
+                num_heads=num_heads,
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+                norm_layer=norm_layer,
+                ape=ape,
+                patch_norm=patch_norm,
+                use_checkpoint=use_checkpoint,
+            )
+        )
 
     def make_block(self, *place) -> SwinTransformerBlock:
         """See the base."""
-        return SwinTransformerBlock(**self.block_arguments(*place), qkv_bias=self.qkv_bias, qk_scale=self.qk_scale)
+        return SwinTransformerBlock(
+            **self.block_arguments(*place), qkv_bias=self.qkv_bias, qk_scale=self.qk_scale
+        )

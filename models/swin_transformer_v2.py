@@ -1,4 +1,6 @@
-"""Swin Transformer V2 (arXiv:2111.09883): norms after the branches, cosine attention, a bias from log-spaced offsets."""
+"""Swin Transformer V2 (arXiv:2111.09883): norms after the branches, cosine attention, a bias from
+log-spaced offsets.
+"""
 
 from collections.abc import Sequence
 
@@ -15,19 +17,32 @@ __all__ = ["SwinTransformerBlockV2", "SwinTransformerV2", "window_partition", "w
 
 
 class SwinTransformerBlockV2(AttentionBlock):
-    """x + norm1(attention(x)), then x + norm2(mlp(x)); both norms start at 0, so that the block starts as the identity.
+    """x + norm1(attention(x)), then x + norm2(mlp(x)); both norms start at 0, so that the block
+    starts as the identity.
 
     Shapes: (B, L, C) -> (B, L, C).
     """
 
-    def __init__(self, *args, attention: AttentionSpec, qkv_bias: bool, pretrained_window: Size, drop: float, **kwargs):
+    def __init__(
+        self,
+        *args,
+        attention: AttentionSpec,
+        qkv_bias: bool,
+        pretrained_window: Size,
+        drop: float,
+        **kwargs,
+    ):
         self.attention_options = dict(spec=attention, qkv_bias=qkv_bias, proj_drop=drop)
         self.pretrained_window = pretrained_window
         super().__init__(*args, drop=drop, **kwargs)
 
     def make_attention(self) -> nn.Module:
         """The attention of this block."""
-        return window_attention(WindowAttentionV2, block_geometry(self, self.pretrained_window), **self.attention_options)
+        return window_attention(
+            WindowAttentionV2,
+            block_geometry(self, self.pretrained_window),
+            **self.attention_options,
+        )
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
         """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
@@ -37,34 +52,80 @@ class SwinTransformerBlockV2(AttentionBlock):
 
 
 class SwinTransformerV2(PyramidTransformer):
-    """The reference's arguments in the reference's order, then this project's; see `SwinTransformer` for those both share.
+    """The reference's arguments in the reference's order, then this project's; see
+    `SwinTransformer` for those both share.
 
     Args:
-        pretrained_window_sizes: per stage, the window the weights were trained with, where it differs; 0 where it does not.
+        pretrained_window_sizes: per stage, the window the weights were trained with, where it
+            differs; 0 where it does not.
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
 
     norm_first = False
 
-    def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 4, in_chans: int = 3, num_classes: int = 1000,
-                 embed_dim: int = 96, depths: Sequence[int] = (2, 2, 6, 2), num_heads: Sequence[int] = (3, 6, 12, 24),
-                 window_size: int | Size = 7, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_rate: float = 0.0,
-                 attn_drop_rate: float = 0.0, drop_path_rate: float = 0.1, norm_layer: type[nn.Module] = nn.LayerNorm, ape: bool = False,
-                 patch_norm: bool = True, use_checkpoint: bool = False, pretrained_window_sizes: Sequence[int | Size] = (0, 0, 0, 0), *,
-                 attention: AttentionSpec | None = None, **others):
+    def __init__(
+        self,
+        img_size: int | Size = 224,
+        patch_size: int | Size = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | Size = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        ape: bool = False,
+        patch_norm: bool = True,
+        use_checkpoint: bool = False,
+        pretrained_window_sizes: Sequence[int | Size] = (0, 0, 0, 0),
+        *,
+        attention: AttentionSpec | None = None,
+        **others,
+    ):
         if len(pretrained_window_sizes) < len(depths):
-            raise ValueError(f"pretrained_window_sizes {list(pretrained_window_sizes)} must have an entry for each of {len(depths)} stages")
+            raise ValueError(
+                f"pretrained_window_sizes {list(pretrained_window_sizes)} must have an entry for"
+                f" each of {len(depths)} stages"
+            )
         self.qkv_bias, self.pretrained_window_sizes = qkv_bias, pretrained_window_sizes
-        super().__init__(pyramid_options(
-            attention, attn_drop_rate, others, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-            embed_dim=embed_dim, depths=depths, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio, drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate, norm_layer=norm_layer, ape=ape, patch_norm=patch_norm, use_checkpoint=use_checkpoint))
+        super().__init__(
+            pyramid_options(
+                attention,
+                attn_drop_rate,
+                others,
+                img_size=img_size,
+                patch_size=patch_size,
+                in_chans=in_chans,
+                num_classes=num_classes,
+                embed_dim=embed_dim,
+                depths=depths,
+                num_heads=num_heads,
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+                norm_layer=norm_layer,
+                ape=ape,
+                patch_norm=patch_norm,
+                use_checkpoint=use_checkpoint,
+            )
+        )
 
-    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, *place) -> SwinTransformerBlockV2:
+    def make_block(
+        self, options: PyramidOptions, dim: int, resolution: Size, stage: int, *place
+    ) -> SwinTransformerBlockV2:
         """See the base; the pretrained window is the stage's own."""
         arguments = self.block_arguments(options, dim, resolution, stage, *place)
-        return SwinTransformerBlockV2(**arguments, qkv_bias=self.qkv_bias,
-                                      pretrained_window=to_pair(self.pretrained_window_sizes[stage]))
+        return SwinTransformerBlockV2(
+            **arguments,
+            qkv_bias=self.qkv_bias,
+            pretrained_window=to_pair(self.pretrained_window_sizes[stage]),
+        )
 
     def initialise_weights(self) -> None:
         """The general rule; then the norms after the branches start at 0, weight and bias."""

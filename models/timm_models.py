@@ -1,4 +1,6 @@
-"""Any transformer of timm whose attention modules are known here: they are exchanged for this project's, under the same keys."""
+"""Any transformer of timm whose attention modules are known here: they are exchanged for this
+project's, under the same keys.
+"""
 
 import difflib
 from functools import cache
@@ -14,14 +16,25 @@ from models.registry import parse_call
 
 from .counting import count_macs
 
-FITTING = "vit_*, deit_*, deit3_*, beit_*, beitv2_*, cait_* and others that use timm.layers.Attention on one grid of patches"
-INSTEAD = {"swinv2": "swinv2", "swin": "swin", "swiftformer": "swiftformer", "pit": "pit", "resnet": "sasa_resnet"}  # MODEL.TYPE by name
+FITTING = (
+    "vit_*, deit_*, deit3_*, beit_*, beitv2_*, cait_* and others that use timm.layers.Attention on"
+    " one grid of patches"
+)
+INSTEAD = {
+    "swinv2": "swinv2",
+    "swin": "swin",
+    "swiftformer": "swiftformer",
+    "pit": "pit",
+    "resnet": "sasa_resnet",
+}  # MODEL.TYPE by name
 
 
 class TimmBackbone(Backbone):
-    """What a timm model is to this program beside its own class: mixed in front of it, so that its parameters keep their names.
+    """What a timm model is to this program beside its own class: mixed in front of it, so that its
+    parameters keep their names.
 
-    timm's layers, initial values and forward stay; its `forward_features` returns tokens, not pooled features.
+    timm's layers, initial values and forward stay; its `forward_features` returns tokens, not
+    pooled features.
     """
 
     input_shape: tuple[int, int, int]
@@ -35,30 +48,54 @@ class TimmBackbone(Backbone):
         return set(theirs())
 
     def flops(self) -> int:
-        """Multiply-accumulates for one image, attention products included, counted by running it."""
+        """Multiply-accumulates for one image, attention products included, counted by running
+        it.
+        """
         like = next(self.parameters())
-        return count_macs(self, torch.zeros(1, *self.input_shape, device=like.device, dtype=like.dtype)).with_attention
+        return count_macs(
+            self, torch.zeros(1, *self.input_shape, device=like.device, dtype=like.dtype)
+        ).with_attention
 
 
-def timm_model(text: str, num_classes: int = 1000, img_size: int | Size = 224, in_chans: int = 3, *, drop_rate: float = 0.0,
-               drop_path_rate: float = 0.0, use_checkpoint: bool = False, pretrained: bool = False,
-               attention: AttentionSpec | None = None) -> nn.Module:
+def timm_model(
+    text: str,
+    num_classes: int = 1000,
+    img_size: int | Size = 224,
+    in_chans: int = 3,
+    *,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    use_checkpoint: bool = False,
+    pretrained: bool = False,
+    attention: AttentionSpec | None = None,
+) -> nn.Module:
     """A timm model with its attention modules exchanged.
 
     Args:
         text: timm's name, or "name(option=value, ...)" with options of the model's constructor.
-        drop_rate: dropout after the embedding, the attention's projection and in the MLPs (timm's pos_drop_rate and proj_drop_rate).
-        pretrained: start from timm's released weights, which it fetches. attention: what is modified.
-    Shapes: (B, in_chans, H, W) -> (B, num_classes). State-dict keys are timm's; modifiers' come under attn.modifiers.<name>.
-    Raises: ValueError for a name or an option that timm does not know, and for a model whose attention cannot be exchanged.
+        drop_rate: dropout after the embedding, the attention's projection and in the MLPs (timm's
+            pos_drop_rate and proj_drop_rate).
+        pretrained: start from timm's released weights, which it fetches. attention: what is
+            modified.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes). State-dict keys are timm's; modifiers' come
+        under attn.modifiers.<name>.
+    Raises: ValueError for a name or an option that timm does not know, and for a model whose
+        attention cannot be exchanged.
     """
     spec, size = attention or AttentionSpec(), to_pair(img_size)
     if spec.mixer != "softmax":
-        raise ValueError(f"timm: mixer {spec.mixer} has other parameters than the attention it would replace, so timm's weights could not "
-                         "load; set MODEL.ATTENTION.MIXER softmax, or take MODEL.TYPE vit")
+        raise ValueError(
+            f"timm: mixer {spec.mixer} has other parameters than the attention it would replace, so"
+            " timm's weights could not load; set MODEL.ATTENTION.MIXER softmax, or take"
+            " MODEL.TYPE vit"
+        )
     drops = {"pos_drop_rate": drop_rate, "proj_drop_rate": drop_rate} if drop_rate else {}
-    net = _create(text, pretrained, dict(num_classes=num_classes, in_chans=in_chans),
-                  dict(img_size=size, drop_path_rate=drop_path_rate, **drops))
+    net = _create(
+        text,
+        pretrained,
+        dict(num_classes=num_classes, in_chans=in_chans),
+        dict(img_size=size, drop_path_rate=drop_path_rate, **drops),
+    )
     exchange_attention(net, text, spec)
     net.__class__ = _mixed(type(net))
     net.input_shape = (in_chans, *size)
@@ -69,14 +106,20 @@ def timm_model(text: str, num_classes: int = 1000, img_size: int | Size = 224, i
 
 
 def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.Module:
-    """timm's model; one that does not take the arguments `transformer` is built without them, to be refused by name."""
+    """timm's model; one that does not take the arguments `transformer` is built without them, to be
+    refused by name.
+    """
     import timm  # here: it takes seconds
+
     name, _, rest = text.partition("(")
     options = parse_call("options(" + rest)[1] if rest else {}
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 1)
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
-                         "(MODEL.TIMM.MODEL, or MODEL.NAME where that is empty)")
+        raise ValueError(
+            f"timm {timm.__version__} has no model"
+            f" {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (MODEL.TIMM.MODEL, or"
+            " MODEL.NAME where that is empty)"
+        )
     for arguments in (always | transformer, always):
         try:
             return timm.create_model(name, pretrained=pretrained, **{**arguments, **options})
@@ -90,25 +133,44 @@ def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.
 def exchange_attention(net: nn.Module, name: str, spec: AttentionSpec) -> None:
     """Puts this project's attention in the place of timm's, in place.
 
-    Raises: ValueError for a model without attention of a known class, or without a fixed grid of patches.
+    Raises: ValueError for a model without attention of a known class, or without a fixed grid of
+        patches.
     """
     found = {path: module for path, module in net.named_modules() if replacement(module)}
     grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
     if not found or grid is None:
-        raise ValueError(f"timm model {name} ({type(net).__name__}) {_why(net, bool(found))}; models that fit: {FITTING}"
-                         + "".join(f"; MODEL.TYPE {kind} is the like of it" for part, kind in INSTEAD.items() if name.startswith(part)))
+        raise ValueError(
+            f"timm model {name} ({type(net).__name__}) {_why(net, bool(found))}; models that fit:"
+            f" {FITTING}"
+            + "".join(
+                f"; MODEL.TYPE {kind} is the like of it"
+                for part, kind in INSTEAD.items()
+                if name.startswith(part)
+            )
+        )
     if not isinstance(getattr(net, "patch_drop", None), (nn.Identity, type(None))):
-        raise ValueError(f"timm model {name}: patch_drop_rate drops tokens in training, which leaves no grid; set it to 0")
+        raise ValueError(
+            f"timm model {name}: patch_drop_rate drops tokens in training, which leaves no grid;"
+            " set it to 0"
+        )
     for path, module in found.items():
         parent, _, leaf = path.rpartition(".")
-        setattr(net.get_submodule(parent), leaf, replacement(module)(module, tuple(grid), getattr(net, "num_prefix_tokens", 0), spec))
+        setattr(
+            net.get_submodule(parent),
+            leaf,
+            replacement(module)(module, tuple(grid), getattr(net, "num_prefix_tokens", 0), spec),
+        )
 
 
 def _why(net: nn.Module, found: bool) -> str:
     if found:
         return "has no fixed grid of patches (patch_embed.grid_size)"
-    others = sorted({type(module).__name__ for module in net.modules() if "Att" in type(module).__name__})
-    return "has no attention module of a known class" + (f", but {', '.join(others)}" if others else "")
+    others = sorted(
+        {type(module).__name__ for module in net.modules() if "Att" in type(module).__name__}
+    )
+    return "has no attention module of a known class" + (
+        f", but {', '.join(others)}" if others else ""
+    )
 
 
 @cache

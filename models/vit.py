@@ -1,4 +1,6 @@
-"""Vision Transformer (arXiv:2010.11929): patches, a position embedding, blocks of global attention, a head."""
+"""Vision Transformer (arXiv:2010.11929): patches, a position embedding, blocks of global attention,
+a head.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +16,75 @@ class VisionTransformer(TokenTransformer):
     """Blocks of global attention at one resolution.
 
     Args:
-        img_size, patch_size: an int or (rows, columns). head_dim: channels of a head; None is embed_dim / num_heads.
-        class_token: a learned token in front of the patches. pool: token (the class token after `norm`) or mean (over the patches,
-            then `fc_norm`). drop_path_profile: linear from 0 to drop_path_rate, or constant. layer_scale: initial gamma of both
-            branches of every block; None leaves it out. attention: what is modified or put in its place.
-    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dim) where num_classes is 0. State-dict keys are timm's.
+        img_size, patch_size: an int or (rows, columns). head_dim: channels of a head; None is
+            embed_dim / num_heads.
+        class_token: a learned token in front of the patches. pool: token (the class token after
+            `norm`) or mean (over the patches, then `fc_norm`). drop_path_profile: linear from 0 to
+            drop_path_rate, or constant. layer_scale: initial gamma of both branches of every block;
+                None leaves it out. attention: what is modified or put in its place.
+    Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dim) where
+        num_classes is 0. State-dict keys are timm's.
     """
 
-    def __init__(self, img_size: int | Size = 224, patch_size: int | Size = 16, in_chans: int = 3, num_classes: int = 1000,
-                 embed_dim: int = 384, depth: int = 12, num_heads: int = 6, *, head_dim: int | None = None, mlp_ratio: float = 4.0,
-                 qkv_bias: bool = True, class_token: bool = True, pool: str = "token", norm_eps: float = 1e-6, drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, drop_path_profile: str = "linear", layer_scale: float | None = None,
-                 use_checkpoint: bool = False, attention: AttentionSpec | None = None):
-        super().__init__(img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint)
+    def __init__(
+        self,
+        img_size: int | Size = 224,
+        patch_size: int | Size = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        *,
+        head_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        class_token: bool = True,
+        pool: str = "token",
+        norm_eps: float = 1e-6,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_profile: str = "linear",
+        layer_scale: float | None = None,
+        use_checkpoint: bool = False,
+        attention: AttentionSpec | None = None,
+    ):
+        super().__init__(
+            img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint
+        )
         if check_choice("vit: pool", pool, ("token", "mean")) == "token" and not class_token:
-            raise ValueError("vit: pool=token needs class_token=True; without a class token use pool=mean")
+            raise ValueError(
+                "vit: pool=token needs class_token=True; without a class token use pool=mean"
+            )
         self.pool, self.prefix = pool, int(class_token)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.patch_embed.num_patches, embed_dim))
-        geometry = Geometry(embed_dim, num_heads, self.patch_embed.patches_resolution, prefix=self.prefix, head_dim=head_dim or 0)
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.prefix + self.patch_embed.num_patches, embed_dim)
+        )
+        geometry = Geometry(
+            embed_dim,
+            num_heads,
+            self.patch_embed.patches_resolution,
+            prefix=self.prefix,
+            head_dim=head_dim or 0,
+        )
         self.blocks = nn.ModuleList(
-            token_block(geometry, attention or AttentionSpec(), mlp_ratio, qkv_bias=qkv_bias, drop=drop_rate, drop_path=rate,
-                        layer_scale=layer_scale, norm_eps=norm_eps)
-            for rate in drop_path_rates(drop_path_rate, depth, drop_path_profile))
+            token_block(
+                geometry,
+                attention or AttentionSpec(),
+                mlp_ratio,
+                qkv_bias=qkv_bias,
+                drop=drop_rate,
+                drop_path=rate,
+                layer_scale=layer_scale,
+                norm_eps=norm_eps,
+            )
+            for rate in drop_path_rates(drop_path_rate, depth, drop_path_profile)
+        )
         norm = nn.LayerNorm(embed_dim, norm_eps)
-        self.norm, self.fc_norm = (norm, nn.Identity()) if pool == "token" else (nn.Identity(), norm)
+        self.norm, self.fc_norm = (
+            (norm, nn.Identity()) if pool == "token" else (nn.Identity(), norm)
+        )
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.initialise()
 
@@ -50,7 +96,9 @@ class VisionTransformer(TokenTransformer):
             nn.init.normal_(self.cls_token, std=1e-6)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> tokens after the last block and `norm`, (B, prefix + L, embed_dim)."""
+        """(B, in_chans, H, W) -> tokens after the last block and `norm`, (B, prefix + L,
+        embed_dim).
+        """
         x = self.patch_embed(x)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
@@ -59,12 +107,16 @@ class VisionTransformer(TokenTransformer):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> pooled features (B, embed_dim)."""
         x = self.forward_tokens(x)
-        return self.fc_norm(x[:, 0] if self.pool == "token" else x[:, self.prefix:].mean(1))
+        return self.fc_norm(x[:, 0] if self.pool == "token" else x[:, self.prefix :].mean(1))
 
     def flops(self) -> int:
         """Multiply-accumulates for one image, attention products included."""
         tokens = self.pos_embed.shape[1]
-        return self.embed_flops() + sum(block.flops(tokens) for block in self.blocks) + self.head_flops()
+        return (
+            self.embed_flops()
+            + sum(block.flops(tokens) for block in self.blocks)
+            + self.head_flops()
+        )
 
     def position_names(self) -> set[str]:
         """Position embedding and class token."""

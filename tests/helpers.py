@@ -1,4 +1,6 @@
-"""What several tests share: golden vectors of the reference implementation, and running main.py as a user would."""
+"""What several tests share: golden vectors of the reference implementation, and running main.py as
+a user would.
+"""
 
 import json
 import os
@@ -15,27 +17,61 @@ GOLDEN = ROOT.parent / "shared" / "golden"
 
 
 def golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The description and the tensors of a golden vector; the test is skipped where the vectors are absent."""
+    """The description and the tensors of a golden vector; the test is skipped where the vectors are
+    absent.
+    """
     if not GOLDEN.is_dir():
-        pytest.skip("the golden vectors are not part of this repository (looked for ../shared/golden)")
+        pytest.skip(
+            "the golden vectors are not part of this repository (looked for ../shared/golden)"
+        )
     tensors = GOLDEN / f"{name}.safetensors"
-    return json.loads((GOLDEN / f"{name}.json").read_text()), load_file(tensors) if tensors.exists() else {}
+    return json.loads((GOLDEN / f"{name}.json").read_text()), (
+        load_file(tensors) if tensors.exists() else {}
+    )
 
 
 def golden_names(pattern: str) -> list[str]:
-    """Names of the golden vectors that match a glob pattern, or one placeholder name, which `golden` then skips."""
+    """Names of the golden vectors that match a glob pattern, or one placeholder name, which
+    `golden` then skips.
+    """
     return sorted(path.stem for path in GOLDEN.glob(f"{pattern}.json")) or [pattern]
 
 
 def subtree(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names start with `prefix`/, under the rest of their names."""
-    return {name[len(prefix) + 1:]: tensor for name, tensor in tensors.items() if name.startswith(prefix + "/")}
+    return {
+        name[len(prefix) + 1 :]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + "/")
+    }
 
 
-def run_main(*argv: str, env: dict[str, str] | None = None, nproc: int = 1, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs main.py in the repository root, under torchrun where nproc > 1; output as text in .stdout and .stderr."""
-    launcher = [sys.executable, "main.py"] if nproc == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "main.py"]
+def run_main(
+    *argv: str, env: dict[str, str] | None = None, nproc: int = 1, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Runs main.py in the repository root, under torchrun where nproc > 1; output as text in
+    .stdout and .stderr.
+    """
+    launcher = (
+        [sys.executable, "main.py"]
+        if nproc == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={nproc}",
+            "main.py",
+        ]
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **(env or {})}
     command = [*launcher, *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, text=True, capture_output=True, check=False)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        check=False,
+    )

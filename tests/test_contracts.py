@@ -1,4 +1,6 @@
-"""What holds for every registered name and for the whole tree, so that a new file cannot forget it."""
+"""What holds for every registered name and for the whole tree, so that a new file cannot forget
+it.
+"""
 
 import ast
 import inspect
@@ -11,13 +13,26 @@ from models.attention.modifiers import MODIFIERS
 from tests.helpers import ROOT
 from tests.models.builders import ATTENTION_FAMILIES, NO_GRADIENT, modified, randomise
 
-# What a package may import of this repository; main.py may import everything, and nothing may import main.py.
-MAY_IMPORT = {"kernels": set(), "models": {"kernels"}, "data": set(), "engine": {"utils"}, "optimizer": set(), "lr_scheduler": set(),
-              "utils": set(), "config": {"config_check"}, "config_check": set()}
+# What a package may import of this repository; main.py may import everything, and nothing may
+# import main.py.
+MAY_IMPORT = {
+    "kernels": set(),
+    "models": {"kernels"},
+    "data": set(),
+    "engine": {"utils"},
+    "optimizer": set(),
+    "lr_scheduler": set(),
+    "utils": set(),
+    "config": {"config_check"},
+    "config_check": set(),
+}
 OUTSIDE = {"matplotlib": {"engine/curves.py"}, "yacs": {"config.py"}}
 OWN = {*MAY_IMPORT, "main", "tests", "tools", "benchmarks"}
 # The others compile too, but take minutes together.
-COMPILED = [name if name in ("swin", "swinv2", "vit") else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION_FAMILIES]
+COMPILED = [
+    name if name in ("swin", "swinv2", "vit") else pytest.param(name, marks=pytest.mark.slow)
+    for name in ATTENTION_FAMILIES
+]
 MODIFIER_NAMES = MODIFIERS.names()  # before any test registers its own
 
 
@@ -45,7 +60,11 @@ def test_imports_point_one_way():
 
 @pytest.mark.parametrize("library", OUTSIDE)
 def test_one_file_alone_imports(library):
-    assert {str(path.relative_to(ROOT)) for path in library_files() if library in imported_packages(path)} == OUTSIDE[library]
+    assert {
+        str(path.relative_to(ROOT))
+        for path in library_files()
+        if library in imported_packages(path)
+    } == OUTSIDE[library]
 
 
 @pytest.mark.parametrize("name", MODIFIER_NAMES)
@@ -53,8 +72,12 @@ class TestEveryModifier:
     """Runs for each file of models/attention/modifiers."""
 
     def test_has_a_yaml_a_test_and_a_docstring_with_shapes(self, name):
-        assert any(name in path.read_text() for path in (ROOT / "configs").rglob("*.yaml")), "no YAML switches it on"
-        assert any(f'"{name}' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py")), "no test names it"
+        assert any(name in path.read_text() for path in (ROOT / "configs").rglob("*.yaml")), (
+            "no YAML switches it on"
+        )
+        assert any(
+            f'"{name}' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py")
+        ), "no test names it"
         assert "Shapes:" in inspect.getdoc(MODIFIERS[name])
 
     @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
@@ -64,9 +87,15 @@ class TestEveryModifier:
         optimizer, touched = torch.optim.AdamW(model.parameters(), lr=1e-2), set()
         for _ in range(3):
             optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 16, 16)), torch.arange(4))
+            loss = torch.nn.functional.cross_entropy(
+                model(torch.randn(4, 3, 16, 16)), torch.arange(4)
+            )
             loss.backward()
-            touched |= {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+            touched |= {
+                key
+                for key, p in model.named_parameters()
+                if p.grad is not None and p.grad.abs().max() > 0
+            }
             optimizer.step()
             assert loss.isfinite()
         silent = NO_GRADIENT.get((family, name), "none")
@@ -91,7 +120,8 @@ class TestEveryModifier:
 
     @pytest.mark.parametrize("family", COMPILED)
     def test_compiles_to_one_graph_with_the_same_result(self, name, family):
-        torch.compiler.reset()  # else the names before this one count as recompilations of the same code
+        # else the names before this one count as recompilations of the same code
+        torch.compiler.reset()
         model = randomise(modified(family, name))
         images = torch.randn(2, 3, 16, 16)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

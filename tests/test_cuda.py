@@ -1,4 +1,6 @@
-"""What only a GPU can show; skipped without one. The kernels' arithmetic is compared by benchmarks/gpu_kernels.py as well."""
+"""What only a GPU can show; skipped without one. The kernels' arithmetic is compared by
+benchmarks/gpu_kernels.py as well.
+"""
 
 import copy
 import json
@@ -38,7 +40,9 @@ def draw(window, grid, shift, dtype):
 
 
 def attend(layout, qkv, weight, bias, backend="fused", dropout=0.0):
-    return window_attention(qkv, OffsetTerms(layout.window, weight, bias), layout, 2, False, dropout, backend)
+    return window_attention(
+        qkv, OffsetTerms(layout.window, weight, bias), layout, 2, False, dropout, backend
+    )
 
 
 def gradients(y, leaves):
@@ -47,8 +51,15 @@ def gradients(y, leaves):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("window, grid, shift", [((7, 7), (17, 21), (3, 3)), ((8, 8), (16, 16), (0, 0)), ((16, 16), (32, 32), (8, 8)),
-                                                 ((12, 9), (20, 18), (6, 4))])
+@pytest.mark.parametrize(
+    "window, grid, shift",
+    [
+        ((7, 7), (17, 21), (3, 3)),
+        ((8, 8), (16, 16), (0, 0)),
+        ((16, 16), (32, 32), (8, 8)),
+        ((12, 9), (20, 18), (6, 4)),
+    ],
+)
 def test_the_operation_and_its_gradients_are_the_specification_s(window, grid, shift, dtype):
     layout, leaves = draw(window, grid, shift, dtype)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -58,16 +69,38 @@ def test_the_operation_and_its_gradients_are_the_specification_s(window, grid, s
         return [y.detach().double(), *(gradient.double() for gradient in gradients(y, inputs))]
 
     exact = outcome("reference", wide)
-    for name, right, plain, ours in zip(("y", "qkv", "weight", "bias"), exact, outcome("reference", leaves), outcome("fused", leaves),
-                                        strict=True):
+    for name, right, plain, ours in zip(
+        ("y", "qkv", "weight", "bias"),
+        exact,
+        outcome("reference", leaves),
+        outcome("fused", leaves),
+        strict=True,
+    ):
         assert (ours - right).norm() <= 2 * (plain - right).norm() + 1e-6 * right.norm(), name
 
 
 @pytest.mark.parametrize("window", [(7, 7), (16, 16)])
 def test_pytorch_s_checks_of_an_operation(window):
-    layout, (qkv, weight, bias) = draw(window, (2 * window[0], 2 * window[1]), (0, 0), torch.float16)
-    arguments = (qkv, weight, bias, None, None, layout.window, layout.shift, 2, False, layout.mask_value, 0.0, True)
-    assert set(opcheck(torch.ops.idsw.window_attention_forward.default, arguments).values()) == {"SUCCESS"}
+    layout, (qkv, weight, bias) = draw(
+        window, (2 * window[0], 2 * window[1]), (0, 0), torch.float16
+    )
+    arguments = (
+        qkv,
+        weight,
+        bias,
+        None,
+        None,
+        layout.window,
+        layout.shift,
+        2,
+        False,
+        layout.mask_value,
+        0.0,
+        True,
+    )
+    assert set(opcheck(torch.ops.idsw.window_attention_forward.default, arguments).values()) == {
+        "SUCCESS"
+    }
 
 
 def test_a_compiled_graph_gives_the_bits_of_the_eager_call():
@@ -78,7 +111,10 @@ def test_a_compiled_graph_gives_the_bits_of_the_eager_call():
 
     eager, compiled = function(*leaves), torch.compile(function, fullgraph=True)(*leaves)
     assert torch.equal(eager, compiled)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(eager, leaves), gradients(compiled, leaves), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(gradients(eager, leaves), gradients(compiled, leaves), strict=True)
+    )
 
 
 def test_an_activation_checkpoint_drops_the_same_entries_again():
@@ -91,11 +127,26 @@ def test_an_activation_checkpoint_drops_the_same_entries_again():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("family, size, window", [(SwinTransformer, 56, 7), (SwinTransformerV2, 64, 8), (SwinTransformerV2, 128, 16)])
+@pytest.mark.parametrize(
+    "family, size, window",
+    [(SwinTransformer, 56, 7), (SwinTransformerV2, 64, 8), (SwinTransformerV2, 128, 16)],
+)
 def test_a_training_step_never_waits_for_the_device(family, size, window):
-    model = family(size, 4, num_classes=5, embed_dim=32, depths=(2, 2), num_heads=(1, 2), window_size=window, attention=SHARPENED).cuda()
+    model = family(
+        size,
+        4,
+        num_classes=5,
+        embed_dim=32,
+        depths=(2, 2),
+        num_heads=(1, 2),
+        window_size=window,
+        attention=SHARPENED,
+    ).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    images, targets = torch.randn(2, 3, size, size, device="cuda"), torch.tensor([0, 1], device="cuda")
+    images, targets = (
+        torch.randn(2, 3, size, size, device="cuda"),
+        torch.tensor([0, 1], device="cuda"),
+    )
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
@@ -112,9 +163,18 @@ def test_a_training_step_never_waits_for_the_device(family, size, window):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("family, size, window", [(SwinTransformer, 56, 7), (SwinTransformerV2, 64, 8)])
+@pytest.mark.parametrize(
+    "family, size, window", [(SwinTransformer, 56, 7), (SwinTransformerV2, 64, 8)]
+)
 def test_a_model_s_gradients_are_those_of_the_cpu_in_double_precision(family, size, window):
-    kwargs = {"num_classes": 5, "embed_dim": 32, "depths": (2,), "num_heads": (1,), "drop_path_rate": 0.0, "attention": SHARPENED}
+    kwargs = {
+        "num_classes": 5,
+        "embed_dim": 32,
+        "depths": (2,),
+        "num_heads": (1,),
+        "drop_path_rate": 0.0,
+        "attention": SHARPENED,
+    }
     model = family(size, 4, window_size=window, **kwargs).eval()
     images = torch.randn(2, 3, size, size)
     found = []
@@ -127,7 +187,9 @@ def test_a_model_s_gradients_are_those_of_the_cpu_in_double_precision(family, si
 
 
 def test_evaluation_after_a_fused_step_sees_the_new_parameters():
-    model = SwinTransformer(56, 4, num_classes=5, embed_dim=32, depths=(2,), num_heads=(1,), attention=SHARPENED).cuda()
+    model = SwinTransformer(
+        56, 4, num_classes=5, embed_dim=32, depths=(2,), num_heads=(1,), attention=SHARPENED
+    ).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=True)
     images = torch.randn(2, 3, 56, 56, device="cuda")
     for _ in range(2):
@@ -137,13 +199,26 @@ def test_evaluation_after_a_fused_step_sees_the_new_parameters():
         optimizer.step()
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             after = model.eval()(images)
-            assert torch.equal(after, copy.deepcopy(model)(images)) and not torch.equal(after, before)
+            assert torch.equal(after, copy.deepcopy(model)(images)) and not torch.equal(
+                after, before
+            )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_digits_are_learnt(dtype, tmp_path):
-    done = run_main("--cfg", "configs/digits/digits_tiny.yaml", "--device", "cuda", "--output", tmp_path, "--epochs", "15",
-                    "--opts", "AMP_DTYPE", dtype)
+    done = run_main(
+        "--cfg",
+        "configs/digits/digits_tiny.yaml",
+        "--device",
+        "cuda",
+        "--output",
+        tmp_path,
+        "--epochs",
+        "15",
+        "--opts",
+        "AMP_DTYPE",
+        dtype,
+    )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "digits_tiny" / "default" / "metrics.jsonl").read_text().splitlines()
     scores = [entry["acc1"] for entry in map(json.loads, lines) if entry["kind"] == "val"]
@@ -153,6 +228,8 @@ def test_the_digits_are_learnt(dtype, tmp_path):
 def test_a_deterministic_run_that_is_killed_and_resumed_ends_bit_identical(tmp_path):
     settings = {"DEVICE": "cuda", "TRAIN__DETERMINISTIC": True}
     whole = train(tmp_path / "whole", **settings)
-    killed = run("tests/engine/killer.py", "update", "17", "0", *arguments(tmp_path / "parts", **settings))
+    killed = run(
+        "tests/engine/killer.py", "update", "17", "0", *arguments(tmp_path / "parts", **settings)
+    )
     assert killed.returncode not in (0, 2), killed.stdout + killed.stderr
     assert_same_run(train(tmp_path / "parts", **settings), whole)

@@ -1,4 +1,6 @@
-"""The documentation says what the code does: its commands, links, keys, numbers and examples; and the Makefile does what it promises."""
+"""The documentation says what the code does: its commands, links, keys, numbers and examples; and
+the Makefile does what it promises.
+"""
 
 import glob
 import importlib
@@ -26,7 +28,9 @@ from tests.helpers import ROOT, run_main
 DOCS = sorted(path.name for path in ROOT.glob("*.md"))
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCS}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-CREATED = re.compile(r"^# file: (\S+)\n", re.MULTILINE)  # first line of an example that is a file of its own
+CREATED = re.compile(
+    r"^# file: (\S+)\n", re.MULTILINE
+)  # first line of an example that is a file of its own
 YAML_PATH = re.compile(r"(?<![\w/.])(?:configs/)[\w./*-]*\.yaml")
 
 
@@ -37,26 +41,41 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(text: str) -> list[list[str]]:
     """The words of each command line in the bash blocks, continuation lines joined."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if "$(" not in line and (words := shlex.split(line, comments=True))]
+    return [
+        words for line in lines if "$(" not in line and (words := shlex.split(line, comments=True))
+    ]
 
 
 def main_commands(name: str) -> list[list[str]]:
     """What follows main.py in each command of a document."""
-    return [words[words.index("main.py") + 1:] for words in commands(TEXT[name]) if "main.py" in words]
+    return [
+        words[words.index("main.py") + 1 :] for words in commands(TEXT[name]) if "main.py" in words
+    ]
 
 
 def examples() -> dict[str, str]:
     """Path -> content of the files that CONTRIBUTING.md tells a reader to write."""
     bodies = blocks(TEXT["CONTRIBUTING.md"], "python") + blocks(TEXT["CONTRIBUTING.md"], "yaml")
-    return {found[1]: body[found.end():] for body in bodies if (found := CREATED.match(body))}
+    return {found[1]: body[found.end() :] for body in bodies if (found := CREATED.match(body))}
 
 
 def test_all_documents_are_looked_at():
-    assert {"README.md", "get_started.md", "SwinV2_README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= set(DOCS)
-    assert len(main_commands("README.md")) >= 10 and len(main_commands("get_started.md")) >= 10 and len(examples()) == 3
+    assert {
+        "README.md",
+        "get_started.md",
+        "SwinV2_README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    } <= set(DOCS)
+    assert (
+        len(main_commands("README.md")) >= 10
+        and len(main_commands("get_started.md")) >= 10
+        and len(examples()) == 3
+    )
 
 
 # Commands, as written
+
 
 @pytest.mark.parametrize("name", DOCS)
 def test_flags_keys_and_values_of_every_documented_command_are_accepted(name, monkeypatch):
@@ -69,10 +88,12 @@ def test_flags_keys_and_values_of_every_documented_command_are_accepted(name, mo
 def test_the_command_at_the_head_of_every_yaml_is_accepted_and_names_that_yaml(monkeypatch):
     monkeypatch.chdir(ROOT)
     for path in sorted(glob.glob("configs/**/*.yaml", recursive=True)):
-        head = "\n".join(line[1:] for line in Path(path).read_text().splitlines() if line.startswith("#")).replace("\\\n", " ")
+        head = "\n".join(
+            line[1:] for line in Path(path).read_text().splitlines() if line.startswith("#")
+        ).replace("\\\n", " ")
         lines = [shlex.split(line) for line in head.splitlines() if " main.py --cfg" in line]
         assert len(lines) == 1, path
-        args = parse_args(lines[0][lines[0].index("main.py") + 1:])
+        args = parse_args(lines[0][lines[0].index("main.py") + 1 :])
         assert args.cfg == path and get_config(args)
 
 
@@ -81,19 +102,35 @@ def test_scripts_tests_and_modules_named_in_commands_exist(name):
     for words in commands(TEXT[name]):
         if words[0] == "python":
             module = words[1] == "-m"
-            target = words[1] if not module else words[3] if words[2] == "pytest" else words[2].replace(".", "/") + ".py"
+            target = (
+                words[1]
+                if not module
+                else words[3]
+                if words[2] == "pytest"
+                else words[2].replace(".", "/") + ".py"
+            )
             assert (ROOT / target).is_file() or target in examples(), words
 
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_make_command_names_a_target(name):
     makes = [words[1:] for words in commands(TEXT[name]) if words[0] == "make"]
-    for words in makes + [shlex.split(found) for found in re.findall(r"`make ([^`]+)`", TEXT[name])]:
-        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, env=clean_environment(), check=False)
+    for words in makes + [
+        shlex.split(found) for found in re.findall(r"`make ([^`]+)`", TEXT[name])
+    ]:
+        done = subprocess.run(
+            ["make", "-n", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=clean_environment(),
+            check=False,
+        )
         assert done.returncode == 0, (words, done.stderr)
 
 
 # Links, paths, keys
+
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_link_within_the_repository_leads_somewhere(name):
@@ -123,19 +160,33 @@ def test_every_configuration_key_that_is_named_exists(name):
     assert not unknown
 
 
-@pytest.mark.parametrize("name", [*DOCS, "Makefile", ".ci/run", "pyproject.toml", "requirements.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [*DOCS, "Makefile", ".ci/run", "pyproject.toml", "requirements.txt", "requirements-dev.txt"],
+)
 def test_no_document_or_script_names_a_place_of_one_machine(name):
-    place = re.compile(r"(?<![\w.])/(?:home|root|tmp|opt|work|mnt|Users)/|index-url|\d+\.\d+\.\d+\.\d+:")
+    place = re.compile(
+        r"(?<![\w.])/(?:home|root|tmp|opt|work|mnt|Users)/|index-url|\d+\.\d+\.\d+\.\d+:"
+    )
     assert not place.findall((ROOT / name).read_text(encoding="utf-8"))
 
 
 # Numbers
 
+
 def counted_rows(name: str) -> list[tuple[str, str, str]]:
     """(YAML, parameters, GMACs) of each table row that links a YAML and ends with these two."""
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in TEXT[name].splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in TEXT[name].splitlines()
+        if line.startswith("|")
+    ]
     links = [(re.search(r"\((configs/[^)]+\.yaml)\)", row[0]), row[-2], row[-1]) for row in rows]
-    return [(link[1], parameters, macs) for link, parameters, macs in links if link and "," in parameters]
+    return [
+        (link[1], parameters, macs)
+        for link, parameters, macs in links
+        if link and "," in parameters
+    ]
 
 
 COUNT = """
@@ -144,7 +195,8 @@ from config import load_config
 from models import build_model
 
 linspace = torch.linspace
-torch.linspace = lambda *values, **options: linspace(*values, **{**options, "device": "cpu"})  # the models read its values
+# the models read its values
+torch.linspace = lambda *values, **options: linspace(*values, **{**options, "device": "cpu"})
 torch.set_default_device("meta")  # shapes only
 for path in sys.argv[1:]:
     model = build_model(load_config(path))
@@ -156,7 +208,9 @@ def test_parameters_and_multiply_accumulates_in_the_tables_are_those_of_the_mode
     rows = counted_rows("README.md") + counted_rows("SwinV2_README.md")
     assert len(rows) >= 30
     paths = [path for path, _, _ in rows]
-    done = subprocess.run([sys.executable, "-c", COUNT, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, *paths], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert [tuple(line.split()) for line in done.stdout.splitlines()] == rows
 
 
@@ -170,12 +224,19 @@ def test_published_accuracies_in_the_tables_are_those_in_the_yamls():
 
 # Commands, run
 
+
 @pytest.fixture
 def quiet(monkeypatch):
-    """main.main in this process, from the repository root; what it changes for the whole process is put back."""
+    """main.main in this process, from the repository root; what it changes for the whole process is
+    put back.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    root, warnings_shown, state = logging.getLogger(), sys.modules["warnings"].showwarning, torch.get_rng_state()
+    root, warnings_shown, state = (
+        logging.getLogger(),
+        sys.modules["warnings"].showwarning,
+        torch.get_rng_state(),
+    )
     handlers, threads = list(root.handlers), torch.get_num_threads()
     yield
     for handler in [handler for handler in root.handlers if handler not in handlers]:
@@ -190,14 +251,30 @@ def quiet(monkeypatch):
 
 def reduced(words: list[str], folder: Path, places: dict[str, str]) -> list[str]:
     """The same command with one update, a few images, on the CPU, with output below `folder`."""
-    words = [places.get(word, str(folder / word.removeprefix("output/")) if word.startswith("output/") else word) for word in words]
+    words = [
+        places.get(
+            word, str(folder / word.removeprefix("output/")) if word.startswith("output/") else word
+        )
+        for word in words
+    ]
     batch = [] if "configs/digits" in " ".join(words) else ["--batch-size", "2"]
-    extra = ["TRAIN.MAX_STEPS", "1", "DATA.NUM_WORKERS", "0", "LOG.TENSORBOARD", "False", "LOG.PLOT", "False"]
+    extra = [
+        "TRAIN.MAX_STEPS",
+        "1",
+        "DATA.NUM_WORKERS",
+        "0",
+        "LOG.TENSORBOARD",
+        "False",
+        "LOG.PLOT",
+        "False",
+    ]
     return [*words, *batch, "--output", str(folder), "--device", "cpu", "--opts", *extra]
 
 
 def test_documented_commands_on_digits_run(quiet, tmp_path, capsys):
-    """In the order of the documents, as a reader would, since some use what an earlier one has written."""
+    """In the order of the documents, as a reader would, since some use what an earlier one has
+    written.
+    """
     run, seen = 0, set()
     first = ["--cfg", "configs/digits/digits_tiny.yaml"]
     for words in [first, *main_commands("README.md"), *main_commands("get_started.md")]:
@@ -215,13 +292,24 @@ def test_the_documented_prediction_runs(quiet, tmp_path, capsys):
     assert main.main(reduced(["--cfg", "configs/digits/digits_tiny.yaml"], tmp_path, {})) == 0
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "digit.png")
     code = next(block for block in blocks(TEXT["get_started.md"], "python") if "digit.png" in block)
-    exec(compile(code.replace("output/", f"{tmp_path}/").replace("digit.png", f"{tmp_path}/digit.png"), "get_started.md", "exec"), {})
+    exec(
+        compile(
+            code.replace("output/", f"{tmp_path}/").replace("digit.png", f"{tmp_path}/digit.png"),
+            "get_started.md",
+            "exec",
+        ),
+        {},
+    )
     assert re.search(r"^digit \d, probability [01]\.\d\d$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_statistics_in_the_documented_prediction_are_those_of_training(quiet):
     from data.names import statistics
-    assert f"mean={statistics('digits', 1)[0]}, std={statistics('digits', 1)[1]}" in TEXT["get_started.md"]
+
+    assert (
+        f"mean={statistics('digits', 1)[0]}, std={statistics('digits', 1)[1]}"
+        in TEXT["get_started.md"]
+    )
 
 
 def test_python_in_the_readme_runs_and_gives_the_shapes_it_states(quiet):
@@ -233,15 +321,21 @@ def test_python_in_the_readme_runs_and_gives_the_shapes_it_states(quiet):
 
 
 def test_the_documented_torchrun_command_trains_with_two_processes(tmp_path):
-    (words,) = [words for words in commands(TEXT["get_started.md"]) if words[0] == "torchrun" and "--nproc-per-node=2" in words]
-    done = run_main(*reduced(words[words.index("main.py") + 1:], tmp_path, {}), nproc=2)
+    (words,) = [
+        words
+        for words in commands(TEXT["get_started.md"])
+        if words[0] == "torchrun" and "--nproc-per-node=2" in words
+    ]
+    done = run_main(*reduced(words[words.index("main.py") + 1 :], tmp_path, {}), nproc=2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "digits_tiny/two/log_rank1.txt").is_file()
 
 
 @pytest.fixture
 def places(tmp_path) -> dict[str, str]:
-    """Stand-ins for what the documents call IMAGENET, MY_IMAGES, ...: the same layout, noise for images, random weights."""
+    """Stand-ins for what the documents call IMAGENET, MY_IMAGES, ...: the same layout, noise for
+    images, random weights.
+    """
     timm = pytest.importorskip("timm")
     wnids = list(timm.data.ImageNetInfo("imagenet-1k").label_names())
     pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -265,37 +359,74 @@ def places(tmp_path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "get_started.md", "SwinV2_README.md"])
 def test_documented_commands_on_imagenet_and_own_images_run(name, quiet, places, tmp_path, capsys):
-    """One update of a few images, on stand-ins for the data and the weights; under torchrun in the documents, in one process here."""
+    """One update of a few images, on stand-ins for the data and the weights; under torchrun in the
+    documents, in one process here.
+    """
     for number, words in enumerate(commands(TEXT[name])):
         if "main.py" in words and "configs/digits" not in " ".join(words):
-            argv = reduced(words[words.index("main.py") + 1:], tmp_path / f"out{number}", places)
+            argv = reduced(words[words.index("main.py") + 1 :], tmp_path / f"out{number}", places)
             assert main.main(argv) == 0, (words, capsys.readouterr().err)
         elif words[:2] == ["python", "-m"] and words[2].startswith("tools."):
-            assert importlib.import_module(words[2]).main([places.get(word, word) for word in words[3:]]) == 0, words
+            assert (
+                importlib.import_module(words[2]).main(
+                    [places.get(word, word) for word in words[3:]]
+                )
+                == 0
+            ), words
         elif words[0] == "python" and words[1].startswith("tools/"):
             module = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
-            argv = [places.get(word, str(tmp_path / word) if word.endswith(".safetensors") else word) for word in words[2:]]
+            argv = [
+                places.get(word, str(tmp_path / word) if word.endswith(".safetensors") else word)
+                for word in words[2:]
+            ]
             assert module.main(argv) == 0, words
 
 
 def test_the_example_of_contributing_works_as_it_stands(tmp_path):
     for name in ("configs", "data", "engine", "kernels", "models"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "tests/__init__.py", ROOT / "tests/models/__init__.py"]:
+    for path in [
+        *ROOT.glob("*.py"),
+        ROOT / "pyproject.toml",
+        ROOT / "tests/__init__.py",
+        ROOT / "tests/models/__init__.py",
+    ]:
         (tmp_path / path.relative_to(ROOT).parent).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     for path, content in examples().items():
         assert not (ROOT / path).exists(), f"{path} is an example; a reader could not write it"
         (tmp_path / path).write_text(content)
-    tests, training = [words for words in commands(TEXT["CONTRIBUTING.md"]) if set(words) & set(examples())]
+    tests, training = [
+        words for words in commands(TEXT["CONTRIBUTING.md"]) if set(words) & set(examples())
+    ]
     environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    for words in (tests, [*training, "--output", "out", "--opts", "TRAIN.MAX_STEPS", "1", "LOG.TENSORBOARD", "False"]):
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    for words in (
+        tests,
+        [
+            *training,
+            "--output",
+            "out",
+            "--opts",
+            "TRAIN.MAX_STEPS",
+            "1",
+            "LOG.TENSORBOARD",
+            "False",
+        ],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out/digits_swin_head_temperature/default/best.pth").is_file()
 
 
 # Installation
+
 
 def clean_environment() -> dict[str, str]:
     """Without what a calling make or pytest has set."""
@@ -304,16 +435,29 @@ def clean_environment() -> dict[str, str]:
 
 
 def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *words], cwd=cwd, capture_output=True, text=True, env=clean_environment(), timeout=120, check=False)
+    return subprocess.run(
+        ["make", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.fixture
 def fresh(tmp_path) -> Path:
-    """A folder with the Makefile and a stand-in for Python that writes down what it is asked to do."""
+    """A folder with the Makefile and a stand-in for Python that writes down what it is asked to
+    do.
+    """
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     script = tmp_path / "python-stand-in"
-    script.write_text('#!/bin/sh\necho "$*" >> calls\ncase "$*" in\n"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python";;\nesac\n')
+    script.write_text(
+        '#!/bin/sh\necho "$*" >> calls\ncase "$*" in\n"-m venv "*) mkdir -p "$3/bin" && cp "$0"'
+        ' "$3/bin/python";;\nesac\n'
+    )
     script.chmod(0o755)
     return tmp_path
 
@@ -322,7 +466,11 @@ def test_quickstart_creates_installs_and_trains_and_the_second_time_only_trains(
     run = ["-m kernels.window_attention", "main.py --cfg configs/digits/digits_tiny.yaml"]
     assert make("quickstart", "SYSTEM_PYTHON=./python-stand-in", cwd=fresh).returncode == 0
     calls = (fresh / "calls").read_text().splitlines()
-    assert calls[-4:] == ["-m venv .venv", "-m pip install --disable-pip-version-check -r requirements.txt", *run]
+    assert calls[-4:] == [
+        "-m venv .venv",
+        "-m pip install --disable-pip-version-check -r requirements.txt",
+        *run,
+    ]
     (fresh / "calls").unlink()
     assert make("quickstart", "SYSTEM_PYTHON=./python-stand-in", cwd=fresh).returncode == 0
     assert (fresh / "calls").read_text().splitlines() == run
@@ -334,7 +482,10 @@ def test_a_changed_requirements_file_is_installed_again(fresh):
     later = (fresh / ".venv/requirements-dev.done").stat().st_mtime + 10
     os.utime(fresh / "requirements.txt", (later, later))
     assert make("test", "SYSTEM_PYTHON=./python-stand-in", cwd=fresh).returncode == 0
-    assert "-m pip install --disable-pip-version-check -r requirements-dev.txt" in (fresh / "calls").read_text()
+    assert (
+        "-m pip install --disable-pip-version-check -r requirements-dev.txt"
+        in (fresh / "calls").read_text()
+    )
 
 
 def test_a_failed_installation_is_tried_again(fresh):
@@ -347,8 +498,11 @@ def test_a_failed_installation_is_tried_again(fresh):
 
 def test_an_existing_environment_is_used_and_nothing_is_created(fresh):
     assert make("quickstart", "PYTHON=./python-stand-in", cwd=fresh).returncode == 0
-    assert (fresh / "calls").read_text().splitlines() == ["tools/check_environment.py requirements.txt", "-m kernels.window_attention",
-                                                          "main.py --cfg configs/digits/digits_tiny.yaml"]
+    assert (fresh / "calls").read_text().splitlines() == [
+        "tools/check_environment.py requirements.txt",
+        "-m kernels.window_attention",
+        "main.py --cfg configs/digits/digits_tiny.yaml",
+    ]
     assert not (fresh / ".venv").exists()
 
 
@@ -360,11 +514,15 @@ def test_missing_packages_of_an_existing_environment_are_named_in_one_line():
 
 
 def test_a_python_that_is_too_old_or_absent_is_an_error_that_creates_nothing(fresh):
-    (fresh / "python-stand-in").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" || exit 1\n')
+    (fresh / "python-stand-in").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" || exit 1\n'
+    )
     for name, word in (("./python-stand-in", "Python 3.9.1"), ("no-such-python", "not found")):
         done = make("quickstart", f"SYSTEM_PYTHON={name}", cwd=fresh)
         errors = [line for line in done.stderr.splitlines() if not line.startswith("make")]
-        assert done.returncode != 0 and len(errors) == 1 and word in errors[0] and "3.10" in errors[0]
+        assert (
+            done.returncode != 0 and len(errors) == 1 and word in errors[0] and "3.10" in errors[0]
+        )
         assert not (fresh / ".venv").exists()
 
 
@@ -378,15 +536,24 @@ def test_the_environment_check_names_old_versions_and_accepts_replacements(tmp_p
         return versions[name]
 
     monkeypatch.setattr(check.metadata, "version", version)
-    (tmp_path / "base.txt").write_text("torch>=2.10  # a reason\nnumpy>=1.26\n\n# opencv\nopencv-python-headless>=4.8\n")
+    (tmp_path / "base.txt").write_text(
+        "torch>=2.10  # a reason\nnumpy>=1.26\n\n# opencv\nopencv-python-headless>=4.8\n"
+    )
     (tmp_path / "more.txt").write_text("-r base.txt\nyacs\n")
-    assert check.problems(tmp_path / "more.txt") == ["torch is 2.9.1+cu128, needed is 2.10", "yacs is missing"]
+    assert check.problems(tmp_path / "more.txt") == [
+        "torch is 2.9.1+cu128, needed is 2.10",
+        "yacs is missing",
+    ]
 
 
 def test_the_development_packages_are_the_same_in_both_files():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    lines = [line for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if line and line[0] not in "#-"]
+    lines = [
+        line
+        for line in (ROOT / "requirements-dev.txt").read_text().splitlines()
+        if line and line[0] not in "#-"
+    ]
     assert project["project"]["optional-dependencies"]["dev"] == lines
     assert project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
 
@@ -401,12 +568,36 @@ def test_every_module_of_the_repository_is_packaged():
 
 def test_every_package_that_is_imported_is_required():
     """Directly imported ones; tests and tools may use the development packages too."""
-    known = {"cv2": "opencv-python-headless", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-    required = {line.split(">=")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"}
-    own = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
-    optional = {"wandb", "filelock", "setuptools"}  # an extra; a dependency of torch; what pip builds with (kernels/setup.py)
-    for path in [*ROOT.glob("*.py"), *(found for name in ("data", "engine", "kernels", "models") for found in (ROOT / name).rglob("*.py"))]:
-        for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+    known = {
+        "cv2": "opencv-python-headless",
+        "PIL": "pillow",
+        "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
+    }
+    required = {
+        line.split(">=")[0]
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    }
+    own = {path.stem for path in ROOT.glob("*.py")} | {
+        path.name for path in ROOT.iterdir() if path.is_dir()
+    }
+    optional = {
+        "wandb",
+        "filelock",
+        "setuptools",
+    }  # an extra; a dependency of torch; what pip builds with (kernels/setup.py)
+    for path in [
+        *ROOT.glob("*.py"),
+        *(
+            found
+            for name in ("data", "engine", "kernels", "models")
+            for found in (ROOT / name).rglob("*.py")
+        ),
+    ]:
+        for name in re.findall(
+            r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             if name not in sys.stdlib_module_names and name not in own:
                 assert known.get(name, name) in required | optional, f"{path}: {name}"
 
@@ -421,8 +612,12 @@ def test_ci_runs_the_two_commands_and_checks_the_accuracy():
 @pytest.mark.parametrize("scores, status", [([97.0, 98.4, 98.1], 0), ([97.99], 1)])
 def test_the_accuracy_check_of_ci_fails_below_98_percent(scores, status, tmp_path):
     code = re.search(r"<<'PYTHON'\n(.*?)\nPYTHON\n", (ROOT / ".ci/run").read_text(), re.DOTALL)[1]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"kind": "val", "acc1": score}) + "\n" for score in scores))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"kind": "val", "acc1": score}) + "\n" for score in scores)
+    )
     for name in ("best.pth", "last.pth", "model.safetensors", "curves.png"):
         (tmp_path / name).touch()
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == status, done.stderr

@@ -1,4 +1,6 @@
-"""Parameter groups, optimizers, and the weight decay of query and key rows, on a small net with the models' parameter names."""
+"""Parameter groups, optimizers, and the weight decay of query and key rows, on a small net with the
+models' parameter names.
+"""
 
 import copy
 import json
@@ -69,7 +71,15 @@ class Net(nn.Module):
 
 def make_config(name="adamw", *, decay=0.05, layer_decay=1.0, qk=1.0, betas=(0.9, 0.999)):
     settings = Node(NAME=name, EPS=1e-8, BETAS=betas, MOMENTUM=0.9)
-    return Node(TRAIN=Node(OPTIMIZER=settings, WEIGHT_DECAY=decay, LAYER_DECAY=layer_decay, QK_WEIGHT_DECAY=qk, DECAY_ALL=False))
+    return Node(
+        TRAIN=Node(
+            OPTIMIZER=settings,
+            WEIGHT_DECAY=decay,
+            LAYER_DECAY=layer_decay,
+            QK_WEIGHT_DECAY=qk,
+            DECAY_ALL=False,
+        )
+    )
 
 
 @pytest.fixture
@@ -104,21 +114,35 @@ def build_reference_model(spec):
     from models.swin_mlp import SwinMLP
     from models.swin_transformer import SwinTransformer
     from models.swin_transformer_v2 import SwinTransformerV2
-    return {"swin": SwinTransformer, "swinv2": SwinTransformerV2, "swin_mlp": SwinMLP}[spec["family"]](**spec["model_config"])
+
+    return {"swin": SwinTransformer, "swinv2": SwinTransformerV2, "swin_mlp": SwinMLP}[
+        spec["family"]
+    ](**spec["model_config"])
 
 
-@pytest.mark.parametrize("label", ["swin", "swinv2", "swin_mlp", "swin_sgd", "simmim_finetune_swin", "simmim_finetune_swinv2"])
+@pytest.mark.parametrize(
+    "label",
+    ["swin", "swinv2", "swin_mlp", "swin_sgd", "simmim_finetune_swin", "simmim_finetune_swinv2"],
+)
 def test_groups_are_the_references(label):
     meta, _ = golden("param_groups")
     spec = next(m for m in meta["models"] if m["label"] == label)
     settings = spec["config"]
-    config = make_config(settings.get("TRAIN.OPTIMIZER.NAME", "adamw"), layer_decay=settings.get("TRAIN.LAYER_DECAY", 1.0))
+    config = make_config(
+        settings.get("TRAIN.OPTIMIZER.NAME", "adamw"),
+        layer_decay=settings.get("TRAIN.LAYER_DECAY", 1.0),
+    )
     model = build_reference_model(spec)
     built = build_optimizer(config, model, settings.get("TRAIN.BASE_LR", 5e-4))
     assert type(built).__name__ == spec["optimizer"]
-    assert list(built.defaults.get("betas", [])) == spec["betas"] and built.defaults.get("eps") == spec["eps"]
+    assert (
+        list(built.defaults.get("betas", [])) == spec["betas"]
+        and built.defaults.get("eps") == spec["eps"]
+    )
     keys = ("lr", "weight_decay", "lr_scale", "group_name")
-    for group, names, want in zip(built.param_groups, names_of(model, built.param_groups), spec["groups"], strict=True):
+    for group, names, want in zip(
+        built.param_groups, names_of(model, built.param_groups), spec["groups"], strict=True
+    ):
         assert names == want["params"]
         assert {key: group.get(key) for key in keys} == {key: want[key] for key in keys}
 
@@ -128,7 +152,9 @@ class Named(nn.Module):
 
     def __init__(self, matrices, vectors, skip, keywords):
         super().__init__()
-        self.parts = {name: nn.Parameter(torch.zeros(2, 2)) for name in matrices} | {name: nn.Parameter(torch.zeros(2)) for name in vectors}
+        self.parts = {name: nn.Parameter(torch.zeros(2, 2)) for name in matrices} | {
+            name: nn.Parameter(torch.zeros(2)) for name in vectors
+        }
         self.skip, self.keywords = skip, keywords
 
     def named_parameters(self):
@@ -144,7 +170,10 @@ class Named(nn.Module):
 @pytest.mark.parametrize("label", ["simmim_pretrain_swin", "simmim_pretrain_swinv2"])
 def test_prefixed_keywords_never_match_as_in_the_reference_and_plain_ones_do(label):
     meta, _ = golden("param_groups")
-    decayed, spared = (group["params"] for group in next(m for m in meta["models"] if m["label"] == label)["groups"])
+    decayed, spared = (
+        group["params"]
+        for group in next(m for m in meta["models"] if m["label"] == label)["groups"]
+    )
     keywords = {"relative_position_bias_table", "cpb_mlp", "logit_scale"}
     skip = {"encoder.mask_token", "encoder.absolute_pos_embed"}
     trapped = Named(decayed, spared, skip, {"encoder." + keyword for keyword in keywords})
@@ -152,44 +181,104 @@ def test_prefixed_keywords_never_match_as_in_the_reference_and_plain_ones_do(lab
     mended = Named(decayed, spared, skip, keywords)
     moved = [name for name in decayed if any(keyword in name for keyword in keywords)]
     groups = names_of(mended, parameter_groups(mended, 1e-3, 0.05))
-    assert moved and groups[0] == [name for name in decayed if name not in moved] and set(groups[1]) == {*spared, *moved}
+    assert (
+        moved
+        and groups[0] == [name for name in decayed if name not in moved]
+        and set(groups[1]) == {*spared, *moved}
+    )
 
 
 def test_every_trainable_parameter_is_in_one_group_and_frozen_ones_in_none(net):
     net.patch_embed.requires_grad_(False)
     for layer_decay in (1.0, 0.75):
         names = chain.from_iterable(names_of(net, parameter_groups(net, 1e-3, 0.05, layer_decay)))
-        assert sorted(names) == sorted(name for name, p in net.named_parameters() if p.requires_grad)
+        assert sorted(names) == sorted(
+            name for name, p in net.named_parameters() if p.requires_grad
+        )
 
 
 def test_decay_spares_vectors_biases_named_parameters_and_keywords(net):
     decayed, spared = names_of(net, parameter_groups(net, 1e-3, 0.05))
-    assert "absolute_pos_embed" in spared and "layers.0.blocks.1.attn.relative_position_bias_table" in spared
+    assert (
+        "absolute_pos_embed" in spared
+        and "layers.0.blocks.1.attn.relative_position_bias_table" in spared
+    )
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
     assert "layers.1.blocks.0.attn.qkv.weight" in decayed and "head.weight" in decayed
 
 
-@pytest.mark.parametrize("name, layer", [
-    ("patch_embed.proj.weight", 0), ("mask_token", 0), ("pre_mlp.norm.weight", 0), ("layers.0.pre_mlp.mlp.fc1.weight", 1),
-    ("layers.0.blocks.0.attn.qkv.weight", 1), ("layers.0.blocks.1.mlp.fc1.bias", 2), ("layers.0.downsample.reduction.weight", 2),
-    ("layers.1.pre_mlp.norm.bias", 3), ("layers.1.blocks.0.norm1.weight", 3), ("layers.1.blocks.5.norm1.weight", 8),
-    ("layers.1.downsample.norm.weight", 8), ("norm.weight", 9), ("head.weight", 9), ("absolute_pos_embed", 9)])
+@pytest.mark.parametrize(
+    "name, layer",
+    [
+        ("patch_embed.proj.weight", 0),
+        ("mask_token", 0),
+        ("pre_mlp.norm.weight", 0),
+        ("layers.0.pre_mlp.mlp.fc1.weight", 1),
+        ("layers.0.blocks.0.attn.qkv.weight", 1),
+        ("layers.0.blocks.1.mlp.fc1.bias", 2),
+        ("layers.0.downsample.reduction.weight", 2),
+        ("layers.1.pre_mlp.norm.bias", 3),
+        ("layers.1.blocks.0.norm1.weight", 3),
+        ("layers.1.blocks.5.norm1.weight", 8),
+        ("layers.1.downsample.norm.weight", 8),
+        ("norm.weight", 9),
+        ("head.weight", 9),
+        ("absolute_pos_embed", 9),
+    ],
+)
 def test_layer_ids_grow_with_depth(name, layer):
     assert BlockTree({("layers", 0): 2, ("layers", 1): 6}).layer_id(name) == layer
 
 
 TREES = {  # parameter names in the order of the forward pass, each with its depth
-    "vit": {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.weight": 0, "blocks.0.norm1.weight": 1, "blocks.10.mlp.fc1.bias": 11,
-            "norm.weight": 12, "head.weight": 12},
-    "cait": {"cls_token": 0, "blocks.0.gamma_1": 1, "blocks.1.attn.modifiers.talking_heads.pre.weight": 2, "blocks_token_only.0.gamma_1": 3,
-             "blocks_token_only.1.attn.q.weight": 4, "norm.weight": 5},
-    "pit": {"pos_embed": 0, "patch_embed.conv.weight": 0, "transformers.0.blocks.0.norm1.bias": 1, "transformers.0.blocks.1.norm1.bias": 2,
-            "transformers.1.pool.conv.weight": 2, "transformers.1.blocks.0.norm1.bias": 3, "head.bias": 4},
-    "t2t": {"tokens_to_token.attention1.attn.qkv.weight": 0, "blocks.0.attn.qkv.weight": 1, "norm.weight": 2},
-    "swiftformer": {"stem.0.weight": 0, "stages.0.blocks.0.norm.weight": 1, "stages.1.downsample.proj.weight": 1,
-                    "stages.1.blocks.0.norm.weight": 2, "norm.weight": 3, "head_dist.bias": 3},
-    "resnet": {"conv1.weight": 0, "bn1.weight": 0, "layer1.0.conv1.weight": 1, "layer1.1.downsample.0.weight": 2,
-               "layer2.0.conv1.weight": 3, "fc.weight": 4}}
+    "vit": {
+        "cls_token": 0,
+        "pos_embed": 0,
+        "patch_embed.proj.weight": 0,
+        "blocks.0.norm1.weight": 1,
+        "blocks.10.mlp.fc1.bias": 11,
+        "norm.weight": 12,
+        "head.weight": 12,
+    },
+    "cait": {
+        "cls_token": 0,
+        "blocks.0.gamma_1": 1,
+        "blocks.1.attn.modifiers.talking_heads.pre.weight": 2,
+        "blocks_token_only.0.gamma_1": 3,
+        "blocks_token_only.1.attn.q.weight": 4,
+        "norm.weight": 5,
+    },
+    "pit": {
+        "pos_embed": 0,
+        "patch_embed.conv.weight": 0,
+        "transformers.0.blocks.0.norm1.bias": 1,
+        "transformers.0.blocks.1.norm1.bias": 2,
+        "transformers.1.pool.conv.weight": 2,
+        "transformers.1.blocks.0.norm1.bias": 3,
+        "head.bias": 4,
+    },
+    "t2t": {
+        "tokens_to_token.attention1.attn.qkv.weight": 0,
+        "blocks.0.attn.qkv.weight": 1,
+        "norm.weight": 2,
+    },
+    "swiftformer": {
+        "stem.0.weight": 0,
+        "stages.0.blocks.0.norm.weight": 1,
+        "stages.1.downsample.proj.weight": 1,
+        "stages.1.blocks.0.norm.weight": 2,
+        "norm.weight": 3,
+        "head_dist.bias": 3,
+    },
+    "resnet": {
+        "conv1.weight": 0,
+        "bn1.weight": 0,
+        "layer1.0.conv1.weight": 1,
+        "layer1.1.downsample.0.weight": 2,
+        "layer2.0.conv1.weight": 3,
+        "fc.weight": 4,
+    },
+}
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -198,14 +287,25 @@ def test_layer_ids_grow_with_depth_in_every_family(tree):
     assert {name: BlockTree.of(model).layer_id(name) for name in TREES[tree]} == TREES[tree]
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pit_ti_224", "cait_xxs24_224", "swiftformer_xs", "resnet26",
-                                  "beit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "pit_ti_224",
+        "cait_xxs24_224",
+        "swiftformer_xs",
+        "resnet26",
+        "beit_base_patch16_224",
+    ],
+)
 def test_layer_decay_reaches_every_layer_of_timms_trees_once(name):
     model = timm.create_model(name)
     tree = BlockTree.of(model)
     ids = [tree.layer_id(key) for key, _ in model.named_parameters()]
     assert sorted(set(ids)) == list(range(tree.last + 1))
-    in_order = [tree.layer_id(key) for key, _ in model.named_parameters() if "downsample" not in key]
+    in_order = [
+        tree.layer_id(key) for key, _ in model.named_parameters() if "downsample" not in key
+    ]
     assert in_order == sorted(in_order)
 
 
@@ -214,25 +314,43 @@ def test_decay_all_spares_nothing(net):
     assert len(group["params"]) == len(list(net.parameters())) and group["weight_decay"] == 0.05
     config = make_config()
     config.TRAIN.DECAY_ALL = True
-    assert [group["weight_decay"] for group in build_optimizer(config, net, 1e-3).param_groups] == [0.05]
-    decays = {group["weight_decay"] for group in parameter_groups(net, 1e-3, 0.05, 0.5, decay_all=True)}
+    assert [group["weight_decay"] for group in build_optimizer(config, net, 1e-3).param_groups] == [
+        0.05
+    ]
+    decays = {
+        group["weight_decay"] for group in parameter_groups(net, 1e-3, 0.05, 0.5, decay_all=True)
+    }
     assert decays == {0.05}
 
 
 def test_layer_decay_scales_the_rate_once_per_layer(net):
-    for group, names in zip(groups := parameter_groups(net, 2.0, 0.05, 0.5), names_of(net, groups), strict=True):
+    for group, names in zip(
+        groups := parameter_groups(net, 2.0, 0.05, 0.5), names_of(net, groups), strict=True
+    ):
         (layer,) = {BlockTree.of(net).layer_id(name) for name in names}
         assert group["lr"] == 2.0 * 0.5 ** (4 - layer) == 2.0 * group["lr_scale"]
 
 
 def test_layer_decay_without_stages_is_refused():
-    with pytest.raises(OptimizerError, match="TRAIN.LAYER_DECAY: Linear has no parameters named layers.I.blocks.J"):
+    with pytest.raises(
+        OptimizerError, match="TRAIN.LAYER_DECAY: Linear has no parameters named layers.I.blocks.J"
+    ):
         parameter_groups(nn.Linear(2, 2), 1e-3, 0.05, 0.9)
 
 
 # ---- optimizers
 
-ALL_NAMES = ["adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb", "timm:lion", "timm:adan", "timm:nadamw"]
+ALL_NAMES = [
+    "adamw",
+    "sgd",
+    "lamb",
+    "muon",
+    "fused_adam",
+    "fused_lamb",
+    "timm:lion",
+    "timm:adan",
+    "timm:nadamw",
+]
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
@@ -246,13 +364,19 @@ def test_every_optimizer_keeps_the_groups_rates_and_lowers_a_loss(name, net):
         losses[-1].backward()
         built.step()
     assert losses[-1] < losses[0]
-    ours = {p: group["lr"] for group in parameter_groups(net, 1e-3, 0.05, 0.9) for p in group["params"]}
+    ours = {
+        p: group["lr"] for group in parameter_groups(net, 1e-3, 0.05, 0.9) for p in group["params"]
+    }
     assert {p: group["lr"] for group in built.param_groups for p in group["params"]} == ours
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_resumed_optimizer_continues_bit_for_bit_from_a_weights_only_file(name, net, tmp_path):
-    config = make_config(name, qk=2.0) if name in ("adamw", "sgd", "muon", "fused_adam") else make_config(name)
+    config = (
+        make_config(name, qk=2.0)
+        if name in ("adamw", "sgd", "muon", "fused_adam")
+        else make_config(name)
+    )
     built = build_optimizer(config, net, 1e-3)
     train(net, built, 3)
     torch.save({"model": net.state_dict(), "optimizer": built.state_dict()}, tmp_path / "state.pth")
@@ -267,7 +391,10 @@ def test_resumed_optimizer_continues_bit_for_bit_from_a_weights_only_file(name, 
 
 
 def test_sgd_is_nesterov(net):
-    assert all(group["nesterov"] and group["momentum"] == 0.9 for group in build_optimizer(make_config("sgd"), net, 0.1).param_groups)
+    assert all(
+        group["nesterov"] and group["momentum"] == 0.9
+        for group in build_optimizer(make_config("sgd"), net, 0.1).param_groups
+    )
 
 
 def test_fused_adam_takes_the_steps_of_adamw(net):
@@ -280,10 +407,16 @@ def test_fused_adam_takes_the_steps_of_adamw(net):
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest(net):
     built = build_optimizer(make_config("muon"), net, 1e-3)
-    muon = chain.from_iterable(names_of(net, [group for group in built.param_groups if not group["use_fallback"]]))
+    muon = chain.from_iterable(
+        names_of(net, [group for group in built.param_groups if not group["use_fallback"]])
+    )
     depth = {"layers.0.blocks.0.", "layers.0.blocks.1.", "layers.1.blocks.0."}
     expected = {block + part for block in depth for part in ("attn.qkv.weight", "mlp.weight")}
-    assert set(muon) == expected | {"layers.0.downsample.weight", "layers.0.pre_mlp.weight", "layers.1.pre_mlp.weight"}
+    assert set(muon) == expected | {
+        "layers.0.downsample.weight",
+        "layers.0.pre_mlp.weight",
+        "layers.1.pre_mlp.weight",
+    }
 
 
 def test_muons_update_of_a_matrix_is_nearly_orthogonal_and_adamws_share_is_adamw(net):
@@ -299,12 +432,15 @@ def test_muons_update_of_a_matrix_is_nearly_orthogonal_and_adamws_share_is_adamw
     torch.testing.assert_close(net.head.weight, other.head.weight, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("adamww", ["TRAIN.OPTIMIZER.NAME 'adamww'", "nearest: adamw", "timm:<name>"]),
-    ("timm:lamp", ["no optimizer 'lamp'", "nearest: lamb"]),
-    ("timm:adahessian", ["second derivatives"]),
-    ("timm:lookahead_adamw", ["lookahead", "cannot be saved and resumed"]),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("adamww", ["TRAIN.OPTIMIZER.NAME 'adamww'", "nearest: adamw", "timm:<name>"]),
+        ("timm:lamp", ["no optimizer 'lamp'", "nearest: lamb"]),
+        ("timm:adahessian", ["second derivatives"]),
+        ("timm:lookahead_adamw", ["lookahead", "cannot be saved and resumed"]),
+    ],
+)
 def test_unknown_optimizers_are_refused_with_the_nearest_name(name, words, net):
     with pytest.raises(OptimizerError) as error:
         build_optimizer(make_config(name), net, 1e-3)
@@ -320,10 +456,15 @@ def test_resuming_follows_the_configs_settings_and_keeps_the_state(net, caplog):
     new = build_optimizer(make_config(decay=0.1, betas=(0.8, 0.99)), net, 5e-4)
     new.load_state_dict(old.state_dict())
     assert [group["weight_decay"] for group in new.param_groups] == [0.1, 0.0]
-    assert {group["lr"] for group in new.param_groups} == {5e-4} and new.param_groups[0]["betas"] == (0.8, 0.99)
+    assert {group["lr"] for group in new.param_groups} == {5e-4} and new.param_groups[0][
+        "betas"
+    ] == (0.8, 0.99)
     assert "weight_decay is 0.05 in the checkpoint and 0.1 in the config" in caplog.text
     head = net.head.weight
-    assert torch.equal(new.state[head]["exp_avg"], old.state[head]["exp_avg"]) and new.state[head]["step"] == 2
+    assert (
+        torch.equal(new.state[head]["exp_avg"], old.state[head]["exp_avg"])
+        and new.state[head]["step"] == 2
+    )
 
 
 def test_resuming_with_nothing_changed_is_silent(net, caplog, tmp_path):
@@ -351,7 +492,9 @@ def test_other_groups_are_refused_before_anything_changes(net):
 
 
 def rows(model):
-    return [block.attn.qkv.weight.detach().clone() for stage in model.layers for block in stage.blocks]
+    return [
+        block.attn.qkv.weight.detach().clone() for stage in model.layers for block in stage.blocks
+    ]
 
 
 @pytest.mark.parametrize("multiplier", [0.0, 0.5, 3.0])
@@ -363,29 +506,45 @@ def test_a_step_with_zero_gradient_shrinks_q_and_k_by_lr_wd_m_and_v_by_lr_wd(nam
     set_gradients(net, 0.0)
     built.step()
     for old, new in zip(before, rows(net), strict=True):
-        torch.testing.assert_close(new[:12], old[:12] * (1 - 0.01 * 0.1 * multiplier), rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            new[:12], old[:12] * (1 - 0.01 * 0.1 * multiplier), rtol=1e-14, atol=0
+        )
         torch.testing.assert_close(new[12:], old[12:] * (1 - 0.01 * 0.1), rtol=1e-14, atol=0)
 
 
 def test_zero_gradient_pulls_the_effective_query_weight_towards_the_identity(net):
-    """With the QK residual the effective weight is W + I, so that the decay of W is a decay towards I."""
+    """With the QK residual the effective weight is W + I, so that the decay of W is a decay towards
+    I.
+    """
     built = build_optimizer(make_config(decay=0.1, qk=5.0), net, 0.01)
     before = rows(net)[0]
     set_gradients(net, 0.0)
     built.step()
-    distance = [torch.linalg.norm(w[:6] + torch.eye(6) - torch.eye(6)) for w in (before, rows(net)[0])]
+    distance = [
+        torch.linalg.norm(w[:6] + torch.eye(6) - torch.eye(6)) for w in (before, rows(net)[0])
+    ]
     assert distance[1] / distance[0] == pytest.approx(1 - 0.01 * 0.1 * 5, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_rows_follow_an_optimizer_that_gives_them_a_group_of_their_own(name, net):
-    """The oracle: q, k rows and v rows as two parameters with weight decay 3 wd and wd in PyTorch's own optimizer."""
+    """The oracle: q, k rows and v rows as two parameters with weight decay 3 wd and wd in PyTorch's
+    own optimizer.
+    """
     net.double()
     built = build_optimizer(make_config(name, decay=0.1, qk=3.0), net, 0.01)
     weight = net.layers[0].blocks[0].attn.qkv.weight
     parts = [nn.Parameter(weight[:12].detach().clone()), nn.Parameter(weight[12:].detach().clone())]
-    kind, options = (torch.optim.AdamW, {}) if name == "adamw" else (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})
-    witness = kind([{"params": parts[:1], "weight_decay": 0.3}, {"params": parts[1:], "weight_decay": 0.1}], lr=0.01, **options)
+    kind, options = (
+        (torch.optim.AdamW, {})
+        if name == "adamw"
+        else (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})
+    )
+    witness = kind(
+        [{"params": parts[:1], "weight_decay": 0.3}, {"params": parts[1:], "weight_decay": 0.1}],
+        lr=0.01,
+        **options,
+    )
     for update in range(4):
         for group in built.param_groups + witness.param_groups:
             group["lr"] = 0.01 / (1 + update)
@@ -409,7 +568,9 @@ def test_rows_without_gradient_and_skipped_fused_steps_are_left_alone(net):
     before = rows(net)
     built.step()  # no gradients at all
     set_gradients(net, 1.0)
-    built.found_inf = torch.tensor(1.0)  # what GradScaler sets where the fused kernel decides itself
+    built.found_inf = torch.tensor(
+        1.0
+    )  # what GradScaler sets where the fused kernel decides itself
     built.step()
     assert all(torch.equal(a, b) for a, b in zip(before, rows(net), strict=True))
 

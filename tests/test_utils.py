@@ -26,7 +26,12 @@ CPU = torch.device("cpu")
 
 
 def draw():
-    return random.gauss(0, 1), np.random.standard_normal(), np.random.beta(0.8, 0.8), torch.rand(3).tolist()
+    return (
+        random.gauss(0, 1),
+        np.random.standard_normal(),
+        np.random.beta(0.8, 0.8),
+        torch.rand(3).tolist(),
+    )
 
 
 def test_random_states_survive_a_file_read_with_weights_only(tmp_path):
@@ -66,7 +71,10 @@ def test_the_log_has_the_references_lines_and_every_librarys_warnings(tmp_path, 
     logging.getLogger("some.library").info("chatter")
     create_logger(None, "other")
     lines = (tmp_path / "log_rank1.txt").read_text().splitlines()
-    assert re.fullmatch(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d swin_tiny\] \(test_utils\.py \d+\): INFO hello 3", lines[0])
+    assert re.fullmatch(
+        r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d swin_tiny\] \(test_utils\.py \d+\): INFO hello 3",
+        lines[0],
+    )
     assert lines[1].endswith("WARNING careful") and len(lines) == 2
     assert capsys.readouterr().out == ""  # rank 0 alone prints
 
@@ -77,7 +85,9 @@ def test_devices_and_dtypes_that_do_not_exist_are_named():
     if not torch.cuda.is_available():
         with pytest.raises(RunError, match="available: .*cpu"):
             choose_device("cuda")
-    assert choose_precision(CPU) == torch.float32 == choose_precision(CPU, "bfloat16", enabled=False)
+    assert (
+        choose_precision(CPU) == torch.float32 == choose_precision(CPU, "bfloat16", enabled=False)
+    )
     assert choose_precision(CPU, "bfloat16") == torch.bfloat16
 
 
@@ -98,5 +108,8 @@ def test_a_lone_process_needs_no_group():
 def test_errors_become_one_line_and_those_of_data_workers_lose_their_traceback():
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(KeyError()) == "KeyError"
-    worker = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\ndata.errors.DataError: image 'a: b' is bad"
+    worker = (
+        "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n  File"
+        " x\ndata.errors.DataError: image 'a: b' is bad"
+    )
     assert one_line(RuntimeError(worker)) == "image 'a: b' is bad"

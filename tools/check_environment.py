@@ -12,13 +12,24 @@ from pathlib import Path
 
 OLDEST_PYTHON = (3, 10)
 REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?$")
-SAME = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"), "pillow": ("pillow-simd",)}
+SAME = {
+    "opencv-python-headless": (
+        "opencv-python",
+        "opencv-contrib-python",
+        "opencv-contrib-python-headless",
+    ),
+    "pillow": ("pillow-simd",),
+}
 
 
 def requirements(path: Path) -> list[tuple[str, str]]:
-    """(name, lowest version or '') for each line of a requirements file, those of files it includes with -r too."""
+    """(name, lowest version or '') for each line of a requirements file, those of files it includes
+    with -r too.
+    """
     found = []
-    for line in (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()):
+    for line in (
+        line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()
+    ):
         if line.startswith("-r"):
             found += requirements(path.parent / line[2:].strip())
         elif line:
@@ -56,10 +67,17 @@ def problems(path: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Prints nothing where all is well."""
     path = Path((argv or sys.argv[1:])[0])
-    found = [f"Python is {sys.version.split()[0]}, needed is 3.10"] if sys.version_info < OLDEST_PYTHON else problems(path)
+    found = (
+        [f"Python is {sys.version.split()[0]}, needed is 3.10"]
+        if sys.version_info < OLDEST_PYTHON
+        else problems(path)
+    )
     if found:
-        print(f"error: the environment of {sys.executable} is not complete: {', '.join(found)}; mend it with: "
-              f"{sys.executable} -m pip install -r {path}", file=sys.stderr)
+        print(
+            f"error: the environment of {sys.executable} is not complete: {', '.join(found)}; mend"
+            f" it with: {sys.executable} -m pip install -r {path}",
+            file=sys.stderr,
+        )
     return 2 if found else 0
 
 

@@ -2,30 +2,56 @@
 
     python tools/convert_checkpoint.py swin_t.pth swin_t_residual.safetensors --to qk_residual
 
-Reads whatever main.py reads (.pth, .safetensors, https URL; timm, torchvision, SimMIM and the original identity-sharpened names) and
-writes .safetensors or .pth. The output states in its metadata which kind it is, so the loader need not guess.
+Reads whatever main.py reads (.pth, .safetensors, https URL; timm, torchvision, SimMIM and the
+original identity-sharpened names) and writes .safetensors or .pth. The output states in its
+metadata which kind it is, so the loader need not guess.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, without an installation
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run from anywhere, without an installation
 
 from models.checkpoint import CheckpointError, read_weights, save_weights, to_reference
 from models.checkpoint.residual import file_residual, match_residual, side_named
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="weights file or https URL")
     parser.add_argument("target", help="file to write: .safetensors, .pth or .pt")
-    parser.add_argument("--to", choices=("reference", "plain", "qk_residual"), default="reference",
-                        help="reference: only names change (default); plain: W + I if of a qk_residual model; qk_residual: W - I")
-    parser.add_argument("--which", choices=("both", "q", "k"), default="both", help="the side of qk_residual to write")
-    parser.add_argument("--source-residual", choices=("auto", "plain", "qk_residual", "q", "k"), default="auto",
-                        help="what the file holds, if it does not say (default: auto, taken as plain if nothing speaks against it)")
-    parser.add_argument("--entry", help="part of a wrapped file, e.g. model_ema (default: model, state_dict, ...)")
+    parser.add_argument(
+        "--to",
+        choices=("reference", "plain", "qk_residual"),
+        default="reference",
+        help=(
+            "reference: only names change (default); plain: W + I if of a qk_residual model;"
+            " qk_residual: W - I"
+        ),
+    )
+    parser.add_argument(
+        "--which",
+        choices=("both", "q", "k"),
+        default="both",
+        help="the side of qk_residual to write",
+    )
+    parser.add_argument(
+        "--source-residual",
+        choices=("auto", "plain", "qk_residual", "q", "k"),
+        default="auto",
+        help=(
+            "what the file holds, if it does not say (default: auto, taken as plain if nothing"
+            " speaks against it)"
+        ),
+    )
+    parser.add_argument(
+        "--entry", help="part of a wrapped file, e.g. model_ema (default: model, state_dict, ...)"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     return parser.parse_args(argv)
 
@@ -41,7 +67,9 @@ def convert(args: argparse.Namespace) -> str:
     state, note = match_residual(state, source, goal)
     save_weights(args.target, state, {"format": "pt", "qk_residual": goal})
     done = [f"{name} names converted ({reason})" for name, reason in steps] + [note] * bool(note)
-    return f"wrote {args.target}: {len(state)} tensors, qk_residual {goal}" + "".join(f"; {line}" for line in done)
+    return f"wrote {args.target}: {len(state)} tensors, qk_residual {goal}" + "".join(
+        f"; {line}" for line in done
+    )
 
 
 def source_side(args: argparse.Namespace, weights, formats: list[str]) -> str:
@@ -49,7 +77,9 @@ def source_side(args: argparse.Namespace, weights, formats: list[str]) -> str:
         return side_named(args.source_residual)
     side, reason = file_residual(weights, formats, args.which)
     if side is None and "parameters of this project" in reason:
-        raise CheckpointError(f"{args.source}: {reason}; add --source-residual plain or qk_residual")
+        raise CheckpointError(
+            f"{args.source}: {reason}; add --source-residual plain or qk_residual"
+        )
     return side or "none"
 
 

@@ -1,9 +1,27 @@
-"""Window attention with learned weights and biases over relative offsets; see `reference.py` for the formula."""
+"""Window attention with learned weights and biases over relative offsets; see `reference.py` for
+the formula.
+"""
 
 from .interface import BACKENDS, explain, window_attention
-from .layout import WindowLayout, relative_position_index, window_layout, window_partition, window_reverse
+from .layout import (
+    WindowLayout,
+    relative_position_index,
+    window_layout,
+    window_partition,
+    window_reverse,
+)
 from .reference import window_attention_reference
 from .terms import OffsetTerms
 
-__all__ = ["BACKENDS", "OffsetTerms", "WindowLayout", "explain", "relative_position_index", "window_attention",
-           "window_attention_reference", "window_layout", "window_partition", "window_reverse"]
+__all__ = [
+    "BACKENDS",
+    "OffsetTerms",
+    "WindowLayout",
+    "explain",
+    "relative_position_index",
+    "window_attention",
+    "window_attention_reference",
+    "window_layout",
+    "window_partition",
+    "window_reverse",
+]

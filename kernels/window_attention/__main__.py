@@ -1,4 +1,6 @@
-"""python -m kernels.window_attention: builds the fused kernel unless it is there, and says in one line what this machine has."""
+"""python -m kernels.window_attention: builds the fused kernel unless it is there, and says in one
+line what this machine has.
+"""
 
 import torch
 
@@ -12,7 +14,10 @@ def main() -> None:
         print(f"window_attention: no fused kernel ({reason}); PyTorch's own operations are used")
         return
     devices = [name for name in ("cpu", "cuda") if library.missing(name) is None]
-    print(f"window_attention: fused kernel for {' and '.join(devices)} ready, PyTorch {torch.__version__}: {path}")
+    print(
+        f"window_attention: fused kernel for {' and '.join(devices)} ready, PyTorch"
+        f" {torch.__version__}: {path}"
+    )
 
 
 if __name__ == "__main__":

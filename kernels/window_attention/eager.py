@@ -1,9 +1,13 @@
-"""Window attention in eager PyTorch with a hand-written backward: few passes, few copies, little memory.
+"""Window attention in eager PyTorch with a hand-written backward: few passes, few copies, little
+memory.
 
 Same result as `reference.py` up to rounding. What is saved over letting autograd do it:
-- one gather does padding-free shift, partition and split into heads, one more brings the result back;
-- images are handled in chunks whose logits stay in the cache; weight, bias and mask are applied to them in one pass, in place;
-- only q, k, v and the softmaxed map are kept for the backward; the logits are formed again where their gradient needs them.
+- one gather does padding-free shift, partition and split into heads, one more brings the result
+  back;
+- images are handled in chunks whose logits stay in the cache; weight, bias and mask are applied to
+  them in one pass, in place;
+- only q, k, v and the softmaxed map are kept for the backward; the logits are formed again where
+  their gradient needs them.
 """
 
 import torch
@@ -14,22 +18,36 @@ from torch.autograd.function import once_differentiable
 from .layout import WindowLayout, crop_grid, pad_grid
 from .terms import OffsetTerms
 
-# Bytes of logits worked on at a time on the CPU: about what the second-level cache of one or two cores holds.
+# Bytes of logits worked on at a time on the CPU: about what the second-level cache of one or two
+# cores holds.
 CHUNK_BYTES = 4 << 20
-# Entries of the map below this are set to 0: far below rounding beside a row sum of 1, and products with the denormal numbers
-# that a mask of -100 leaves behind are some ten times slower than others.
+# Entries of the map below this are set to 0: far below rounding beside a row sum of 1, and products
+# with the denormal numbers that a mask of -100 leaves behind are some ten times slower than others.
 NEGLIGIBLE = 1e-30
 
 
-def window_attention_eager(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,
-                           dropout: float = 0.0) -> Tensor:
-    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. No dropout, no `post` term."""
+def window_attention_eager(
+    qkv: Tensor,
+    terms: OffsetTerms,
+    layout: WindowLayout,
+    num_heads: int,
+    cosine: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. No dropout, no `post`
+    term.
+    """
     if dropout or terms.post is not None:
-        raise ValueError("window_attention: the eager backend has no dropout and no post-softmax weight; use backend 'reference'")
+        raise ValueError(
+            "window_attention: the eager backend has no dropout and no post-softmax weight; use"
+            " backend 'reference'"
+        )
     weight, bias = terms.dense("weight"), terms.dense("bias")
     padded = pad_grid(qkv, layout)
     with torch.autocast(qkv.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, weight, bias)):
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (qkv, weight, bias)
+        ):
             y = _Attention.apply(padded, weight, bias, layout, num_heads, cosine)
         else:
             y = _forward(padded, weight, terms.masked_bias(layout), layout, num_heads, cosine)[0]
@@ -48,25 +66,44 @@ def _merge(x: Tensor, layout: WindowLayout, parts: int, heads: int) -> Tensor:
     """Undoes `_split`."""
     batch, width = x.shape[1], x.shape[-1]
     _, back = layout.head_rows(batch, parts, heads)
-    return x.view(back.numel(), width).index_select(0, back).view(batch, *layout.padded, parts * heads * width)
+    return (
+        x.view(back.numel(), width)
+        .index_select(0, back)
+        .view(batch, *layout.padded, parts * heads * width)
+    )
 
 
 def _chunks(batch: int, logits: int, device: torch.device) -> range:
-    """First images of the chunks; all at once on an accelerator, whose caches a loop from Python cannot use."""
+    """First images of the chunks; all at once on an accelerator, whose caches a loop from Python
+    cannot use.
+    """
     step = max(1, CHUNK_BYTES // (4 * logits)) if device.type == "cpu" else batch
     return range(0, batch, min(step, batch) or 1)
 
 
 def _normalise(x: Tensor) -> Tensor:
-    """Divides the vectors of (..., D) by their norms (at least 1e-12) in place; returns 1 / norm, (..., 1)."""
-    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    """Divides the vectors of (..., D) by their norms (at least 1e-12) in place; returns 1 / norm,
+    (..., 1).
+    """
+    inverse = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
     inverse = inverse.clamp_(min=1e-12).reciprocal_()
     x.mul_(inverse)
     return inverse
 
 
-def _forward(qkv: Tensor, weight: Tensor, bias: Tensor | None, layout: WindowLayout, heads: int, cosine: bool, keep: bool = False):
-    """Returns (y, packed, inverse norms, map); the last three are for the backward, the map only if `keep`.
+def _forward(
+    qkv: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: WindowLayout,
+    heads: int,
+    cosine: bool,
+    keep: bool = False,
+):
+    """Returns (y, packed, inverse norms, map); the last three are for the backward, the map only if
+    `keep`.
 
     bias: (nW or 1, heads, N, N), the mask included, or None.
     """
@@ -78,19 +115,27 @@ def _forward(qkv: Tensor, weight: Tensor, bias: Tensor | None, layout: WindowLay
     attn = packed.new_empty((batch, windows, area, area)) if keep else None
     steps = _chunks(batch, windows * area * area, qkv.device)
     for start in steps:
-        q, k, v = (part.flatten(0, 1) for part in packed[:, start:start + steps.step])
+        q, k, v = (part.flatten(0, 1) for part in packed[:, start : start + steps.step])
         logits = torch.bmm(q, k.mT).to(wide)
         view = logits.view(-1, layout.num_windows, heads, area, area)
-        torch.mul(view, weight, out=view) if bias is None else torch.addcmul(bias, view, weight, out=view)
-        chunk = attn[start:start + steps.step].view_as(logits) if keep and wide == packed.dtype else None
+        (
+            torch.mul(view, weight, out=view)
+            if bias is None
+            else torch.addcmul(bias, view, weight, out=view)
+        )
+        chunk = (
+            attn[start : start + steps.step].view_as(logits)
+            if keep and wide == packed.dtype
+            else None
+        )
         chunk = torch.softmax(logits, -1, out=chunk)
         if layout.mask is not None:
             F.threshold_(chunk, NEGLIGIBLE, 0.0)
         if wide != packed.dtype:
             chunk = chunk.to(packed.dtype)
             if keep:
-                attn[start:start + steps.step] = chunk.view(-1, windows, area, area)
-        torch.bmm(chunk, v, out=y[start:start + steps.step].flatten(0, 1))
+                attn[start : start + steps.step] = chunk.view(-1, windows, area, area)
+        torch.bmm(chunk, v, out=y[start : start + steps.step].flatten(0, 1))
     return _merge(y[None], layout, 1, heads), packed, inverse, attn
 
 
@@ -98,9 +143,19 @@ class _Attention(torch.autograd.Function):
     """Gradients of qkv, weight (heads, 1 or N, 1 or N) and bias (heads, N, N)."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, weight: Tensor, bias: Tensor | None, layout: WindowLayout, heads: int, cosine: bool) -> Tensor:
+    def forward(
+        ctx,
+        qkv: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: WindowLayout,
+        heads: int,
+        cosine: bool,
+    ) -> Tensor:
         terms = OffsetTerms(layout.window, weight, bias)
-        y, packed, inverse, attn = _forward(qkv, weight, terms.masked_bias(layout), layout, heads, cosine, keep=True)
+        y, packed, inverse, attn = _forward(
+            qkv, weight, terms.masked_bias(layout), layout, heads, cosine, keep=True
+        )
         ctx.save_for_backward(packed, inverse, attn, weight)
         ctx.layout, ctx.heads, ctx.bias_shape = layout, heads, None if bias is None else bias.shape
         return y
@@ -112,13 +167,22 @@ class _Attention(torch.autograd.Function):
         layout, heads = ctx.layout, ctx.heads
         grads = torch.empty_like(packed)
         grad = _split(grad.contiguous(), layout, 1, heads)[0]
-        sums = _Sums(weight, ctx.needs_input_grad[1], ctx.bias_shape if ctx.needs_input_grad[2] else None)
+        sums = _Sums(
+            weight, ctx.needs_input_grad[1], ctx.bias_shape if ctx.needs_input_grad[2] else None
+        )
         _, batch, windows, area, _ = packed.shape
         steps = _chunks(batch, windows * area * area, grad.device)
         for start in steps:
             part = slice(start, start + steps.step)
-            _backward_chunk(packed[:, part].flatten(1, 2), attn[part].flatten(0, 1), grad[part].flatten(0, 1),
-                            grads[:, part].flatten(1, 2), weight, sums, heads)
+            _backward_chunk(
+                packed[:, part].flatten(1, 2),
+                attn[part].flatten(0, 1),
+                grad[part].flatten(0, 1),
+                grads[:, part].flatten(1, 2),
+                weight,
+                sums,
+                heads,
+            )
         if inverse is not None:  # through x / |x|
             unit, through = packed[:2], grads[:2]
             along = (unit * through).sum(-1, keepdim=True)
@@ -135,7 +199,15 @@ class _Sums:
         self.weight_is_uniform = weight.shape[-1] == 1
 
 
-def _backward_chunk(packed: Tensor, attn: Tensor, grad: Tensor, grads: Tensor, weight: Tensor, sums: _Sums, heads: int) -> None:
+def _backward_chunk(
+    packed: Tensor,
+    attn: Tensor,
+    grad: Tensor,
+    grads: Tensor,
+    weight: Tensor,
+    sums: _Sums,
+    heads: int,
+) -> None:
     """Adds one chunk's part to `sums` and writes its dq, dk, dv into `grads`.
 
     packed, grads: (3, n, N, D) with n = images * nW * heads. attn: (n, N, N). grad: (n, N, D).
@@ -158,6 +230,8 @@ def _backward_chunk(packed: Tensor, attn: Tensor, grad: Tensor, grads: Tensor, w
     if sums.weight_is_uniform:
         dq, dk = grads[0].view(-1, heads, *q.shape[1:]), grads[1].view(-1, heads, *q.shape[1:])
         if sums.weight is not None:
-            sums.weight += (q.view_as(dq) * dq).sum((0, 2, 3), dtype=sums.weight.dtype).view_as(sums.weight)
+            sums.weight += (
+                (q.view_as(dq) * dq).sum((0, 2, 3), dtype=sums.weight.dtype).view_as(sums.weight)
+            )
         dq.mul_(weight)
         dk.mul_(weight)

@@ -8,18 +8,25 @@ from .layout import WindowLayout
 from .operations import Transformable
 from .terms import OffsetTerms
 
-# What the kernel of a device takes: channels of a head; tokens along a side of a window and in all of it. Other devices have no kernel.
+# What the kernel of a device takes: channels of a head; tokens along a side of a window and in all
+# of it. Other devices have no kernel.
 HEAD_DIMS = {"cuda": (16, 32, 64), "cpu": tuple(range(8, 257, 8))}
 MOST_TOKENS = {"cuda": (576, 576), "cpu": (32, 1024)}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Devices with autocast; asked once, since PyTorch 2.11 cannot trace the question.
-AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
 
 
 def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
-    """Why the kernel cannot do this, or None; whether it is compiled is not asked. Under autocast its dtype is what counts."""
+    """Why the kernel cannot do this, or None; whether it is compiled is not asked. Under autocast
+    its dtype is what counts.
+    """
     if _dtype(qkv) not in DTYPES:
-        return f"{str(_dtype(qkv)).removeprefix('torch.')}; compiled are float32, float16 and bfloat16"
+        return (
+            f"{str(_dtype(qkv)).removeprefix('torch.')}; compiled are float32, float16 and bfloat16"
+        )
     if terms.renormalise:
         return "the map is renormalised after the softmax"
     if terms.prefix:
@@ -32,11 +39,21 @@ def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
     kind = "cpu" if qkv.device.type == "cpu" else "cuda"
     head_dim, compiled = qkv.shape[-1] // (3 * terms.weight.shape[-1]), HEAD_DIMS[kind]
     if head_dim not in compiled:
-        allowed = ", ".join(map(str, compiled)) if len(compiled) < 5 else f"multiples of {compiled[0]} up to {compiled[-1]}"
-        return f"head_dim {head_dim} is not compiled (compiled: {allowed}); choose NUM_HEADS so that EMBED_DIM / NUM_HEADS is one of these"
+        allowed = (
+            ", ".join(map(str, compiled))
+            if len(compiled) < 5
+            else f"multiples of {compiled[0]} up to {compiled[-1]}"
+        )
+        return (
+            f"head_dim {head_dim} is not compiled (compiled: {allowed}); choose NUM_HEADS so that"
+            " EMBED_DIM / NUM_HEADS is one of these"
+        )
     side, area = MOST_TOKENS[kind]
     if max(terms.window) > side or terms.window[0] * terms.window[1] > area:
-        return f"a window of {terms.window[0]}x{terms.window[1]} tokens; compiled are up to {area}, at most {side} along a side"
+        return (
+            f"a window of {terms.window[0]}x{terms.window[1]} tokens; compiled are up to {area}, at"
+            f" most {side} along a side"
+        )
     return None
 
 
@@ -50,39 +67,69 @@ def _dtype(qkv: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result
 def missing(device: str) -> str | None:
-    """Why there is no compiled kernel for tensors on `device` on this machine, or None; the first call may compile it.
+    """Why there is no compiled kernel for tensors on `device` on this machine, or None; the first
+    call may compile it.
 
-    On a GPU the first call also compares it with the specification, so that a driver or compiler it does not fit costs speed, not results.
+    On a GPU the first call also compares it with the specification, so that a driver or compiler it
+    does not fit costs speed, not results.
     """
     if device not in _missing:
         _missing[device] = library.missing(device)
         if device == "cuda" and _missing[device] is None:
             found = selfcheck.fault(window_attention_fused, device)
-            _missing[device] = found and f"it failed its check on this device: {found}; please report it"
+            _missing[device] = (
+                found and f"it failed its check on this device: {found}; please report it"
+            )
             if found:
-                library.say(f"window_attention: no fused kernel, since {_missing[device]}; PyTorch's own operations are used")
+                library.say(
+                    f"window_attention: no fused kernel, since {_missing[device]}; PyTorch's own"
+                    " operations are used"
+                )
     return _missing[device]
 
 
 _missing: dict[str, str | None] = {}
 
 
-def window_attention_fused(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,
-                           dropout: float = 0.0) -> Tensor:
-    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. Under autocast the result has autocast's dtype.
+def window_attention_fused(
+    qkv: Tensor,
+    terms: OffsetTerms,
+    layout: WindowLayout,
+    num_heads: int,
+    cosine: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. Under autocast the result
+    has autocast's dtype.
 
-    Deterministic. Which entries of the map are dropped follows from one number drawn from PyTorch's generator of the device, so
-    `torch.manual_seed` and activation checkpoints reproduce them.
+    Deterministic. Which entries of the map are dropped follows from one number drawn from PyTorch's
+    generator of the device, so `torch.manual_seed` and activation checkpoints reproduce them.
     Raises: ValueError where the kernel cannot do this, or there is none on this machine.
     """
     reason = cannot(qkv, terms) or missing(qkv.device.type)
     if reason:
         raise ValueError(f"window_attention: the fused backend does not apply: {reason}")
     tables = (terms.weight, terms.bias, terms.post)
-    weight, bias, post = (None if table is None else table.float().expand(-1, num_heads) for table in tables)
+    weight, bias, post = (
+        None if table is None else table.float().expand(-1, num_heads) for table in tables
+    )
     seed = torch.randint(2**63 - 1, (1,), device=qkv.device) if dropout else None
-    need_lse = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, weight, bias, post))
+    need_lse = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (qkv, weight, bias, post)
+    )
     transformed = torch._C._are_functorch_transforms_active()  # torch.func.grad, vmap
     operation = Transformable.apply if transformed else torch.ops.idsw.window_attention_forward
-    return operation(qkv, weight, bias, post, seed, layout.window, layout.shift, num_heads, cosine, layout.mask_value, float(dropout),
-                     need_lse or transformed)[0]
+    return operation(
+        qkv,
+        weight,
+        bias,
+        post,
+        seed,
+        layout.window,
+        layout.shift,
+        num_heads,
+        cosine,
+        layout.mask_value,
+        float(dropout),
+        need_lse or transformed,
+    )[0]

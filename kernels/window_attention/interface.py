@@ -1,4 +1,6 @@
-"""One operation, several implementations with the same result: which one runs is decided here, and can be asked for and forced."""
+"""One operation, several implementations with the same result: which one runs is decided here, and
+can be asked for and forced.
+"""
 
 import os
 
@@ -12,29 +14,46 @@ from .reference import window_attention_reference
 from .sdpa import window_attention_sdpa
 from .terms import OffsetTerms
 
-BACKENDS = {"reference": window_attention_reference, "eager": window_attention_eager, "sdpa": window_attention_sdpa,
-            "fused": window_attention_fused}
+BACKENDS = {
+    "reference": window_attention_reference,
+    "eager": window_attention_eager,
+    "sdpa": window_attention_sdpa,
+    "fused": window_attention_fused,
+}
 ENVIRONMENT = "WINDOW_ATTENTION_BACKEND"
 
 
 def explain(qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> tuple[str, str]:
-    """The backend that `window_attention` picks for these arguments when none is forced, and the reason.
+    """The backend that `window_attention` picks for these arguments when none is forced, and the
+    reason.
 
-    Where the fused kernel applies, the first call loads it, and compiles it if need be (see build.py).
+    Where the fused kernel applies, the first call loads it, and compiles it if need be (see
+    build.py).
     """
     unfused = why_not_fused(qkv, terms)
     if unfused is None:
         return "fused", "one compiled operation, which forms no N x N matrix in memory"
     if torch.compiler.is_compiling():
-        return "reference", f"not fused ({unfused}), and under torch.compile the plain formula is what the compiler fuses best"
+        return (
+            "reference",
+            (
+                f"not fused ({unfused}), and under torch.compile the plain formula is what the"
+                " compiler fuses best"
+            ),
+        )
     if terms.post is not None:
-        return "reference", f"not fused ({unfused}), and a weight after the softmax needs the softmaxed map"
+        return (
+            "reference",
+            f"not fused ({unfused}), and a weight after the softmax needs the softmaxed map",
+        )
     uniform = terms.weight.dim() == 2 and terms.weight.shape[0] == 1
     if qkv.device.type == "cuda" and uniform:
         return "sdpa", f"not fused ({unfused}); on CUDA, and the weight is one number per head"
     if dropout:
         return "reference", f"not fused ({unfused}), and dropout needs the softmaxed map"
-    return "eager", f"not fused ({unfused}); SDPA " + ("has no weight per offset" if not uniform else "is slower than eager attention here")
+    return "eager", f"not fused ({unfused}); SDPA " + (
+        "has no weight per offset" if not uniform else "is slower than eager attention here"
+    )
 
 
 def why_not_fused(qkv: Tensor, terms: OffsetTerms) -> str | None:
@@ -42,16 +61,28 @@ def why_not_fused(qkv: Tensor, terms: OffsetTerms) -> str | None:
     return cannot(qkv, terms) or missing(qkv.device.type)
 
 
-def window_attention(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,
-                     dropout: float = 0.0, backend: str = "auto") -> Tensor:
-    """Attention within windows: (B, H, W, 3C) -> (B, H, W, C). `window_attention_reference` is the specification.
+def window_attention(
+    qkv: Tensor,
+    terms: OffsetTerms,
+    layout: WindowLayout,
+    num_heads: int,
+    cosine: bool = False,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention within windows: (B, H, W, 3C) -> (B, H, W, C). `window_attention_reference` is the
+    specification.
 
     Args:
-        backend: a name of BACKENDS, or "auto"; the environment variable WINDOW_ATTENTION_BACKEND overrides "auto".
-    Raises: ValueError for a name that does not exist, and where the forced backend cannot do what is asked.
+        backend: a name of BACKENDS, or "auto"; the environment variable WINDOW_ATTENTION_BACKEND
+            overrides "auto".
+    Raises: ValueError for a name that does not exist, and where the forced backend cannot do what
+        is asked.
     """
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT) or explain(qkv, terms, dropout)[0]
     if backend not in BACKENDS:
-        raise ValueError(f"window_attention: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"window_attention: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}"
+        )
     return BACKENDS[backend](qkv, terms, layout, num_heads, cosine, dropout)

@@ -1,6 +1,8 @@
-"""Where the tokens of an image sit when it is cut into windows: partition, cyclic shift, padding, mask, relative index.
+"""Where the tokens of an image sit when it is cut into windows: partition, cyclic shift, padding,
+mask, relative index.
 
-Shapes: B images of H x W tokens, nW windows of N = Mh * Mw tokens, C channels. Windows are numbered row by row within an image.
+Shapes: B images of H x W tokens, nW windows of N = Mh * Mw tokens, C channels. Windows are numbered
+    row by row within an image.
 """
 
 import functools
@@ -16,15 +18,22 @@ MAX_KEPT_BATCHES = 6  # training, evaluation and their last batches, forward and
 
 
 def kept(function: Callable) -> Callable:
-    """lru_cache for functions that make small constant tensors; under torch.compile the compiler traces the function itself."""
+    """lru_cache for functions that make small constant tensors; under torch.compile the compiler
+    traces the function itself.
+    """
+
     @functools.lru_cache(maxsize=256)
     def cached(*args, **kwargs):
-        with torch.inference_mode(False):  # what evaluation leaves here, training must be able to use
+        with torch.inference_mode(
+            False
+        ):  # what evaluation leaves here, training must be able to use
             return function(*args, **kwargs)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        return function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
+        return (
+            function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
+        )
 
     return call
 
@@ -50,7 +59,9 @@ def window_reverse(windows: Tensor, window_size: int | Size, height: int, width:
 
 
 def relative_position_index(window_size: int | Size, device: torch.device | None = None) -> Tensor:
-    """(N, N) int64: row of the offset table for query i and key j, (yi - yj + Mh - 1) * (2 Mw - 1) + xi - xj + Mw - 1."""
+    """(N, N) int64: row of the offset table for query i and key j, (yi - yj + Mh - 1) * (2 Mw - 1)
+    + xi - xj + Mw - 1.
+    """
     rows, columns = to_pair(window_size)
     y = torch.arange(rows, device=device).repeat_interleave(columns)
     x = torch.arange(columns, device=device).repeat(rows)
@@ -58,11 +69,13 @@ def relative_position_index(window_size: int | Size, device: torch.device | None
 
 
 def _regions(padded: int, window: int, shift: int) -> Tensor:
-    """(padded,) region of each coordinate after the roll: the last window of a shifted axis holds two that were not neighbours."""
+    """(padded,) region of each coordinate after the roll: the last window of a shifted axis holds
+    two that were not neighbours.
+    """
     region = torch.zeros(padded, dtype=torch.long, device="cpu")
     if shift:
-        region[padded - window:] = 1
-        region[padded - shift:] = 2
+        region[padded - window :] = 1
+        region[padded - shift :] = 2
     return region
 
 
@@ -71,8 +84,12 @@ def _padding(length: int, padded: int, shift: int) -> Tensor:
     return (torch.arange(padded, device="cpu") >= length).roll(-shift)
 
 
-def _pair_mask(grid: Size, padded: Size, window: Size, shift: Size, mask_value: float) -> Tensor | None:
-    """(nW, N, N) float32: 0 or `mask_value` between regions of the shifted map, -inf between an image token and padding."""
+def _pair_mask(
+    grid: Size, padded: Size, window: Size, shift: Size, mask_value: float
+) -> Tensor | None:
+    """(nW, N, N) float32: 0 or `mask_value` between regions of the shifted map, -inf between an
+    image token and padding.
+    """
     if shift == (0, 0) and grid == padded:
         return None
     by_axis = [_regions(*axis) for axis in zip(padded, window, shift, strict=True)]
@@ -88,10 +105,13 @@ def _pair_mask(grid: Size, padded: Size, window: Size, shift: Size, mask_value: 
 
 @dataclass(frozen=True, eq=False)
 class WindowLayout:
-    """How one grid is cut into windows; made by `window_layout`, which keeps it for the next forward.
+    """How one grid is cut into windows; made by `window_layout`, which keeps it for the next
+    forward.
 
-    grid, padded: tokens (rows, columns) before and after padding. tokens: (nW*N,) the padded grid's token behind each
-    window position. mask: (nW, N, N) float32 or None; mask_value: its entries between tokens that the roll brought together.
+    grid, padded: tokens (rows, columns) before and after padding. tokens: (nW*N,) the padded grid's
+        token behind each
+    window position. mask: (nW, N, N) float32 or None; mask_value: its entries between tokens that
+        the roll brought together.
     """
 
     grid: Size
@@ -114,10 +134,12 @@ class WindowLayout:
         return self.window[0] * self.window[1]
 
     def head_rows(self, batch: int, parts: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Row numbers that turn a token-major matrix into a head-major one, and back; kept for the batches seen last.
+        """Row numbers that turn a token-major matrix into a head-major one, and back; kept for the
+        batches seen last.
 
-        The matrix (B*H*W*parts*heads, D) of a padded grid becomes (parts, B, nW, heads, N, D). One gather does the cyclic shift,
-        the partition and the split into heads. Returns (there, back), int32 or int64, each as long as the matrix.
+        The matrix (B*H*W*parts*heads, D) of a padded grid becomes (parts, B, nW, heads, N, D). One
+        gather does the cyclic shift, the partition and the split into heads. Returns (there, back),
+        int32 or int64, each as long as the matrix.
         """
         key = (batch, parts, heads)
         if key not in self.rows:
@@ -140,26 +162,46 @@ class WindowLayout:
 
 
 @kept
-def window_layout(grid: Size, window: Size, shift: Size = (0, 0), mask_value: float = -100.0,
-                  device: torch.device | None = None) -> WindowLayout:
-    """The layout of a grid that is padded to whole windows (at its end) and rolled up and left by `shift` tokens.
+def window_layout(
+    grid: Size,
+    window: Size,
+    shift: Size = (0, 0),
+    mask_value: float = -100.0,
+    device: torch.device | None = None,
+) -> WindowLayout:
+    """The layout of a grid that is padded to whole windows (at its end) and rolled up and left by
+    `shift` tokens.
 
-    Pairs that the roll brought together are masked by `mask_value` (the reference uses -100, not -inf); padding and image
-    tokens never see each other. It is worked out on the CPU, whatever the default device, and then moved to `device`.
+    Pairs that the roll brought together are masked by `mask_value` (the reference uses -100, not
+    -inf); padding and image tokens never see each other. It is worked out on the CPU, whatever the
+    default device, and then moved to `device`.
     """
     padded = tuple(-(-length // side) * side for length, side in zip(grid, window, strict=True))
-    tokens = torch.arange(padded[0] * padded[1], device="cpu").view(1, *padded, 1).roll((-shift[0], -shift[1]), (1, 2))
+    tokens = (
+        torch.arange(padded[0] * padded[1], device="cpu")
+        .view(1, *padded, 1)
+        .roll((-shift[0], -shift[1]), (1, 2))
+    )
     mask = _pair_mask(grid, padded, window, shift, mask_value)
-    return WindowLayout(grid, padded, window, shift, window_partition(tokens, window).flatten().to(device),
-                        None if mask is None else mask.to(device), mask_value)
+    return WindowLayout(
+        grid,
+        padded,
+        window,
+        shift,
+        window_partition(tokens, window).flatten().to(device),
+        None if mask is None else mask.to(device),
+        mask_value,
+    )
 
 
 def pad_grid(x: Tensor, layout: WindowLayout) -> Tensor:
     """(B, H, W, C) -> (B, padded H, padded W, C), zeros at the end of each axis."""
-    rows, columns = (after - before for after, before in zip(layout.padded, layout.grid, strict=True))
+    rows, columns = (
+        after - before for after, before in zip(layout.padded, layout.grid, strict=True)
+    )
     return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
 
 
 def crop_grid(x: Tensor, layout: WindowLayout) -> Tensor:
     """Undoes `pad_grid`."""
-    return x if layout.grid == layout.padded else x[:, :layout.grid[0], :layout.grid[1]]
+    return x if layout.grid == layout.padded else x[:, : layout.grid[0], : layout.grid[1]]

@@ -1,4 +1,6 @@
-"""The compiled library: installed beforehand, kept from an earlier build, or built now; or the reason why there is none."""
+"""The compiled library: installed beforehand, kept from an earlier build, or built now; or the
+reason why there is none.
+"""
 
 import importlib.util
 import os
@@ -10,9 +12,11 @@ import torch
 
 from . import build, operations
 
-BUILD = "WINDOW_ATTENTION_BUILD"            # environment: 0 = never compile on demand
-INSTALLED = "window_attention_kernels"      # the package that `pip install ./kernels` makes; it holds the library alone
-OLDEST = (8, 0)                             # compute capability that the CUDA kernel needs
+BUILD = "WINDOW_ATTENTION_BUILD"  # environment: 0 = never compile on demand
+INSTALLED = (  # the package that `pip install ./kernels` makes; it holds the library alone
+    "window_attention_kernels"
+)
+OLDEST = (8, 0)  # compute capability that the CUDA kernel needs
 
 _lock = threading.Lock()
 _loaded: Path | None = None
@@ -20,9 +24,11 @@ _reason: str | None = None  # set once loading was tried in vain
 
 
 def missing(device: str) -> str | None:
-    """Why there is no kernel for tensors on `device` ("cpu", "cuda"), or None if there is one, which is then loaded.
+    """Why there is no kernel for tensors on `device` ("cpu", "cuda"), or None if there is one,
+    which is then loaded.
 
-    The first call may compile (see build.py): one line on stderr says so, and one line says so if that fails; nothing is raised.
+    The first call may compile (see build.py): one line on stderr says so, and one line says so if
+    that fails; nothing is raised.
     """
     if device not in ("cpu", "cuda"):
         return f"there is no kernel for {device}"
@@ -31,11 +37,16 @@ def missing(device: str) -> str | None:
     path, reason = load()
     if path is None:
         return reason
-    return "the library was built without CUDA (no nvcc)" if device == "cuda" and "-cuda" not in path.name else None
+    return (
+        "the library was built without CUDA (no nvcc)"
+        if device == "cuda" and "-cuda" not in path.name
+        else None
+    )
 
 
 def load(quiet: bool = False) -> tuple[Path | None, str | None]:
-    """The library, loaded into PyTorch, or the reason why there is none, which is also said unless `quiet` or by choice.
+    """The library, loaded into PyTorch, or the reason why there is none, which is also said unless
+    `quiet` or by choice.
 
     The answer stays the same for the life of the process.
     """
@@ -51,12 +62,17 @@ def load(quiet: bool = False) -> tuple[Path | None, str | None]:
                 except OSError as error:  # made for another PyTorch or system
                     _reason = f"{path} cannot be loaded ({str(error).splitlines()[0]})"
             if _reason and not quiet and not _off():
-                say(f"window_attention: no fused kernel, since {_reason}; PyTorch's own operations are used (same results, slower)")
+                say(
+                    f"window_attention: no fused kernel, since {_reason}; PyTorch's own operations"
+                    " are used (same results, slower)"
+                )
     return _loaded, _reason
 
 
 def find(csrc: Path = build.CSRC) -> tuple[Path | None, str | None]:
-    """The library for this machine: with CUDA where a device is here, its sources are and nvcc or a ready library is; else for the CPU."""
+    """The library for this machine: with CUDA where a device is here, its sources are and nvcc or a
+    ready library is; else for the CPU.
+    """
     cuda = device_reason() is None and build.has_cuda_sources(csrc)
     try:
         ready = _installed(csrc)
@@ -79,7 +95,9 @@ def device_reason() -> str | None:
         return "there is no CUDA device"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
-        return "the device has compute capability {}.{}, and {}.{} is needed".format(*capability, *OLDEST)
+        return "the device has compute capability {}.{}, and {}.{} is needed".format(
+            *capability, *OLDEST
+        )
     return None
 
 
@@ -87,9 +105,14 @@ def _installed(csrc: Path) -> list[Path]:
     """What `pip install ./kernels` left here and is made from these very sources."""
     spec = importlib.util.find_spec(INSTALLED)
     found = sorted(Path(spec.origin).parent.glob("*.so")) if spec and spec.origin else []
-    ready = [path for path in found if path.name == build.library_name(path.stem.split("-", 3)[-1], csrc)]
+    ready = [
+        path for path in found if path.name == build.library_name(path.stem.split("-", 3)[-1], csrc)
+    ]
     if found and not ready:
-        say(f"window_attention: the installed {INSTALLED} is of other sources and not used; `pip install ./kernels` renews it")
+        say(
+            f"window_attention: the installed {INSTALLED} is of other sources and not used; `pip"
+            " install ./kernels` renews it"
+        )
     return ready
 
 
@@ -100,7 +123,11 @@ def _on_demand(kind: str, csrc: Path) -> tuple[Path | None, str | None]:
     try:
         if _off():
             ready = sorted(folder.glob(build.library_name(f"{kind}*", csrc)))
-            return (ready[0], None) if ready else (None, f"it is not built, and {BUILD} is off; `make kernels` builds it")
+            return (
+                (ready[0], None)
+                if ready
+                else (None, f"it is not built, and {BUILD} is off; `make kernels` builds it")
+            )
         return build.build(kind, folder, csrc, architectures, say), None
     except build.BuildError as error:
         if kind == "cuda":  # the library for the CPU follows
@@ -113,7 +140,9 @@ def _off() -> bool:
 
 
 def _capabilities() -> list[int]:
-    found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    found = {
+        torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())
+    }
     return sorted(10 * major + minor for major, minor in found if (major, minor) >= OLDEST)
 
 

@@ -1,7 +1,9 @@
-"""What Python adds to the compiled operations of csrc/binding.cpp: shapes for tracing, gradients, autocast.
+"""What Python adds to the compiled operations of csrc/binding.cpp: shapes for tracing, gradients,
+autocast.
 
-`torch.ops.idsw.window_attention_forward` returns (out, lse), `torch.ops.idsw.window_attention_backward` the gradients of qkv, weight,
-bias and post. Both are deterministic, and one node each in a compiled or exported graph.
+`torch.ops.idsw.window_attention_forward` returns (out, lse),
+`torch.ops.idsw.window_attention_backward` the gradients of qkv, weight, bias and post. Both are
+deterministic, and one node each in a compiled or exported graph.
 """
 
 import torch
@@ -16,7 +18,10 @@ def register() -> None:
     torch.library.register_fake(FORWARD, _fake_forward)
     torch.library.register_fake(BACKWARD, _fake_backward)
     torch.library.register_fake("idsw::gelu_forward", lambda before, bias, kept, act: None)
-    torch.library.register_fake("idsw::gelu_backward", lambda kept, bias, act, grad: act.new_empty(act.shape[1:], dtype=torch.float32))
+    torch.library.register_fake(
+        "idsw::gelu_backward",
+        lambda kept, bias, act, grad: act.new_empty(act.shape[1:], dtype=torch.float32),
+    )
     torch.library.register_autograd(FORWARD, _backward, setup_context=_save)
     for device in ("cpu", "cuda"):
         library.impl("window_attention_forward", _autocast(device), f"Autocast{device.upper()}")
@@ -26,22 +31,46 @@ def register() -> None:
 _keep: list[torch.library.Library] = []
 
 
-def _fake_forward(qkv, weight, bias, post, seed, window, shift, num_heads, cosine, mask_value, dropout, need_lse):
+def _fake_forward(
+    qkv, weight, bias, post, seed, window, shift, num_heads, cosine, mask_value, dropout, need_lse
+):
     batch, height, width, channels = qkv.shape
     windows = -(-height // window[0]) * -(-width // window[1])
     shape = (batch, windows, num_heads, window[0] * window[1]) if need_lse else (0,)
-    return qkv.new_empty((batch, height, width, channels // 3)), qkv.new_empty(shape, dtype=torch.float32)
+    return qkv.new_empty((batch, height, width, channels // 3)), qkv.new_empty(
+        shape, dtype=torch.float32
+    )
 
 
-def _fake_backward(grad_out, qkv, lse, weight, bias, post, seed, window, shift, num_heads, cosine, mask_value, dropout, need_weight,
-                   need_bias, need_post):
+def _fake_backward(
+    grad_out,
+    qkv,
+    lse,
+    weight,
+    bias,
+    post,
+    seed,
+    window,
+    shift,
+    num_heads,
+    cosine,
+    mask_value,
+    dropout,
+    need_weight,
+    need_bias,
+    need_post,
+):
     tables = [(weight, need_weight), (bias, need_bias), (post, need_post)]
     shapes = [table.shape if needed and table is not None else (0,) for table, needed in tables]
-    return qkv.new_empty(qkv.shape), *(qkv.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return qkv.new_empty(qkv.shape), *(
+        qkv.new_empty(shape, dtype=torch.float32) for shape in shapes
+    )
 
 
 def _autocast(device: str):
-    """The operation under autocast: qkv is cast, as PyTorch does for a product of matrices; the tables stay float32."""
+    """The operation under autocast: qkv is cast, as PyTorch does for a product of matrices; the
+    tables stay float32.
+    """
     without = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def kernel(qkv, *rest):
@@ -66,12 +95,19 @@ def _backward(ctx, grad, _):
         return (None,) * 12
     qkv, lse, weight, bias, post, seed = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
-    grads = torch.ops.idsw.window_attention_backward(grad.contiguous(), qkv, lse, weight, bias, post, seed, *ctx.options, *needed[1:])
-    return *(table if needs else None for table, needs in zip(grads, needed, strict=True)), *(None,) * 8
+    grads = torch.ops.idsw.window_attention_backward(
+        grad.contiguous(), qkv, lse, weight, bias, post, seed, *ctx.options, *needed[1:]
+    )
+    return (
+        *(table if needs else None for table, needs in zip(grads, needed, strict=True)),
+        *(None,) * 8,
+    )
 
 
 class Transformable(torch.autograd.Function):
-    """The forward for torch.func, whose transforms do not take what `register_autograd` makes; inputs as for the operation."""
+    """The forward for torch.func, whose transforms do not take what `register_autograd` makes;
+    inputs as for the operation.
+    """
 
     generate_vmap_rule = True
 

@@ -1,4 +1,6 @@
-"""The specification of window attention: the shortest PyTorch that is right, in any dtype, on any device, differentiable throughout."""
+"""The specification of window attention: the shortest PyTorch that is right, in any dtype, on any
+device, differentiable throughout.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,9 @@ from .layout import WindowLayout, crop_grid, pad_grid, window_partition, window_
 from .terms import OffsetTerms
 
 
-def split_windows(qkv: Tensor, layout: WindowLayout, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_windows(
+    qkv: Tensor, layout: WindowLayout, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(B, H, W, 3C) -> q, k and v, each (B*nW, heads, N, D), of the padded and rolled grid."""
     x = pad_grid(qkv, layout)
     x = x.roll((-layout.shift[0], -layout.shift[1]), (1, 2)) if any(layout.shift) else x
@@ -31,12 +35,21 @@ def add_mask(logits: Tensor, mask: Tensor | None) -> Tensor:
     return (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(logits.dtype)).flatten(0, 1)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: OffsetTerms, mask: Tensor | None = None, cosine: bool = False,
-                      dropout: float = 0.0) -> Tensor:
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: OffsetTerms,
+    mask: Tensor | None = None,
+    cosine: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """map(softmax(q kᵀ * weight + bias + mask)) v on windows.
 
-    q, k, v: (B*nW, heads, N, D). mask: (nW, N, N) or None. cosine: q and k are divided by their norms first (at least 1e-12).
-    dropout: probability with which an entry of the map is dropped. The softmax runs in float32 or wider.
+    q, k, v: (B*nW, heads, N, D). mask: (nW, N, N) or None. cosine: q and k are divided by their
+        norms first (at least 1e-12).
+    dropout: probability with which an entry of the map is dropped. The softmax runs in float32 or
+        wider.
     """
     if cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -49,11 +62,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, terms: OffsetTerms, mask:
     return F.dropout(attn, dropout).to(v.dtype) @ v
 
 
-def window_attention_reference(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,
-                               dropout: float = 0.0) -> Tensor:
+def window_attention_reference(
+    qkv: Tensor,
+    terms: OffsetTerms,
+    layout: WindowLayout,
+    num_heads: int,
+    cosine: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """Attention within the windows of a grid of packed projections: (B, H, W, 3C) -> (B, H, W, C).
 
-    The channels of `qkv` are q, then k, then v, each split into heads. Scaling is part of `terms.weight`.
+    The channels of `qkv` are q, then k, then v, each split into heads. Scaling is part of
+    `terms.weight`.
     """
     q, k, v = split_windows(qkv, layout, num_heads)
     return merge_windows(softmax_attention(q, k, v, terms, layout.mask, cosine, dropout), layout)

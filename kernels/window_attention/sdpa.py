@@ -1,4 +1,6 @@
-"""Window attention through PyTorch's scaled_dot_product_attention: only where the weight is one number per head."""
+"""Window attention through PyTorch's scaled_dot_product_attention: only where the weight is one
+number per head.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,17 +10,34 @@ from .reference import merge_windows, split_windows
 from .terms import OffsetTerms
 
 
-def window_attention_sdpa(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False,
-                          dropout: float = 0.0) -> Tensor:
-    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. The weight is folded into q."""
+def window_attention_sdpa(
+    qkv: Tensor,
+    terms: OffsetTerms,
+    layout: WindowLayout,
+    num_heads: int,
+    cosine: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. The weight is folded into
+    q.
+    """
     if terms.post is not None or terms.weight.dim() == 3 or terms.weight.shape[0] != 1:
-        raise ValueError("window_attention: the sdpa backend takes one weight per head and no post-softmax weight; use backend 'eager'")
+        raise ValueError(
+            "window_attention: the sdpa backend takes one weight per head and no post-softmax"
+            " weight; use backend 'eager'"
+        )
     q, k, v = split_windows(qkv, layout, num_heads)
     if cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     q = (q * terms.dense("weight")).to(v.dtype)
     bias = terms.masked_bias(layout)
     if bias is not None:  # (nW or 1, heads, N, N) -> one for every window of every image
-        bias = bias.to(q.dtype).expand(q.shape[0] // len(bias), *bias.shape).flatten(0, 1) if len(bias) > 1 else bias.to(q.dtype)
-    y = F.scaled_dot_product_attention(q, k.to(v.dtype), v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+        bias = (
+            bias.to(q.dtype).expand(q.shape[0] // len(bias), *bias.shape).flatten(0, 1)
+            if len(bias) > 1
+            else bias.to(q.dtype)
+        )
+    y = F.scaled_dot_product_attention(
+        q, k.to(v.dtype), v, attn_mask=bias, dropout_p=dropout, scale=1.0
+    )
     return merge_windows(y, layout)

@@ -1,7 +1,8 @@
 """What multiplies and what is added to the logits, held as tables over relative offsets.
 
-A table has one row per offset between two tokens of a window, T = (2 Mh - 1)(2 Mw - 1), and one column per head. A fused kernel
-reads the tables; the open path gathers them to N x N. Terms that are no function of the offset are given dense, (heads, N, N).
+A table has one row per offset between two tokens of a window, T = (2 Mh - 1)(2 Mw - 1), and one
+column per head. A fused kernel reads the tables; the open path gathers them to N x N. Terms that
+are no function of the offset are given dense, (heads, N, N).
 """
 
 import torch
@@ -14,28 +15,49 @@ class OffsetTerms:
     """`weight`, `bias` and `post` of softmax(q kᵀ * weight + bias + mask) * post.
 
     Args:
-        weight: (T, heads), or (1, heads) when it is the same for all offsets, or dense (heads, N, N).
+        weight: (T, heads), or (1, heads) when it is the same for all offsets, or dense (heads, N,
+            N).
         bias: (T, heads), dense (heads, N, N), or None.
         post: multiplies the softmaxed map; shapes as `bias`.
         renormalise: divide the rows of the map by their sum after `post`.
-        prefix: leading tokens without a place on the grid (class tokens); in a table's gathered form their pairs have weight
-            `neutral` (1, heads), bias 0 and post 1. neutral: by default the weight given here, which must then be (1, heads).
-    Gathered forms are kept on the object: it is made once per step in training and once per set of weights in evaluation.
+        prefix: leading tokens without a place on the grid (class tokens); in a table's gathered
+            form their pairs have weight `neutral` (1, heads), bias 0 and post 1. neutral: by
+            default the weight given here, which must then be (1, heads).
+    Gathered forms are kept on the object: it is made once per step in training and once per set of
+        weights in evaluation.
     """
 
-    def __init__(self, window: Size, weight: Tensor, bias: Tensor | None = None, post: Tensor | None = None, renormalise: bool = False,
-                 prefix: int = 0, neutral: Tensor | None = None):
-        self.window, self.weight, self.bias, self.post, self.renormalise = window, weight, bias, post, renormalise
+    def __init__(
+        self,
+        window: Size,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        post: Tensor | None = None,
+        renormalise: bool = False,
+        prefix: int = 0,
+        neutral: Tensor | None = None,
+    ):
+        self.window, self.weight, self.bias, self.post, self.renormalise = (
+            window,
+            weight,
+            bias,
+            post,
+            renormalise,
+        )
         self.prefix, self.neutral = prefix, weight if neutral is None else neutral
         self._kept: dict = {}
 
     def replace(self, **changes) -> "OffsetTerms":
         """A copy with some of weight, bias, post and renormalise exchanged."""
         fields = {name: getattr(self, name) for name in ("weight", "bias", "post", "renormalise")}
-        return OffsetTerms(self.window, **{**fields, **changes}, prefix=self.prefix, neutral=self.neutral)
+        return OffsetTerms(
+            self.window, **{**fields, **changes}, prefix=self.prefix, neutral=self.neutral
+        )
 
     def dense(self, name: str) -> Tensor | None:
-        """The term `name` gathered over pairs: (heads, N, N), or (heads, 1, 1) for one that is the same everywhere."""
+        """The term `name` gathered over pairs: (heads, N, N), or (heads, 1, 1) for one that is the
+        same everywhere.
+        """
         if name not in self._kept:
             self._kept[name] = self._gather(name)
         return self._kept[name]
@@ -45,11 +67,17 @@ class OffsetTerms:
         gathered = gather_offsets(table, self.window)
         if gathered is None or table.dim() == 3 or gathered.shape[-1] == 1:
             return gathered
-        neutral = {"weight": self.neutral.t()[:, :, None], "bias": gathered.new_zeros(1), "post": gathered.new_ones(1)}[name]
+        neutral = {
+            "weight": self.neutral.t()[:, :, None],
+            "bias": gathered.new_zeros(1),
+            "post": gathered.new_ones(1),
+        }[name]
         return self._with_prefix(gathered, neutral)
 
     def matching(self, name: str, table: Tensor, neutral: float) -> Tensor:
-        """`table` (T, heads) in the form in which the term `name` is held: gathered, `neutral` at the prefix, where that is dense."""
+        """`table` (T, heads) in the form in which the term `name` is held: gathered, `neutral` at
+        the prefix, where that is dense.
+        """
         held = getattr(self, name)
         if held is None or held.dim() == 2:
             return table
@@ -64,11 +92,15 @@ class OffsetTerms:
         return torch.cat([row, torch.cat([column, gathered], dim=2)], dim=1)
 
     def masked_bias(self, layout: WindowLayout) -> Tensor | None:
-        """bias + mask: (nW, heads, N, N), or (1, heads, N, N) without a mask, or None; kept per layout."""
+        """bias + mask: (nW, heads, N, N), or (1, heads, N, N) without a mask, or None; kept per
+        layout.
+        """
         if layout not in self._kept:
             bias, mask = self.dense("bias"), layout.mask
             mask = mask if mask is None else mask[:, None].to(self.weight.dtype)
-            self._kept[layout] = mask if bias is None else bias[None] if mask is None else bias + mask
+            self._kept[layout] = (
+                mask if bias is None else bias[None] if mask is None else bias + mask
+            )
         return self._kept[layout]
 
 

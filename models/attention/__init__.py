@@ -5,4 +5,11 @@ from .global_attention import GlobalAttention
 from .softmax import SoftmaxAttention, WindowAttention, WindowAttentionV2
 from .spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "Geometry", "GlobalAttention", "SoftmaxAttention", "WindowAttention", "WindowAttentionV2"]
+__all__ = [
+    "AttentionSpec",
+    "Geometry",
+    "GlobalAttention",
+    "SoftmaxAttention",
+    "WindowAttention",
+    "WindowAttentionV2",
+]

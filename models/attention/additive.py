@@ -1,4 +1,6 @@
-"""Attention by one pooled vector per image: the cost grows with the tokens N, not with N². No N x N map exists."""
+"""Attention by one pooled vector per image: the cost grows with the tokens N, not with N². No N x N
+map exists.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +20,49 @@ def unit(x: Tensor, axis: int) -> Tensor:
 
 
 class EfficientAdditiveAttention(nn.Module):
-    """SwiftFormer's attention: a learned score per token pools the queries into one vector, which meets every key.
+    """SwiftFormer's attention: a learned score per token pools the queries into one vector, which
+    meets every key.
 
         q = unit(x W_q), k = unit(x W_k)                 over channels
         a = pool_norm(q w_g / sqrt(out_dim))             over tokens, (N, 1)
         y = (proj(k * sum_n a_n q_n) + q) W_final
 
     Args:
-        dim: channels of x. num_heads: has no effect, the layer has no heads; here so that all mixers are built alike.
-        out_dim: channels of y, by default `dim`. widen: q and k have out_dim * widen channels (the original calls it num_heads).
-        pool_norm: l2 (the released code since 2023-07-26), softmax over tokens, none (the paper's equations), or ones: all
-            a are 1 and w_g gets a zero gradient, as in the first release, whose softmax ran over an axis of size 1.
-        qk_norm: the units; False leaves q and k as projected. w_g: False puts a constant vector of ones in its place.
+        dim: channels of x. num_heads: has no effect, the layer has no heads; here so that all
+            mixers are built alike.
+        out_dim: channels of y, by default `dim`. widen: q and k have out_dim * widen channels (the
+            original calls it num_heads).
+        pool_norm: l2 (the released code since 2023-07-26), softmax over tokens, none (the paper's
+            equations), or ones: all a are 1 and w_g gets a zero gradient, as in the first release,
+            whose softmax ran over an axis of size 1.
+        qk_norm: the units; False leaves q and k as projected. w_g: False puts a constant vector of
+            ones in its place.
         residual: q adds the query before the last layer, none does not.
-    Shapes: (..., N, dim) -> (..., N, out_dim); 4d² + 5d parameters where all widths are d. With N = 1 and l2, a is +-1 and w_g
-        gets no gradient. The scale cancels under l2.
+    Shapes: (..., N, dim) -> (..., N, out_dim); 4d² + 5d parameters where all widths are d. With N =
+        1 and l2, a is +-1 and w_g gets no gradient. The scale cancels under l2.
     Raises: ValueError for an unknown word.
     Source: SwiftFormer, arXiv:2303.15446, eq. 4 to 6.
     """
 
     has_heads, needs_places = False, False
 
-    def __init__(self, dim: int, num_heads: int = 1, *, out_dim: int | None = None, widen: int = 1, pool_norm: str = "l2",
-                 qk_norm: bool = True, w_g: bool = True, residual: str = "q"):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        out_dim: int | None = None,
+        widen: int = 1,
+        pool_norm: str = "l2",
+        qk_norm: bool = True,
+        w_g: bool = True,
+        residual: str = "q",
+    ):
         super().__init__()
         self.pool_norm = check_choice("efficient_additive: pool_norm", pool_norm, POOL_NORMS)
-        self.residual = check_choice("efficient_additive: residual", str(residual or "none").lower(), RESIDUALS)
+        self.residual = check_choice(
+            "efficient_additive: residual", str(residual or "none").lower(), RESIDUALS
+        )
         out_dim = out_dim or dim
         width = out_dim * widen
         self.qk_norm, self.scale = qk_norm, out_dim**-0.5
@@ -74,18 +93,24 @@ class EfficientAdditiveAttention(nn.Module):
     def flops(self, tokens: int) -> int:
         """Multiply-accumulates of the layers and of q w_g for `tokens` tokens."""
         layers = (self.to_query, self.to_key, self.proj, self.final)
-        return tokens * (sum(layer.weight.numel() for layer in layers) + (0 if self.w_g is None else self.w_g.numel()))
+        return tokens * (
+            sum(layer.weight.numel() for layer in layers)
+            + (0 if self.w_g is None else self.w_g.numel())
+        )
 
 
 class SeparableAttention(nn.Module):
-    """MobileViT-V2's attention: softmaxed scores pool the keys into one vector, which gates the values.
+    """MobileViT-V2's attention: softmaxed scores pool the keys into one vector, which gates the
+    values.
 
         s, k, v = split(x W + b)                         1, d and d channels
         y = W_o (relu(v) * sum_n softmax_n(s) k_n)
 
     Args:
-        dim: channels d. num_heads: has no effect, the layer has no heads. drop: dropout of the softmaxed scores.
-    Shapes: (..., N, d) -> (..., N, d); 3d² + 4d + 1 parameters. MobileViT-V2 runs it on (B, pixels of a patch, patches, d).
+        dim: channels d. num_heads: has no effect, the layer has no heads. drop: dropout of the
+            softmaxed scores.
+    Shapes: (..., N, d) -> (..., N, d); 3d² + 4d + 1 parameters. MobileViT-V2 runs it on (B, pixels
+        of a patch, patches, d).
     Source: MobileViT-V2, arXiv:2206.02680, section 3.1.
     """
 
@@ -102,9 +127,15 @@ class SeparableAttention(nn.Module):
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
         return F.linear(x, self.qkv_proj.weight[first:last], self.qkv_proj.bias[first:last])
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, context: Tensor | None = None) -> Tensor:
-        """(..., N, d) -> (..., N, d). Scores and keys come from `context` (..., M, d), by default x; `grid` is not used."""
-        scores, keys = self._project(x if context is None else context, 0, 1 + self.dim).split([1, self.dim], -1)
+    def forward(
+        self, x: Tensor, grid: tuple[int, int] | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """(..., N, d) -> (..., N, d). Scores and keys come from `context` (..., M, d), by default
+        x; `grid` is not used.
+        """
+        scores, keys = self._project(x if context is None else context, 0, 1 + self.dim).split(
+            [1, self.dim], -1
+        )
         weights = self.drop(self.weight_tap(scores.softmax(-2)))
         pooled = (weights * keys).sum(-2, keepdim=True)  # (..., 1, d)
         return self.out_proj(self._project(x, 1 + self.dim, 1 + 2 * self.dim).relu() * pooled)

@@ -1,4 +1,6 @@
-"""Where the tokens of an attention module sit: channels, heads, window, and the coordinates of its offsets."""
+"""Where the tokens of an attention module sit: channels, heads, window, and the coordinates of its
+offsets.
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +15,11 @@ from kernels.window_attention.layout import Size, to_pair
 class Geometry:
     """What a modifier may need to know of the module it modifies.
 
-    dim: channels C. num_heads: heads H. window: tokens (rows, columns) that attend to each other. pretrained_window: the
-    window whose offsets span [-1, 1] in log-spaced coordinates; (0, 0) is the window itself. prefix: leading tokens that have no
-    place on the grid (class tokens). For attention over a whole image the window is its grid. head_dim: channels of a head; 0 is
-    dim / num_heads.
+    dim: channels C. num_heads: heads H. window: tokens (rows, columns) that attend to each other.
+    pretrained_window: the window whose offsets span [-1, 1] in log-spaced coordinates; (0, 0) is
+    the window itself. prefix: leading tokens that have no place on the grid (class tokens). For
+    attention over a whole image the window is its grid. head_dim: channels of a head; 0 is dim /
+    num_heads.
     """
 
     dim: int
@@ -46,14 +49,21 @@ class Geometry:
         return relative_coords_table(self.window, self.pretrained_window).flatten(0, 2)
 
 
-def relative_coords_table(window_size: int | Size, pretrained_window_size: int | Size = 0) -> Tensor:
-    """(1, 2 Mh - 1, 2 Mw - 1, 2) float32: sign(c) log2(1 + |8 c / (W - 1)|) / 3 of the offset c in rows and in columns.
+def relative_coords_table(
+    window_size: int | Size, pretrained_window_size: int | Size = 0
+) -> Tensor:
+    """(1, 2 Mh - 1, 2 Mw - 1, 2) float32: sign(c) log2(1 + |8 c / (W - 1)|) / 3 of the offset c in
+    rows and in columns.
 
-    W is the pretrained window where it is above 0, else the window. A side of one token has the single offset 0.
-    Source: Swin Transformer V2, arXiv:2111.09883, eq. 4; the factor 8 and the division by log2(8) are the released code's.
+    W is the pretrained window where it is above 0, else the window. A side of one token has the
+    single offset 0.
+    Source: Swin Transformer V2, arXiv:2111.09883, eq. 4; the factor 8 and the division by log2(8)
+        are the released code's.
     """
     axes = []
     for side, pretrained in zip(to_pair(window_size), to_pair(pretrained_window_size), strict=True):
-        offsets = torch.arange(1 - side, side, dtype=torch.float32) / max((pretrained or side) - 1, 1) * 8
+        offsets = (
+            torch.arange(1 - side, side, dtype=torch.float32) / max((pretrained or side) - 1, 1) * 8
+        )
         axes.append(torch.sign(offsets) * torch.log2(offsets.abs() + 1) / math.log2(8))
     return torch.stack(torch.meshgrid(axes, indexing="ij"), -1)[None]

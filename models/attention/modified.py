@@ -1,4 +1,6 @@
-"""What holds attention modifiers: makes them from the config's words, and lets each draw its initial values."""
+"""What holds attention modifiers: makes them from the config's words, and lets each draw its
+initial values.
+"""
 
 from collections.abc import Iterable
 
@@ -11,10 +13,14 @@ from .modifiers import MODIFIERS
 
 
 class Modified(nn.Module):
-    """Base of modules with modifiers, which stand in `modifiers` by name; the backbone initialises them, see Backbone."""
+    """Base of modules with modifiers, which stand in `modifiers` by name; the backbone initialises
+    them, see Backbone.
+    """
 
     def hold(self, texts: Iterable[str], geometry: Geometry) -> None:
-        """Makes the modifiers, each "name" or "name(option=value)". Raises: ValueError for a name that comes twice."""
+        """Makes the modifiers, each "name" or "name(option=value)". Raises: ValueError for a name
+        that comes twice.
+        """
         self.modifiers = nn.ModuleDict()
         for text in texts:
             with own_random_numbers(text):

@@ -15,10 +15,13 @@ from .softmax import SoftmaxAttention
 def why_not_fused(model: nn.Module) -> dict[str, str | None]:
     """For each attention module of `model`, by name: why it does not run fused, or None if it does.
 
-    The kernel is looked for, and built if need be, as in the first forward. Ask within autocast where the model will run in it.
+    The kernel is looked for, and built if need be, as in the first forward. Ask within autocast
+    where the model will run in it.
     """
     kinds = (SoftmaxAttention, *(MIXERS[name] for name in MIXERS.names()))
-    return {name: _reason(module) for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {
+        name: _reason(module) for name, module in model.named_modules() if isinstance(module, kinds)
+    }
 
 
 def describe_attention(model: nn.Module) -> str:
@@ -32,14 +35,22 @@ def describe_attention(model: nn.Module) -> str:
 
 
 def _reason(attention: nn.Module) -> str | None:
-    """Why this attention module does not run fused where its parameters are, with their dtype or autocast's, or None if it does."""
+    """Why this attention module does not run fused where its parameters are, with their dtype or
+    autocast's, or None if it does.
+    """
     if not isinstance(attention, SoftmaxAttention):
         return f"{type(attention).__name__} is no softmax attention"
-    backend = attention.spec.backend if attention.spec.backend != "auto" else os.environ.get(interface.ENVIRONMENT) or "auto"
+    backend = (
+        attention.spec.backend
+        if attention.spec.backend != "auto"
+        else os.environ.get(interface.ENVIRONMENT) or "auto"
+    )
     if backend not in ("auto", "fused"):
         return f"the backend is set to {backend}"
     if attention.is_open():
         return "a modifier or a hook needs the N x N matrix"
     weight = attention.qkv.weight
     with torch.no_grad():
-        return interface.why_not_fused(weight.new_empty((1, 1, 1, weight.shape[0])), attention.terms())
+        return interface.why_not_fused(
+            weight.new_empty((1, 1, 1, weight.shape[0])), attention.terms()
+        )

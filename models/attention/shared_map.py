@@ -14,37 +14,57 @@ from .spec import AttentionSpec
 
 
 class MapAttention(GlobalAttention):
-    """Global attention that also returns its map A, to be handed to the next block as a value: no module keeps one.
+    """Global attention that also returns its map A, to be handed to the next block as a value: no
+    module keeps one.
 
         A = modifiers(softmax(logits) + carry * D^-0.5 * A_previous)        y = proj(A v)
 
     Args:
         carry: whether the map of the previous blocks is added.
-    Shapes: x (B, N, C), previous (B, H, N, N) or None -> (B, N, C) and A (B, H, N, N), float32 or wider, before dropout.
+    Shapes: x (B, N, C), previous (B, H, N, N) or None -> (B, N, C) and A (B, H, N, N), float32 or
+        wider, before dropout.
     State dict: qkv, proj, as GlobalAttention.
-    Raises: ValueError for a mixer, which has no map, and for a modifier that changes the number of maps.
-    Source: Refiner, arXiv:2106.03714, in the form of github.com/zhoudaquan/Refiner_ViT, which hands the map on behind the dropout.
+    Raises: ValueError for a mixer, which has no map, and for a modifier that changes the number of
+        maps.
+    Source: Refiner, arXiv:2106.03714, in the form of github.com/zhoudaquan/Refiner_ViT, which hands
+        the map on behind the dropout.
     """
 
-    def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, proj_drop: float = 0.0, carry: bool = True):
+    def __init__(
+        self,
+        geometry: Geometry,
+        spec: AttentionSpec,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        carry: bool = True,
+    ):
         if spec.mixer != "softmax":
-            raise ValueError(f"mixer {spec.mixer} forms no map that could be handed on; set MODEL.ATTENTION.MIXER softmax, or "
-                             "SHARE_EVERY 1, CARRY False and COS_REG 0")
+            raise ValueError(
+                f"mixer {spec.mixer} forms no map that could be handed on; set"
+                " MODEL.ATTENTION.MIXER softmax, or SHARE_EVERY 1, CARRY False and COS_REG 0"
+            )
         super().__init__(geometry, spec, qkv_bias, None, proj_drop)
         self.carry = geometry.head_channels**-0.5 if carry else 0.0
         for modifier in self._stage(MapModifier):
             if modifier.num_maps() != geometry.num_heads:
-                raise ValueError(f"{type(modifier).__name__} makes {modifier.num_maps()} maps of {geometry.num_heads}, which the next "
-                                 "block cannot take; keep the number (refiner: reduce=True), or SHARE_EVERY 1, CARRY False, COS_REG 0")
+                raise ValueError(
+                    f"{type(modifier).__name__} makes {modifier.num_maps()} maps of"
+                    f" {geometry.num_heads}, which the next block cannot take; keep the number"
+                    " (refiner: reduce=True), or SHARE_EVERY 1, CARRY False, COS_REG 0"
+                )
 
     def is_open(self) -> bool:
         """Always: the map is handed on."""
         return True
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, N, C), previous (B, H, N, N) or None -> the result (B, N, C) and the map (B, H, N, N)."""
+        """x (B, N, C), previous (B, H, N, N) or None -> the result (B, N, C) and the map (B, H, N,
+        N).
+        """
         x, layout = self.as_window(x)
-        y, attn = self.with_map(x, layout, previous * self.carry if self.carry and previous is not None else None)
+        y, attn = self.with_map(
+            x, layout, previous * self.carry if self.carry and previous is not None else None
+        )
         return y.flatten(1, 2), attn
 
 
@@ -54,21 +74,33 @@ class SharedMapAttention(Modified):
         y = proj(refine(A_previous) v)
 
     Args:
-        refine: the modifier of maps that works on what is handed in, "name(option=value)". drop: dropout of the refined map.
-    Shapes: x (B, N, C), previous (B, H, N, N) -> (B, N, C), and `previous` itself, which the next block is handed unrefined.
+        refine: the modifier of maps that works on what is handed in, "name(option=value)". drop:
+            dropout of the refined map.
+    Shapes: x (B, N, C), previous (B, H, N, N) -> (B, N, C), and `previous` itself, which the next
+        block is handed unrefined.
     State dict: v, proj, modifiers.<name>.
     Raises: ValueError where `refine` is not a modifier of maps.
     Source: as MapAttention.
     """
 
-    def __init__(self, geometry: Geometry, refine: str, qkv_bias: bool = True, proj_drop: float = 0.0, drop: float = 0.0):
+    def __init__(
+        self,
+        geometry: Geometry,
+        refine: str,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        drop: float = 0.0,
+    ):
         super().__init__()
         self.geometry, self.num_heads, self.drop = geometry, geometry.num_heads, drop
         self.v = Linear(geometry.dim, geometry.inner, bias=qkv_bias)
         self.proj, self.proj_drop = Linear(geometry.inner, geometry.dim), nn.Dropout(proj_drop)
         self.hold((refine,), geometry)
         if not all(isinstance(modifier, MapModifier) for modifier in self.modifiers.values()):
-            raise ValueError(f"REFINE {refine}: a shared block is handed a map; take a modifier of maps, refiner or re_attention")
+            raise ValueError(
+                f"REFINE {refine}: a shared block is handed a map; take a modifier of maps, refiner"
+                " or re_attention"
+            )
         self.map_tap = nn.Identity()
 
     def forward(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +114,12 @@ class SharedMapAttention(Modified):
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2))), previous
 
     def flops(self, tokens: int) -> int:
-        """Multiply-accumulates for an image of `tokens` tokens: two projections, the map times v, and the refinement of the map."""
-        on_map = sum(parameter.numel() for parameter in self.modifiers.parameters() if parameter.dim() > 1)  # each once per pair
-        return 2 * tokens * self.geometry.dim * self.geometry.inner + tokens * tokens * (self.geometry.inner + on_map)
+        """Multiply-accumulates for an image of `tokens` tokens: two projections, the map times v,
+        and the refinement of the map.
+        """
+        on_map = sum(
+            parameter.numel() for parameter in self.modifiers.parameters() if parameter.dim() > 1
+        )  # each once per pair
+        return 2 * tokens * self.geometry.dim * self.geometry.inner + tokens * tokens * (
+            self.geometry.inner + on_map
+        )

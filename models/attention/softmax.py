@@ -1,4 +1,6 @@
-"""Softmax attention within windows, y = map(softmax((q kᵀ) * weight + bias + mask)) v, and its Swin and SwinV2 forms."""
+"""Softmax attention within windows, y = map(softmax((q kᵀ) * weight + bias + mask)) v, and its Swin
+and SwinV2 forms.
+"""
 
 import math
 from itertools import chain
@@ -7,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.window_attention import OffsetTerms, WindowLayout, relative_position_index, window_attention
+from kernels.window_attention import (
+    OffsetTerms,
+    WindowLayout,
+    relative_position_index,
+    window_attention,
+)
 from kernels.window_attention.reference import add_mask, merge_windows, split_windows
 from models.layers.cache import EvalCache
 from models.layers.init import trunc_normal
@@ -21,13 +28,17 @@ from .modifiers.base import Modifier
 from .spec import AttentionSpec
 
 MAX_LOGIT_SCALE = 100.0
-FEW_TOKENS = 1.5  # per channel: below, adding the input to q and k touches fewer numbers than adding the identity to a (3C, C) weight
+# per channel: below, adding the input to q and k touches fewer numbers than adding the identity to
+# a (3C, C) weight
+FEW_TOKENS = 1.5
 
 
 class SoftmaxAttention(Modified):
-    """What all forms share: projections, modifiers and the choice between the fast path and the open one.
+    """What all forms share: projections, modifiers and the choice between the fast path and the
+    open one.
 
-    A subclass creates its parameters under the released names, then calls `_finish`, and says its `base_terms` and `packed_bias`.
+    A subclass creates its parameters under the released names, then calls `_finish`, and says its
+    `base_terms` and `packed_bias`.
     Shapes: x (B, H, W, C) -> (B, H, W, C).
     """
 
@@ -36,14 +47,22 @@ class SoftmaxAttention(Modified):
     def __init__(self, geometry: Geometry, spec: AttentionSpec):
         super().__init__()
         self.geometry, self.spec = geometry, spec
-        self.dim, self.num_heads, self.window_size = geometry.dim, geometry.num_heads, geometry.window
+        self.dim, self.num_heads, self.window_size = (
+            geometry.dim,
+            geometry.num_heads,
+            geometry.window,
+        )
         if not geometry.head_dim and geometry.dim % geometry.num_heads:
-            raise ValueError(f"attention: {geometry.dim} channels cannot be split into {geometry.num_heads} heads; "
-                             "choose NUM_HEADS that divides EMBED_DIM * 2^stage")
+            raise ValueError(
+                f"attention: {geometry.dim} channels cannot be split into {geometry.num_heads}"
+                " heads; choose NUM_HEADS that divides EMBED_DIM * 2^stage"
+            )
         self.cache = EvalCache()
 
     def _finish(self, qkv_bias: bool, proj_drop: float, out_dim: int = 0) -> None:
-        """Creates the projections (to `out_dim` channels, by default C) and the modifiers, last: the released order of the state dict."""
+        """Creates the projections (to `out_dim` channels, by default C) and the modifiers, last:
+        the released order of the state dict.
+        """
         self.qkv = nn.Linear(self.dim, 3 * self.geometry.inner, bias=qkv_bias)
         self.proj = Linear(self.geometry.inner, out_dim or self.dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -63,16 +82,25 @@ class SoftmaxAttention(Modified):
         raise NotImplementedError
 
     def built_in(self) -> tuple[Modifier, ...]:
-        """What a form of attention always does to logits and map, before any modifier of the config; by default nothing."""
+        """What a form of attention always does to logits and map, before any modifier of the
+        config; by default nothing.
+        """
         return ()
 
     def _stage(self, kind: type[Modifier]) -> list[Modifier]:
-        parts = chain(self.built_in(), *(modifier.members() for modifier in self.modifiers.values()))
+        parts = chain(
+            self.built_in(), *(modifier.members() for modifier in self.modifiers.values())
+        )
         return [part for part in parts if isinstance(part, kind)]
 
     def terms(self) -> OffsetTerms:
-        """Weight and bias with all term modifiers applied, in float32; kept in evaluation while the parameters stay the same."""
-        sources = [*self.term_parameters(), *chain.from_iterable(modifier.parameters() for modifier in self._stage(TermModifier))]
+        """Weight and bias with all term modifiers applied, in float32; kept in evaluation while the
+        parameters stay the same.
+        """
+        sources = [
+            *self.term_parameters(),
+            *chain.from_iterable(modifier.parameters() for modifier in self._stage(TermModifier)),
+        ]
         return self.cache.get("terms", sources, self._modified_terms)
 
     def _modified_terms(self) -> OffsetTerms:
@@ -91,19 +119,28 @@ class SoftmaxAttention(Modified):
     def project(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C): q, then k, then v.
 
-        Weight modifiers are folded into the weight in evaluation, where that is done once, and in training on a GPU, where passes over
-        the tokens cost most. In training on the CPU where the weight keeps its full precision, unless there are so few tokens that
-        adding to the tokens is the smaller work.
+        Weight modifiers are folded into the weight in evaluation, where that is done once, and in
+        training on a GPU, where passes over the tokens cost most. In training on the CPU where the
+        weight keeps its full precision, unless there are so few tokens that adding to the tokens is
+        the smaller work.
         """
         kind, dtype, own = x.device.type, result_dtype(x), self.qkv.weight.dtype
         once = keeps_ready()
         wide = torch.float64 if own == torch.float64 else torch.float32
         exact = own == wide and computed_in(dtype, kind) == wide
-        fold = own == wide and (once or kind != "cpu" or (exact and x.numel() > FEW_TOKENS * self.dim * self.dim))
+        fold = own == wide and (
+            once or kind != "cpu" or (exact and x.numel() > FEW_TOKENS * self.dim * self.dim)
+        )
         if once:
-            sources = [parameter for parameter in (*self._parameters.values(), *self.qkv.parameters()) if parameter is not None]
+            sources = [
+                parameter
+                for parameter in (*self._parameters.values(), *self.qkv.parameters())
+                if parameter is not None
+            ]
             name = f"projection {fold} {dtype} {kind}"
-            qkv = self.cache.get(name, sources, lambda: Ready(*self._projection(fold), dtype, kind))(x)
+            qkv = self.cache.get(
+                name, sources, lambda: Ready(*self._projection(fold), dtype, kind)
+            )(x)
         else:
             qkv = linear(x, *self._projection(fold))
         for modifier in [] if fold else self._stage(WeightModifier):
@@ -117,37 +154,57 @@ class SoftmaxAttention(Modified):
         if self.is_open():
             y, _ = self._open(qkv, terms, layout, dropout)
         else:
-            y = window_attention(qkv, terms, layout, self.num_heads, self.cosine, dropout, self.spec.backend)
+            y = window_attention(
+                qkv, terms, layout, self.num_heads, self.cosine, dropout, self.spec.backend
+            )
         return self._result(y, x, qkv)
 
-    def with_map(self, x: Tensor, layout: WindowLayout, carried: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def with_map(
+        self, x: Tensor, layout: WindowLayout, carried: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The same in the open, and the map that multiplied v, (B*nW, G, N, N), before dropout.
 
         carried: (B*nW, H, N, N), added to the softmaxed map before the modifiers of the map.
         """
         qkv = self.project(x)
-        y, attn = self._open(qkv, self.terms(), layout, self.spec.drop if self.training else 0.0, carried)
+        y, attn = self._open(
+            qkv, self.terms(), layout, self.spec.drop if self.training else 0.0, carried
+        )
         return self._result(y, x, qkv), attn
 
     def _result(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
         return self.finish(self.proj_drop(self.proj(self.before_projection(y, x))), x, qkv)
 
     def before_projection(self, y: Tensor, x: Tensor) -> Tensor:
-        """The heads' results y, given the module's input x; a form that norms or gates them does it here."""
+        """The heads' results y, given the module's input x; a form that norms or gates them does it
+        here.
+        """
         return y
 
     def finish(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
-        """The result y, given the module's input x and its projection qkv; a form with a skip of its own adds it here."""
+        """The result y, given the module's input x and its projection qkv; a form with a skip of
+        its own adds it here.
+        """
         return y
 
     def is_open(self) -> bool:
-        """Whether the N x N matrix is formed in the open: a modifier needs it, or a hook looks at it through a tap."""
+        """Whether the N x N matrix is formed in the open: a modifier needs it, or a hook looks at
+        it through a tap.
+        """
         hooked = self.logit_tap._forward_hooks or self.map_tap._forward_hooks
         return bool(hooked or self._stage(LogitMixer) or self._stage(MapModifier))
 
-    def _open(self, qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, dropout: float,
-              carried: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same with the N x N matrix in the open, for modifiers of the matrix itself and for hooks on the two taps."""
+    def _open(
+        self,
+        qkv: Tensor,
+        terms: OffsetTerms,
+        layout: WindowLayout,
+        dropout: float,
+        carried: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same with the N x N matrix in the open, for modifiers of the matrix itself and for
+        hooks on the two taps.
+        """
         q, k, v = split_windows(qkv, layout, self.num_heads)
         q, k = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if self.cosine else (q, k)
         logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("weight")
@@ -156,8 +213,12 @@ class SoftmaxAttention(Modified):
             attn = self.map_tap(self._map(logits, terms, layout.mask, carried))
         return merge_windows(weigh(attn, v, dropout), layout), attn
 
-    def _map(self, logits: Tensor, terms: OffsetTerms, mask: Tensor | None, carried: Tensor | None) -> Tensor:
-        """Weighted and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N), modifiers and all in float32."""
+    def _map(
+        self, logits: Tensor, terms: OffsetTerms, mask: Tensor | None, carried: Tensor | None
+    ) -> Tensor:
+        """Weighted and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N),
+        modifiers and all in float32.
+        """
         for modifier in self._stage(LogitMixer):
             logits = modifier(logits)
         attn = self.logit_tap(add_mask(logits, mask)).softmax(-1)
@@ -174,9 +235,15 @@ class SoftmaxAttention(Modified):
         return layout.num_windows * self.flops(layout.area)
 
     def flops(self, tokens: int) -> int:
-        """Multiply-accumulates for one window of `tokens` tokens, by the reference's count: projections and the two products."""
+        """Multiply-accumulates for one window of `tokens` tokens, by the reference's count:
+        projections and the two products.
+        """
         inner = self.geometry.inner
-        return tokens * self.dim * 3 * inner + 2 * tokens * tokens * inner + tokens * inner * self.proj.out_features
+        return (
+            tokens * self.dim * 3 * inner
+            + 2 * tokens * tokens * inner
+            + tokens * inner * self.proj.out_features
+        )
 
 
 def _zero_masked(attn: Tensor, mask: Tensor | None) -> Tensor:
@@ -187,9 +254,15 @@ def _zero_masked(attn: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """A map (B*nW, G, N, N) times v (B*nW, H, N, D), whose channels are cut anew for a map of more heads: (B*nW, G, N, H D / G)."""
+    """A map (B*nW, G, N, N) times v (B*nW, H, N, D), whose channels are cut anew for a map of more
+    heads: (B*nW, G, N, H D / G).
+    """
     heads = attn.shape[1]
-    v = v if v.shape[1] == heads else v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+    v = (
+        v
+        if v.shape[1] == heads
+        else v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
+    )
     return F.dropout(attn, dropout).to(v.dtype) @ v
 
 
@@ -202,13 +275,23 @@ class WindowAttention(SoftmaxAttention):
     Source: Swin Transformer, arXiv:2103.14030, eq. 4.
     """
 
-    def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, qk_scale: float | None = None,
-                 proj_drop: float = 0.0):
+    def __init__(
+        self,
+        geometry: Geometry,
+        spec: AttentionSpec,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+    ):
         super().__init__(geometry, spec)
-        self.scale = qk_scale or geometry.head_channels ** -0.5
-        self.relative_position_bias_table = nn.Parameter(trunc_normal(torch.empty(geometry.num_offsets, geometry.num_heads), 0.02))
+        self.scale = qk_scale or geometry.head_channels**-0.5
+        self.relative_position_bias_table = nn.Parameter(
+            trunc_normal(torch.empty(geometry.num_offsets, geometry.num_heads), 0.02)
+        )
         self.register_buffer("relative_position_index", relative_position_index(geometry.window))
-        self.register_buffer("uniform_scale", torch.full((1, geometry.num_heads), self.scale), persistent=False)
+        self.register_buffer(
+            "uniform_scale", torch.full((1, geometry.num_heads), self.scale), persistent=False
+        )
         self._finish(qkv_bias, proj_drop)
 
     def term_parameters(self) -> list[Tensor]:
@@ -225,24 +308,39 @@ class WindowAttention(SoftmaxAttention):
 
 
 class WindowAttentionV2(SoftmaxAttention):
-    """SwinV2's attention: cosine of q and k times a learned scale, plus a bias that an MLP reads off log-spaced offsets.
+    """SwinV2's attention: cosine of q and k times a learned scale, plus a bias that an MLP reads
+    off log-spaced offsets.
 
-    State dict: logit_scale (heads, 1, 1), q_bias and v_bias (C,), relative_coords_table, relative_position_index, cpb_mlp, qkv, proj.
-    Source: Swin Transformer V2, arXiv:2111.09883, eq. 2 to 4; the scale is at most 100, the bias 16 sigmoid(mlp).
+    State dict: logit_scale (heads, 1, 1), q_bias and v_bias (C,), relative_coords_table,
+        relative_position_index, cpb_mlp, qkv, proj.
+    Source: Swin Transformer V2, arXiv:2111.09883, eq. 2 to 4; the scale is at most 100, the bias 16
+        sigmoid(mlp).
     """
 
     cosine = True
 
-    def __init__(self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, proj_drop: float = 0.0):
+    def __init__(
+        self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, proj_drop: float = 0.0
+    ):
         super().__init__(geometry, spec)
         if not 0 < spec.logit_scale_init <= MAX_LOGIT_SCALE:
-            raise ValueError(f"logit_scale_init is {spec.logit_scale_init}; it must be above 0 and at most {MAX_LOGIT_SCALE:g}")
-        self.logit_scale = nn.Parameter(torch.full((geometry.num_heads, 1, 1), math.log(spec.logit_scale_init)))
+            raise ValueError(
+                f"logit_scale_init is {spec.logit_scale_init}; it must be above 0 and at most"
+                f" {MAX_LOGIT_SCALE:g}"
+            )
+        self.logit_scale = nn.Parameter(
+            torch.full((geometry.num_heads, 1, 1), math.log(spec.logit_scale_init))
+        )
         self.q_bias = nn.Parameter(torch.zeros(geometry.dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(geometry.dim)) if qkv_bias else None
-        self.register_buffer("relative_coords_table", relative_coords_table(geometry.window, geometry.pretrained_window))
+        self.register_buffer(
+            "relative_coords_table",
+            relative_coords_table(geometry.window, geometry.pretrained_window),
+        )
         self.register_buffer("relative_position_index", relative_position_index(geometry.window))
-        self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, geometry.num_heads, bias=False))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, geometry.num_heads, bias=False)
+        )
         self._finish(False, proj_drop)
 
     def term_parameters(self) -> list[Tensor]:
@@ -250,11 +348,19 @@ class WindowAttentionV2(SoftmaxAttention):
         return [self.logit_scale, *self.cpb_mlp.parameters()]
 
     def base_terms(self) -> OffsetTerms:
-        """weight (1, heads) in (0, 100], bias (T, heads) in (0, 16), or unbounded without the sigmoid."""
+        """weight (1, heads) in (0, 100], bias (T, heads) in (0, 16), or unbounded without the
+        sigmoid.
+        """
         weight = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp().view(1, -1)
         bias = self.cpb_mlp(self.relative_coords_table.flatten(0, 2))
-        return OffsetTerms(self.window_size, weight, 16 * torch.sigmoid(bias) if self.spec.bias_sigmoid else bias)
+        return OffsetTerms(
+            self.window_size, weight, 16 * torch.sigmoid(bias) if self.spec.bias_sigmoid else bias
+        )
 
     def packed_bias(self) -> Tensor | None:
         """(3C,): k has no bias."""
-        return None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        return (
+            None
+            if self.q_bias is None
+            else torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        )

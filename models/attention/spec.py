@@ -7,11 +7,13 @@ from dataclasses import dataclass
 class AttentionSpec:
     """Everything about attention that a config can switch.
 
-    modifiers: "name" or "name(option=value)" in the order they apply; the names are those of models/attention/modifiers.
+    modifiers: "name" or "name(option=value)" in the order they apply; the names are those of
+        models/attention/modifiers.
     drop: probability of dropping an entry of the softmaxed map while training.
-    logit_scale_init: SwinV2's initial multiplier of the cosine (its logarithm is the parameter). bias_sigmoid: SwinV2's bias is
-    16 sigmoid(mlp) as published; False is the variant without squashing. backend: see kernels.window_attention. mixer: "softmax", or what
-    takes the place of softmax attention, "name(option=value)" (models/attention/mixers.py).
+    logit_scale_init: SwinV2's initial multiplier of the cosine (its logarithm is the parameter).
+    bias_sigmoid: SwinV2's bias is 16 sigmoid(mlp) as published; False is the variant without
+    squashing. backend: see kernels.window_attention. mixer: "softmax", or what takes the place of
+        softmax attention, "name(option=value)" (models/attention/mixers.py).
     """
 
     modifiers: tuple[str, ...] = ()

@@ -2,7 +2,9 @@
 
 
 class CheckpointError(ValueError):
-    """A weights file cannot be read, or does not fit the model. The message is one line that says how to mend it."""
+    """A weights file cannot be read, or does not fit the model. The message is one line that says
+    how to mend it.
+    """
 
 
 def list_keys(keys, limit: int = 5) -> str:

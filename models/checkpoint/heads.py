@@ -1,4 +1,6 @@
-"""Class heads of other data sets: 22k -> 1k, other class counts, and the class order of released 22k heads."""
+"""Class heads of other data sets: 22k -> 1k, other class counts, and the class order of released
+22k heads.
+"""
 
 import hashlib
 from functools import cache
@@ -11,32 +13,48 @@ from torch import Tensor
 from .errors import CheckpointError
 
 CLASSES_1K, CLASSES_22K, SYNSETS_21K = 1000, 21841, 21843
-# Linear layers to the classes: most models' own, the second one of distilled models, Refiner's of every token, ResNet's.
+# Linear layers to the classes: most models' own, the second one of distilled models, Refiner's of
+# every token, ResNet's.
 CLASSIFIERS = ("head", "head_dist", "aux_head", "fc")
-# Teddy bear, n04399382: not in the 21k list. The reference's map has 5564 here, n03013580 "chemise, ..., teddy": it matched the lemma.
-# Kept so that released recipes give the same numbers; the row can only matter before fine-tuning.
+# Teddy bear, n04399382: not in the 21k list. The reference's map has 5564 here, n03013580 "chemise,
+# ..., teddy": it matched the lemma. Kept so that released recipes give the same numbers; the row
+# can only matter before fine-tuning.
 TEDDY_1K, TEDDY_22K = 850, 5564
-MAP_DIGEST = "f13a699f4700a41e9b5c942096975bcffd36c071f390c71bdf8ec62c2a8ee0ca"  # SHA-256 of the map, comma-separated
-# The 21k list has two synsets without images; the released heads put its last two entries into their places.
+MAP_DIGEST = (  # SHA-256 of the map, comma-separated
+    "f13a699f4700a41e9b5c942096975bcffd36c071f390c71bdf8ec62c2a8ee0ca"
+)
+# The 21k list has two synsets without images; the released heads put its last two entries into
+# their places.
 MOVED = {9205: 21841, 15027: 21842}
 
 
 @cache
 def map_22k_to_1k() -> tuple[int, ...]:
-    """Row of a released 21841-class head for each of the 1000 ImageNet-1k classes, from the synset lists that timm carries.
+    """Row of a released 21841-class head for each of the 1000 ImageNet-1k classes, from the synset
+    lists that timm carries.
 
     Raises: CheckpointError if the installed timm has other lists.
     """
-    rows = {synset: row for row, synset in enumerate(synsets("imagenet21k_goog_synsets.txt", SYNSETS_21K))}
-    mapped = tuple(rows.get(synset, TEDDY_22K) for synset in synsets("imagenet_synsets.txt", CLASSES_1K))
+    rows = {
+        synset: row
+        for row, synset in enumerate(synsets("imagenet21k_goog_synsets.txt", SYNSETS_21K))
+    }
+    mapped = tuple(
+        rows.get(synset, TEDDY_22K) for synset in synsets("imagenet_synsets.txt", CLASSES_1K)
+    )
     if hashlib.sha256(",".join(map(str, mapped)).encode()).hexdigest() != MAP_DIGEST:
-        raise CheckpointError("timm's synset lists differ from those the 22k to 1k map was derived from; install timm 1.0")
+        raise CheckpointError(
+            "timm's synset lists differ from those the 22k to 1k map was derived from; install"
+            " timm 1.0"
+        )
     return mapped
 
 
 @cache
 def synsets_22k() -> tuple[str, ...]:
-    """WordNet id of each class of a released Swin 22k head, 21841 in order. timm's own names for 21841 classes are another order."""
+    """WordNet id of each class of a released Swin 22k head, 21841 in order. timm's own names for
+    21841 classes are another order.
+    """
     names = synsets("imagenet21k_goog_synsets.txt", SYNSETS_21K)
     for place, source in MOVED.items():
         names[place] = names[source]
@@ -51,39 +69,62 @@ def synsets(name: str, count: int) -> list[str]:
     path = Path(spec.submodule_search_locations[0]) / "data" / "_info" / name
     names = path.read_text().split() if path.exists() else []
     if len(names) != count:
-        raise CheckpointError(f"{path} has {len(names)} entries, expected {count}; install timm 1.0")
+        raise CheckpointError(
+            f"{path} has {len(names)} entries, expected {count}; install timm 1.0"
+        )
     return names
 
 
-def fit_head(state: dict[str, Tensor], classes: int, mode: str = "auto", layer: str = "head") -> tuple[dict[str, Tensor], str]:
-    """Fits `head.weight` (K, C) and `head.bias` (K), or another `layer` of CLASSIFIERS, to `classes` classes, by the reference's rules.
+def fit_head(
+    state: dict[str, Tensor], classes: int, mode: str = "auto", layer: str = "head"
+) -> tuple[dict[str, Tensor], str]:
+    """Fits `head.weight` (K, C) and `head.bias` (K), or another `layer` of CLASSIFIERS, to
+    `classes` classes, by the reference's rules.
 
-    mode: 'auto' keeps a head of the same size, picks the 1k rows of a 22k head, and sets any other to zero; 'reset' always sets it
-    to zero; 'keep' demands the same size. Without a head in the file the model keeps its own. 'evaluate' refuses every case in which
-    the head would not come from the file.
+    mode: 'auto' keeps a head of the same size, picks the 1k rows of a 22k head, and sets any other
+    to zero; 'reset' always sets it to zero; 'keep' demands the same size. Without a head in the
+    file the model keeps its own. 'evaluate' refuses every case in which the head would not come
+    from the file.
     Returns: (state, note or '').
     """
     if mode not in ("auto", "reset", "keep", "evaluate"):
         raise CheckpointError(f"head={mode!r} is unknown; choose from auto, reset, keep, evaluate")
     names = [key for key in (f"{layer}.weight", f"{layer}.bias") if key in state]
     if mode == "evaluate" and classes and not names:
-        raise CheckpointError(f"the file has no classifier ({layer}.weight, {layer}.bias), so there is nothing to evaluate; "
-                              "train one first")
+        raise CheckpointError(
+            f"the file has no classifier ({layer}.weight, {layer}.bias), so there is nothing to"
+            " evaluate; train one first"
+        )
     if not names or not classes:
         return without(state, names), head_absent(names, classes)
     given = len(state[names[0]])
     if mode == "reset":
-        return zeroed(state, names, classes), f"the head starts anew at zero ({classes} classes), as asked"
+        return (
+            zeroed(state, names, classes),
+            f"the head starts anew at zero ({classes} classes), as asked",
+        )
     if given == classes:
         return state, ""
     if mode == "keep":
-        raise CheckpointError(f"the file's head has {given} classes, the model {classes}; set MODEL.NUM_CLASSES {given} or head='auto'")
+        raise CheckpointError(
+            f"the file's head has {given} classes, the model {classes}; set MODEL.NUM_CLASSES"
+            f" {given} or head='auto'"
+        )
     if (given, classes) == (CLASSES_22K, CLASSES_1K):
         rows = torch.tensor(map_22k_to_1k())
-        return state | {key: state[key][rows] for key in names}, "the head of 21841 classes was mapped to the 1000 of ImageNet-1k"
+        return (
+            state | {key: state[key][rows] for key in names},
+            "the head of 21841 classes was mapped to the 1000 of ImageNet-1k",
+        )
     if mode == "evaluate":
-        raise CheckpointError(f"the file's head has {given} classes, the model {classes}; evaluate it on the data set it was trained for")
-    return zeroed(state, names, classes), f"the file's head has {given} classes, the model {classes}: the head starts at zero"
+        raise CheckpointError(
+            f"the file's head has {given} classes, the model {classes}; evaluate it on the data set"
+            " it was trained for"
+        )
+    return (
+        zeroed(state, names, classes),
+        f"the file's head has {given} classes, the model {classes}: the head starts at zero",
+    )
 
 
 def head_absent(names: list[str], classes: int) -> str:

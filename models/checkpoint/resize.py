@@ -1,4 +1,6 @@
-"""Position tables of one window or image size -> another. Pure functions; the rules are the reference's (golden kind load)."""
+"""Position tables of one window or image size -> another. Pure functions; the rules are the
+reference's (golden kind load).
+"""
 
 import math
 from itertools import accumulate
@@ -13,10 +15,13 @@ GEOMETRIC_RATIO = (1.01, 1.5)  # the ratio of the geometric grid is searched in 
 CUBIC_POINTS = 4  # a cubic spline needs as many
 
 
-def resize_bias_table(table: Tensor, source: tuple[int, int], target: tuple[int, int], method: str = "bicubic") -> Tensor:
+def resize_bias_table(
+    table: Tensor, source: tuple[int, int], target: tuple[int, int], method: str = "bicubic"
+) -> Tensor:
     """(S_h * S_w, heads) -> (T_h * T_w, heads): one value per relative offset, S = 2 * window - 1.
 
-    method: 'bicubic' (the reference's fine-tuning; half-pixel centres, no antialiasing) or 'geometric' (fine-tuning from SimMIM).
+    method: 'bicubic' (the reference's fine-tuning; half-pixel centres, no antialiasing) or
+        'geometric' (fine-tuning from SimMIM).
     """
     if source == target:
         return table
@@ -42,16 +47,23 @@ def bicubic(grid: Tensor, target: tuple[int, int]) -> Tensor:
 
 
 def geometric(grid: Tensor, target: tuple[int, int]) -> Tensor:
-    """(H, h, w) -> (H, *target): the source values stand at offsets 0, ±1, ±(1 + q), ±(1 + q + q²), ..., the targets at whole offsets.
+    """(H, h, w) -> (H, *target): the source values stand at offsets 0, ±1, ±(1 + q), ±(1 + q + q²),
+    ..., the targets at whole offsets.
 
-    Near offsets thus keep their value and far ones are stretched. Cubic splines along both axes; beyond the grid, its edge value.
+    Near offsets thus keep their value and far ones are stretched. Cubic splines along both axes;
+    beyond the grid, its edge value.
     """
-    rows, columns = (spline_matrix(geometric_nodes(s, t), whole_offsets(t)) for s, t in zip(grid.shape[1:], target))
+    rows, columns = (
+        spline_matrix(geometric_nodes(s, t), whole_offsets(t))
+        for s, t in zip(grid.shape[1:], target)
+    )
     return (rows @ grid.double() @ columns.T).to(grid.dtype)
 
 
 def geometric_nodes(source: int, target: int) -> Tensor:
-    """Positions (source,) of the source's offsets: q is such that the outermost reaches the target's outermost, within limits."""
+    """Positions (source,) of the source's offsets: q is such that the outermost reaches the
+    target's outermost, within limits.
+    """
     low, high = GEOMETRIC_RATIO
     while high - low > 1e-6:
         ratio = (low + high) / 2
@@ -68,10 +80,13 @@ def whole_offsets(size: int) -> Tensor:
 
 
 def spline_matrix(nodes: Tensor, points: Tensor) -> Tensor:
-    """(T, S): row t holds the weights of the S node values in the not-a-knot cubic spline at points[t], clamped to the nodes' range.
+    """(T, S): row t holds the weights of the S node values in the not-a-knot cubic spline at
+    points[t], clamped to the nodes' range.
 
-    A cubic spline is linear in its values, so the spline through the identity matrix is this matrix. Per interval of length h,
-    with second derivatives m at its ends: S(x) = (m0 b³ + m1 a³) / 6h + (y0/h - m0 h/6) b + (y1/h - m1 h/6) a, a = x - x0, b = x1 - x.
+    A cubic spline is linear in its values, so the spline through the identity matrix is this
+    matrix. Per interval of length h,
+    with second derivatives m at its ends: S(x) = (m0 b³ + m1 a³) / 6h + (y0/h - m0 h/6) b + (y1/h -
+        m1 h/6) a, a = x - x0, b = x1 - x.
     """
     values = torch.eye(len(nodes), dtype=nodes.dtype)
     bends = second_derivatives(nodes, values)  # (S, S)
@@ -80,11 +95,17 @@ def spline_matrix(nodes: Tensor, points: Tensor) -> Tensor:
     h = (nodes[i + 1] - nodes[i])[:, None]
     a, b = (points - nodes[i])[:, None], (nodes[i + 1] - points)[:, None]
     cubic = (bends[i] * b**3 + bends[i + 1] * a**3) / (6 * h)
-    return cubic + (values[i] / h - bends[i] * h / 6) * b + (values[i + 1] / h - bends[i + 1] * h / 6) * a
+    return (
+        cubic
+        + (values[i] / h - bends[i] * h / 6) * b
+        + (values[i + 1] / h - bends[i + 1] * h / 6) * a
+    )
 
 
 def second_derivatives(nodes: Tensor, values: Tensor) -> Tensor:
-    """Solves the spline's continuity equations; the third derivative does not jump at the second and last-but-one node."""
+    """Solves the spline's continuity equations; the third derivative does not jump at the second
+    and last-but-one node.
+    """
     count, h = len(nodes), nodes.diff()
     system, right = torch.zeros(count, count, dtype=nodes.dtype), torch.zeros_like(values)
     slopes = values.diff(dim=0) / h[:, None]
@@ -97,7 +118,8 @@ def second_derivatives(nodes: Tensor, values: Tensor) -> Tensor:
 
 
 def table_extent(length: int, index: Tensor | None) -> tuple[int, int]:
-    """(2 M_h - 1, 2 M_w - 1) of a table with `length` rows, from the position index (N, N) stored beside it, else taken as square.
+    """(2 M_h - 1, 2 M_w - 1) of a table with `length` rows, from the position index (N, N) stored
+    beside it, else taken as square.
 
     Raises: CheckpointError if there is no index and `length` is not a square.
     """
@@ -105,14 +127,18 @@ def table_extent(length: int, index: Tensor | None) -> tuple[int, int]:
         return extent
     side = math.isqrt(length)
     if side * side != length:
-        raise CheckpointError(f"a position table of {length} rows is not square and no relative_position_index tells its window")
+        raise CheckpointError(
+            f"a position table of {length} rows is not square and no relative_position_index tells"
+            " its window"
+        )
     return side, side
 
 
 def index_extent(index: Tensor) -> tuple[int, int]:
     """(2 M_h - 1, 2 M_w - 1) of a position index (N, N) or, as in torchvision, (N*N,).
 
-    Seen from token 0, the index falls by one from token to token in a row of the window and by more into the next row.
+    Seen from token 0, the index falls by one from token to token in a row of the window and by more
+    into the next row.
     """
     tokens = math.isqrt(index.numel())
     first = index.reshape(tokens, tokens)[0]
@@ -122,10 +148,15 @@ def index_extent(index: Tensor) -> tuple[int, int]:
 
 
 def grid_extent(length: int, known: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Rows and columns of an absolute embedding of `length` positions: `known` if it fits, else a square."""
+    """Rows and columns of an absolute embedding of `length` positions: `known` if it fits, else a
+    square.
+    """
     if known and known[0] * known[1] == length:
         return known
     side = math.isqrt(length)
     if side * side != length:
-        raise CheckpointError(f"an absolute_pos_embed of {length} positions is not square, so its image's shape is unknown")
+        raise CheckpointError(
+            f"an absolute_pos_embed of {length} positions is not square, so its image's shape is"
+            " unknown"
+        )
     return side, side

@@ -13,12 +13,17 @@ from .residual import model_residual
 
 
 def weights_metadata(model: nn.Module) -> dict[str, str]:
-    """What to store beside a model's weights so that the loader need not guess: whether the qkv weights are residuals."""
+    """What to store beside a model's weights so that the loader need not guess: whether the qkv
+    weights are residuals.
+    """
     return {"format": "pt", "qk_residual": model_residual(model)}
 
 
-def save_weights(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """Writes .safetensors, or .pth as {'model': state, 'metadata': metadata}; complete or not at all.
+def save_weights(
+    path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes .safetensors, or .pth as {'model': state, 'metadata': metadata}; complete or not at
+    all.
 
     Raises: CheckpointError for another ending.
     """

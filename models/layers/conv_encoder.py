@@ -1,4 +1,6 @@
-"""Blocks of mobile backbones that work on maps (B, C, H, W) with batch norms: depthwise encoder, MLP of 1 x 1 convolutions."""
+"""Blocks of mobile backbones that work on maps (B, C, H, W) with batch norms: depthwise encoder,
+MLP of 1 x 1 convolutions.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,9 @@ class LayerScale2d(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A 3 x 3 convolution of stride 2 and a batch norm: (B, C, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))."""
+    """A 3 x 3 convolution of stride 2 and a batch norm: (B, C, H, W) -> (B, out_dim, ceil(H / 2),
+    ceil(W / 2)).
+    """
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -39,9 +43,11 @@ class ConvNorm(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """x + gamma * pwconv2(gelu(pwconv1(norm(dwconv(x))))): a 3 x 3 depthwise convolution, then a channel MLP.
+    """x + gamma * pwconv2(gelu(pwconv1(norm(dwconv(x))))): a 3 x 3 depthwise convolution, then a
+    channel MLP.
 
-    hidden: the width between the 1 x 1 convolutions. gamma starts at 1; layer_scale False leaves it out.
+    hidden: the width between the 1 x 1 convolutions. gamma starts at 1; layer_scale False leaves it
+        out.
     Shapes: (B, C, H, W) -> (B, C, H, W).
     """
 
@@ -60,11 +66,15 @@ class ConvEncoder(nn.Module):
 
     def flops(self, pixels: int) -> int:
         """Multiply-accumulates of the convolutions for `pixels` pixels."""
-        return pixels * sum(layer.weight.numel() for layer in (self.dwconv, self.pwconv1, self.pwconv2))
+        return pixels * sum(
+            layer.weight.numel() for layer in (self.dwconv, self.pwconv1, self.pwconv2)
+        )
 
 
 class ConvMlp(nn.Module):
-    """drop(fc2(drop(gelu(fc1(norm1(x)))))) with 1 x 1 convolutions and a batch norm: (B, C, H, W) -> (B, C, H, W)."""
+    """drop(fc2(drop(gelu(fc1(norm1(x)))))) with 1 x 1 convolutions and a batch norm: (B, C, H, W)
+    -> (B, C, H, W).
+    """
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()

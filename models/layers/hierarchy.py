@@ -1,4 +1,6 @@
-"""The pyramid that Swin, SwinV2 and Swin-MLP share: patch embedding, stages of blocks with patch merging between them, a head."""
+"""The pyramid that Swin, SwinV2 and Swin-MLP share: patch embedding, stages of blocks with patch
+merging between them, a head.
+"""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,9 +24,10 @@ from .pre_mlp import PLACES, PreMlp
 class PyramidOptions:
     """Arguments of the constructors of all three families.
 
-    pre_mlp: off, stem (once) or stage (before each), with its hidden ratio and whether it has the drop path of the stage's first
-    block. sw_mlp: off, token_mix or shift. dynamic_img_size: accept other image sizes than img_size. extra: what a caller passed
-    and nobody reads; named in a warning.
+    pre_mlp: off, stem (once) or stage (before each), with its hidden ratio and whether it has the
+        drop path of the stage's first
+    block. sw_mlp: off, token_mix or shift. dynamic_img_size: accept other image sizes than
+    img_size. extra: what a caller passed and nobody reads; named in a warning.
     """
 
     img_size: int | Size = 224
@@ -51,20 +54,36 @@ class PyramidOptions:
     extra: dict = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises ValueError for lengths and words that cannot be; warns of arguments without effect."""
+        """Raises ValueError for lengths and words that cannot be; warns of arguments without
+        effect.
+        """
         if len(self.depths) != len(self.num_heads):
-            raise ValueError(f"depths {list(self.depths)} and num_heads {list(self.num_heads)} must have one entry per stage each")
+            raise ValueError(
+                f"depths {list(self.depths)} and num_heads {list(self.num_heads)} must have one"
+                " entry per stage each"
+            )
         if self.pre_mlp not in PLACES:
             raise ValueError(f"pre_mlp is {self.pre_mlp!r}; allowed are {', '.join(PLACES)}")
         if self.extra:
-            warnings.warn(f"these arguments have no effect here: {', '.join(sorted(self.extra))}", stacklevel=4)
+            warnings.warn(
+                f"these arguments have no effect here: {', '.join(sorted(self.extra))}",
+                stacklevel=4,
+            )
 
 
-def pyramid_options(attention: AttentionSpec | None, attn_drop_rate: float, others: dict, **named) -> PyramidOptions:
-    """Options from a constructor's named arguments and its `others`, of which those that are no option end up in `extra`."""
+def pyramid_options(
+    attention: AttentionSpec | None, attn_drop_rate: float, others: dict, **named
+) -> PyramidOptions:
+    """Options from a constructor's named arguments and its `others`, of which those that are no
+    option end up in `extra`.
+    """
     attention = attention or AttentionSpec()
     attention = replace(attention, drop=attn_drop_rate or attention.drop)
-    known = {name: others[name] for name in others if name in {option.name for option in fields(PyramidOptions)} - {"extra"}}
+    known = {
+        name: others[name]
+        for name in others
+        if name in {option.name for option in fields(PyramidOptions)} - {"extra"}
+    }
     extra = {name: value for name, value in others.items() if name not in known}
     return PyramidOptions(**named, **known, attention=attention, extra=extra)
 
@@ -75,8 +94,15 @@ class Stage(nn.Module):
     Shapes: (B, L, C) on a grid -> (B, L, C), or (B, L/4, 2C) after merging.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None, pre_mlp: PreMlp | None, input_resolution: Size, dim: int,
-                 use_checkpoint: bool):
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        downsample: nn.Module | None,
+        pre_mlp: PreMlp | None,
+        input_resolution: Size,
+        dim: int,
+        use_checkpoint: bool,
+    ):
         super().__init__()
         self.dim, self.input_resolution, self.use_checkpoint = dim, input_resolution, use_checkpoint
         self.blocks = nn.ModuleList(blocks)
@@ -106,13 +132,18 @@ class Stage(nn.Module):
         """Multiply-accumulates for one image."""
         macs = sum(block.flops() for block in self.blocks)
         macs += 0 if self.downsample is None else self.downsample.flops()
-        return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(self.input_resolution[0] * self.input_resolution[1]))
+        return macs + (
+            0
+            if self.pre_mlp is None
+            else self.pre_mlp.flops(self.input_resolution[0] * self.input_resolution[1])
+        )
 
 
 class PyramidTransformer(Backbone):
     """Base of the three families. A subclass sets `norm_first` and gives `make_block`.
 
-    Shapes: (B, in_chans, H, W) -> logits (B, num_classes), or pooled features (B, 8 embed_dim) where num_classes is 0.
+    Shapes: (B, in_chans, H, W) -> logits (B, num_classes), or pooled features (B, 8 embed_dim)
+        where num_classes is 0.
     """
 
     norm_first = True  # where the norm of the patch merging stands
@@ -124,48 +155,106 @@ class PyramidTransformer(Backbone):
         self.ape, self.patch_norm = options.ape, options.patch_norm
         self.num_layers, self.mlp_ratio = len(options.depths), options.mlp_ratio
         self.num_features = options.embed_dim * 2 ** (self.num_layers - 1)
-        self.patch_embed = PatchEmbed(options.img_size, options.patch_size, options.in_chans, options.embed_dim,
-                                      options.norm_layer if options.patch_norm else None, options.dynamic_img_size)
+        self.patch_embed = PatchEmbed(
+            options.img_size,
+            options.patch_size,
+            options.in_chans,
+            options.embed_dim,
+            options.norm_layer if options.patch_norm else None,
+            options.dynamic_img_size,
+        )
         self.patches_resolution = self.patch_embed.patches_resolution
         if options.ape:
-            self.absolute_pos_embed = nn.Parameter(trunc_normal(torch.empty(1, self.patch_embed.num_patches, options.embed_dim), 0.02))
+            self.absolute_pos_embed = nn.Parameter(
+                trunc_normal(torch.empty(1, self.patch_embed.num_patches, options.embed_dim), 0.02)
+            )
         self.pos_drop = nn.Dropout(options.drop_rate)
         self.layers = nn.ModuleList(self._make_stages(options))
         self.norm = options.norm_layer(self.num_features)
-        self.head = nn.Linear(self.num_features, options.num_classes) if options.num_classes else nn.Identity()
+        self.head = (
+            nn.Linear(self.num_features, options.num_classes)
+            if options.num_classes
+            else nn.Identity()
+        )
         self.pre_mlp = self._make_pre_mlp("stem", options, self.embed_dim, 0.0)
         self.initialise()
 
-    def make_block(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int, drop_path: nn.Module) -> nn.Module:
+    def make_block(
+        self,
+        options: PyramidOptions,
+        dim: int,
+        resolution: Size,
+        stage: int,
+        block: int,
+        drop_path: nn.Module,
+    ) -> nn.Module:
         """Block number `block` of stage number `stage`, both from 0."""
         raise NotImplementedError
 
-    def block_arguments(self, options: PyramidOptions, dim: int, resolution: Size, stage: int, block: int, drop_path: nn.Module) -> dict:
+    def block_arguments(
+        self,
+        options: PyramidOptions,
+        dim: int,
+        resolution: Size,
+        stage: int,
+        block: int,
+        drop_path: nn.Module,
+    ) -> dict:
         """What the blocks of Swin and SwinV2 take alike; odd blocks are shifted."""
-        return dict(dim=dim, input_resolution=resolution, num_heads=options.num_heads[stage], window_size=options.window_size,
-                    shifted=block % 2 == 1, mlp_ratio=options.mlp_ratio, drop=options.drop_rate, drop_path=drop_path,
-                    norm_layer=options.norm_layer, sw_mlp=options.sw_mlp, attention=options.attention)
+        return dict(
+            dim=dim,
+            input_resolution=resolution,
+            num_heads=options.num_heads[stage],
+            window_size=options.window_size,
+            shifted=block % 2 == 1,
+            mlp_ratio=options.mlp_ratio,
+            drop=options.drop_rate,
+            drop_path=drop_path,
+            norm_layer=options.norm_layer,
+            sw_mlp=options.sw_mlp,
+            attention=options.attention,
+        )
 
     def _make_stages(self, options: PyramidOptions) -> Iterable[Stage]:
-        rates = iter(torch.linspace(0, options.drop_path_rate, sum(options.depths), device="cpu").tolist())
+        rates = iter(
+            torch.linspace(0, options.drop_path_rate, sum(options.depths), device="cpu").tolist()
+        )
         resolution = self.patches_resolution
         for stage, depth in enumerate(options.depths):
             dim = options.embed_dim * 2**stage
             paths = [next(rates) for _ in range(depth)]
-            blocks = [self.make_block(options, dim, resolution, stage, block, DropPath(path) if path else nn.Identity())
-                      for block, path in enumerate(paths)]
+            blocks = [
+                self.make_block(
+                    options,
+                    dim,
+                    resolution,
+                    stage,
+                    block,
+                    DropPath(path) if path else nn.Identity(),
+                )
+                for block, path in enumerate(paths)
+            ]
             last = stage == self.num_layers - 1
-            merging = None if last else PatchMerging(resolution, dim, self.norm_first, options.norm_layer)
+            merging = (
+                None if last else PatchMerging(resolution, dim, self.norm_first, options.norm_layer)
+            )
             pre_mlp = self._make_pre_mlp("stage", options, dim, paths[0] if paths else 0.0)
             yield Stage(blocks, merging, pre_mlp, resolution, dim, options.use_checkpoint)
             resolution = PatchMerging.merged(resolution)
 
     @staticmethod
-    def _make_pre_mlp(place: str, options: PyramidOptions, dim: int, drop_path: float) -> PreMlp | None:
+    def _make_pre_mlp(
+        place: str, options: PyramidOptions, dim: int, drop_path: float
+    ) -> PreMlp | None:
         if options.pre_mlp != place:
             return None
         with own_random_numbers(f"pre_mlp {dim}"):
-            pre_mlp = PreMlp(dim, options.pre_mlp_ratio, options.drop_rate, drop_path if options.pre_mlp_drop_path else 0.0)
+            pre_mlp = PreMlp(
+                dim,
+                options.pre_mlp_ratio,
+                options.drop_rate,
+                drop_path if options.pre_mlp_drop_path else 0.0,
+            )
             return pre_mlp.apply(init_linear_and_norm)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
@@ -180,8 +269,8 @@ class PyramidTransformer(Backbone):
     def forward_features(self, x: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
         """(B, in_chans, H, W) -> pooled features (B, num_features).
 
-        With `return_stages`: the map of each stage before its merging, (B, embed_dim * 2^stage, H / (patch * 2^stage), W / ...), the
-        last one normalised; for detection and segmentation heads.
+        With `return_stages`: the map of each stage before its merging, (B, embed_dim * 2^stage, H /
+        (patch * 2^stage), W / ...), the last one normalised; for detection and segmentation heads.
         """
         x, grid = self._embed(x)
         if return_stages:
@@ -205,10 +294,14 @@ class PyramidTransformer(Backbone):
         return self.head(self.forward_features(x))
 
     def flops(self) -> float:
-        """Multiply-accumulates for one image by the reference's count, whose last norm is counted on L / 2^stages tokens."""
+        """Multiply-accumulates for one image by the reference's count, whose last norm is counted
+        on L / 2^stages tokens.
+        """
         tokens = self.patches_resolution[0] * self.patches_resolution[1]
         macs = self.patch_embed.flops() + sum(layer.flops() for layer in self.layers)
-        macs += self.num_features * tokens // 2**self.num_layers + self.num_features * self.num_classes
+        macs += (
+            self.num_features * tokens // 2**self.num_layers + self.num_features * self.num_classes
+        )
         return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(tokens))
 
     def position_names(self) -> set[str]:

@@ -14,7 +14,9 @@ def trunc_normal(tensor: Tensor, std: float) -> Tensor:
 
 
 def init_linear_and_norm(module: nn.Module) -> None:
-    """The reference's rule: Linear and Conv1d weights trunc_normal 0.02 and biases 0, LayerNorm 1 and 0; convolutions keep PyTorch's."""
+    """The reference's rule: Linear and Conv1d weights trunc_normal 0.02 and biases 0, LayerNorm 1
+    and 0; convolutions keep PyTorch's.
+    """
     if isinstance(module, (nn.Linear, nn.Conv1d)):
         trunc_normal(module.weight, 0.02)
     if isinstance(module, nn.LayerNorm):
@@ -25,9 +27,11 @@ def init_linear_and_norm(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def own_random_numbers(name: str) -> Iterator[None]:
-    """Inside, numbers follow from the global seed and `name`; outside, the stream goes on as if nothing had happened.
+    """Inside, numbers follow from the global seed and `name`; outside, the stream goes on as if
+    nothing had happened.
 
-    An addition that is built inside leaves all other initial weights of the model as they were without it.
+    An addition that is built inside leaves all other initial weights of the model as they were
+    without it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)

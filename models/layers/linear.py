@@ -7,7 +7,8 @@ from .products import Ready, keeps_ready, linear, result_dtype
 
 
 class Linear(nn.Linear):
-    """nn.Linear, same parameters and result. In evaluation the weight is kept cast and laid out as the product needs it.
+    """nn.Linear, same parameters and result. In evaluation the weight is kept cast and laid out as
+    the product needs it.
 
     Shapes: (..., in_features) -> (..., out_features).
     """
@@ -20,7 +21,9 @@ class Linear(nn.Linear):
         """The layer made ready for inputs like x; kept while weight and bias stay unchanged."""
         dtype, kind = result_dtype(x), x.device.type
         sources = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return self.cache.get(f"{dtype} {kind}", sources, lambda: Ready(self.weight, self.bias, dtype, kind))
+        return self.cache.get(
+            f"{dtype} {kind}", sources, lambda: Ready(self.weight, self.bias, dtype, kind)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

@@ -12,8 +12,8 @@ class PreMlp(nn.Module):
     """x + fc2(gelu(fc1(norm(x)))).
 
     Shapes: (B, L, C) -> (B, L, C); 2 C² ratio + (3 + ratio) C parameters.
-    Source: github.com/AllenHaoHuang/improving-redundancy-in-attention (once after the patch embedding in Swin, at the start of
-    every stage in SwinV2).
+    Source: github.com/AllenHaoHuang/improving-redundancy-in-attention (once after the patch
+    embedding in Swin, at the start of every stage in SwinV2).
     """
 
     def __init__(self, dim: int, ratio: float, drop: float = 0.0, drop_path: float = 0.0):

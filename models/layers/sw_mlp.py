@@ -1,19 +1,29 @@
-"""Experimental "S.W. MLP": tokens exchange information right before the channel MLP, without attention.
+"""Experimental "S.W. MLP": tokens exchange information right before the channel MLP, without
+attention.
 
-The seed of this project names a sliding-window MLP and its author removed it as redundant: a per-token MLP commutes with a shift of
-the tokens, so it changed nothing. Both forms here are this project's own reading of the name, not a reproduction.
+The seed of this project names a sliding-window MLP and its author removed it as redundant: a
+per-token MLP commutes with a shift of the tokens, so it changed nothing. Both forms here are this
+project's own reading of the name, not a reproduction.
 """
 
 import torch
 from torch import Tensor, nn
 
-from kernels.window_attention.layout import WindowLayout, crop_grid, pad_grid, window_partition, window_reverse
+from kernels.window_attention.layout import (
+    WindowLayout,
+    crop_grid,
+    pad_grid,
+    window_partition,
+    window_reverse,
+)
 
 
 class WindowTokenMix(nn.Module):
-    """x + a linear map over the tokens of each (shifted) window, one N x N matrix and bias per head; zero at the start.
+    """x + a linear map over the tokens of each (shifted) window, one N x N matrix and bias per
+    head; zero at the start.
 
-    Shapes: (B, H, W, C) -> (B, H, W, C); heads N (N + 1) parameters. Tokens outside the image count as zeros.
+    Shapes: (B, H, W, C) -> (B, H, W, C); heads N (N + 1) parameters. Tokens outside the image count
+        as zeros.
     """
 
     def __init__(self, area: int, num_heads: int):
@@ -25,8 +35,18 @@ class WindowTokenMix(nn.Module):
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """(B, H, W, C) on the grid of `layout`."""
         tokens = pad_grid(x, layout).roll((-layout.shift[0], -layout.shift[1]), (1, 2))
-        tokens = window_partition(tokens, layout.window).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        mixed = (self.weight @ tokens + self.bias).transpose(1, 2).flatten(2).unflatten(1, layout.window)
+        tokens = (
+            window_partition(tokens, layout.window)
+            .flatten(1, 2)
+            .unflatten(-1, (self.num_heads, -1))
+            .transpose(1, 2)
+        )
+        mixed = (
+            (self.weight @ tokens + self.bias)
+            .transpose(1, 2)
+            .flatten(2)
+            .unflatten(1, layout.window)
+        )
         mixed = window_reverse(mixed, layout.window, *layout.padded).roll(layout.shift, (1, 2))
         return x + crop_grid(mixed, layout)
 
@@ -36,7 +56,8 @@ class WindowTokenMix(nn.Module):
 
 
 class ChannelShift(nn.Module):
-    """A fifth of the channels moves one token down, up, right and left each; the last fifth stays. No parameters.
+    """A fifth of the channels moves one token down, up, right and left each; the last fifth stays.
+    No parameters.
 
     Shapes: (B, H, W, C) -> (B, H, W, C); what leaves the map is lost, what enters is zero.
     """
@@ -46,10 +67,10 @@ class ChannelShift(nn.Module):
         part = x.shape[-1] // 5
         y = torch.zeros_like(x)
         y[:, 1:, :, :part] = x[:, :-1, :, :part]
-        y[:, :-1, :, part:2 * part] = x[:, 1:, :, part:2 * part]
-        y[:, :, 1:, 2 * part:3 * part] = x[:, :, :-1, 2 * part:3 * part]
-        y[:, :, :-1, 3 * part:4 * part] = x[:, :, 1:, 3 * part:4 * part]
-        y[..., 4 * part:] = x[..., 4 * part:]
+        y[:, :-1, :, part : 2 * part] = x[:, 1:, :, part : 2 * part]
+        y[:, :, 1:, 2 * part : 3 * part] = x[:, :, :-1, 2 * part : 3 * part]
+        y[:, :, :-1, 3 * part : 4 * part] = x[:, :, 1:, 3 * part : 4 * part]
+        y[..., 4 * part :] = x[..., 4 * part :]
         return y
 
     def flops(self, tokens: int, dim: int) -> int:
@@ -58,7 +79,9 @@ class ChannelShift(nn.Module):
 
 
 def make_sw_mlp(kind: str, area: int, num_heads: int) -> nn.Module | None:
-    """ "off" -> None, "token_mix" or "shift" -> a module called with (x, layout). Raises ValueError for another word."""
+    """ "off" -> None, "token_mix" or "shift" -> a module called with (x, layout). Raises ValueError
+    for another word.
+    """
     if kind == "off":
         return None
     if kind == "token_mix":

@@ -1,4 +1,6 @@
-"""The block that ViT and its relatives share: attention and an MLP, each behind a norm and added to the tokens."""
+"""The block that ViT and its relatives share: attention and an MLP, each behind a norm and added to
+the tokens.
+"""
 
 from collections.abc import Callable
 
@@ -28,13 +30,22 @@ class TokenBlock(nn.Module):
     """x + drop_path(ls1(attn(norm1(x)))), then x + drop_path(ls2(mlp(norm2(x)))).
 
     Args:
-        attn: (B, N, C) -> (B, N, C), with `flops(tokens)`. hidden: width of the MLP. drop: dropout in the MLP. drop_path: stochastic depth
+        attn: (B, N, C) -> (B, N, C), with `flops(tokens)`. hidden: width of the MLP. drop: dropout
+            in the MLP. drop_path: stochastic depth
         of both branches. layer_scale: initial gamma of ls1 and ls2; None leaves them out.
     Shapes: (B, N, C) -> (B, N, C). State-dict keys are timm's ViT block's.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, hidden: int, drop: float = 0.0, drop_path: float = 0.0, layer_scale: float | None = None,
-                 norm_layer: Callable[[int], nn.Module] = nn.LayerNorm):
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        hidden: int,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+    ):
         super().__init__()
         self.dim, self.hidden = dim, hidden
         self.norm1, self.attn = norm_layer(dim), attn
@@ -49,5 +60,7 @@ class TokenBlock(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def flops(self, tokens: int) -> int:
-        """Multiply-accumulates of the linear layers and the attention products for one image; norms count once per number."""
+        """Multiply-accumulates of the linear layers and the attention products for one image; norms
+        count once per number.
+        """
         return self.attn.flops(tokens) + 2 * tokens * self.dim * self.hidden + 2 * tokens * self.dim

@@ -1,4 +1,6 @@
-"""What the backbones of global attention share: patches, blocks run one after the other, a linear head."""
+"""What the backbones of global attention share: patches, blocks run one after the other, a linear
+head.
+"""
 
 from collections.abc import Iterable
 
@@ -23,19 +25,41 @@ class TokenTransformer(Backbone):
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
 
-    def __init__(self, img_size: int | Size, patch_size: int | Size, in_chans: int, num_classes: int, embed_dim: int, drop_rate: float,
-                 use_checkpoint: bool, patch_embed: nn.Module | None = None):
+    def __init__(
+        self,
+        img_size: int | Size,
+        patch_size: int | Size,
+        in_chans: int,
+        num_classes: int,
+        embed_dim: int,
+        drop_rate: float,
+        use_checkpoint: bool,
+        patch_embed: nn.Module | None = None,
+    ):
         super().__init__()
-        self.num_classes, self.embed_dim, self.num_features, self.use_checkpoint = num_classes, embed_dim, embed_dim, use_checkpoint
-        self.patch_embed = patch_embed or self.make_patch_embed(img_size, patch_size, in_chans, embed_dim)
+        self.num_classes, self.embed_dim, self.num_features, self.use_checkpoint = (
+            num_classes,
+            embed_dim,
+            embed_dim,
+            use_checkpoint,
+        )
+        self.patch_embed = patch_embed or self.make_patch_embed(
+            img_size, patch_size, in_chans, embed_dim
+        )
         self.pos_drop = nn.Dropout(drop_rate)
 
-    def make_patch_embed(self, img_size: int | Size, patch_size: int | Size, in_chans: int, embed_dim: int) -> nn.Module:
-        """Image (B, in_chans, H, W) -> tokens (B, L, embed_dim); has patches_resolution, num_patches and flops()."""
+    def make_patch_embed(
+        self, img_size: int | Size, patch_size: int | Size, in_chans: int, embed_dim: int
+    ) -> nn.Module:
+        """Image (B, in_chans, H, W) -> tokens (B, L, embed_dim); has patches_resolution,
+        num_patches and flops().
+        """
         return PatchEmbed(img_size, patch_size, in_chans, embed_dim, None)
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-        """(B, N, C) through the blocks, whose activations are computed again in the backward if `use_checkpoint`."""
+        """(B, N, C) through the blocks, whose activations are computed again in the backward if
+        `use_checkpoint`.
+        """
         again = self.use_checkpoint and torch.is_grad_enabled()
         for block in blocks:
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
@@ -55,15 +79,36 @@ class TokenTransformer(Backbone):
 
 
 def drop_path_rates(rate: float, depth: int, profile: str = "linear") -> list[float]:
-    """Stochastic depth of each of `depth` blocks: rising linearly from 0 to `rate`, or `rate` throughout."""
+    """Stochastic depth of each of `depth` blocks: rising linearly from 0 to `rate`, or `rate`
+    throughout.
+    """
     if check_choice("drop path profile", profile, ("linear", "constant")) == "constant":
         return [rate] * depth
     return torch.linspace(0, rate, depth, device="cpu").tolist()
 
 
-def token_block(geometry: Geometry, spec: AttentionSpec, mlp_ratio: float, *, qkv_bias: bool = True, qk_scale: float | None = None,
-                drop: float = 0.0, drop_path: float = 0.0, layer_scale: float | None = None, norm_eps: float = 1e-6) -> TokenBlock:
-    """A block with global attention, or with the mixer that `spec` names, on the tokens of `geometry`."""
+def token_block(
+    geometry: Geometry,
+    spec: AttentionSpec,
+    mlp_ratio: float,
+    *,
+    qkv_bias: bool = True,
+    qk_scale: float | None = None,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    layer_scale: float | None = None,
+    norm_eps: float = 1e-6,
+) -> TokenBlock:
+    """A block with global attention, or with the mixer that `spec` names, on the tokens of
+    `geometry`.
+    """
     attn = global_attention(geometry, spec, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop)
-    return TokenBlock(geometry.dim, attn, int(geometry.dim * mlp_ratio), drop, drop_path, layer_scale,
-                      lambda dim: nn.LayerNorm(dim, norm_eps))
+    return TokenBlock(
+        geometry.dim,
+        attn,
+        int(geometry.dim * mlp_ratio),
+        drop,
+        drop_path,
+        layer_scale,
+        lambda dim: nn.LayerNorm(dim, norm_eps),
+    )

@@ -1,4 +1,6 @@
-"""What the blocks of Swin, SwinV2 and Swin-MLP share: which window and shift a block ends up with, and its layout on a grid."""
+"""What the blocks of Swin, SwinV2 and Swin-MLP share: which window and shift a block ends up with,
+and its layout on a grid.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +16,20 @@ from .sw_mlp import make_sw_mlp
 def clamp_window(resolution: Size, window_size: int | Size, shifted: bool) -> tuple[Size, Size]:
     """(window, shift) of a block on a map of `resolution` tokens: a shift is half the window.
 
-    A window given as one number is cut to the shorter side of the map, and then nothing is shifted, as in the reference; one
-    given as (rows, columns) is cut side by side.
+    A window given as one number is cut to the shorter side of the map, and then nothing is shifted,
+    as in the reference; one given as (rows, columns) is cut side by side.
     """
     if isinstance(window_size, int):
         fits = min(resolution) > window_size
         window = to_pair(window_size if fits else min(resolution))
         return window, to_pair(window_size // 2 if fits and shifted else 0)
-    window = tuple(min(side, length) for side, length in zip(to_pair(window_size), resolution, strict=True))
-    shift = tuple(side // 2 if shifted and length > side else 0 for side, length in zip(window, resolution, strict=True))
+    window = tuple(
+        min(side, length) for side, length in zip(to_pair(window_size), resolution, strict=True)
+    )
+    shift = tuple(
+        side // 2 if shifted and length > side else 0
+        for side, length in zip(window, resolution, strict=True)
+    )
     return window, shift
 
 
@@ -34,22 +41,42 @@ def one_number(pair: Size) -> int | Size:
 class WindowBlock(nn.Module):
     """Base of a block that works within windows of a map.
 
-    Attributes window_size and shift_size are what the block ended up with, an int where both sides agree.
+    Attributes window_size and shift_size are what the block ended up with, an int where both sides
+    agree.
     """
 
-    def __init__(self, dim: int, input_resolution: Size, num_heads: int, window_size: int | Size, shifted: bool, mlp_ratio: float):
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Size,
+        num_heads: int,
+        window_size: int | Size,
+        shifted: bool,
+        mlp_ratio: float,
+    ):
         super().__init__()
         if min(to_pair(window_size)) < 1:
             raise ValueError(f"window_size is {window_size}; both sides must be at least 1")
-        self.dim, self.input_resolution, self.num_heads, self.mlp_ratio, self.shifted = dim, input_resolution, num_heads, mlp_ratio, shifted
+        self.dim, self.input_resolution, self.num_heads, self.mlp_ratio, self.shifted = (
+            dim,
+            input_resolution,
+            num_heads,
+            mlp_ratio,
+            shifted,
+        )
         self.window, self.shift = clamp_window(input_resolution, window_size, shifted)
         self.window_size, self.shift_size = one_number(self.window), one_number(self.shift)
 
     def layout(self, grid: Size, device: torch.device | None) -> WindowLayout:
-        """How a map of `grid` tokens is cut; on other grids than the one it was built for, axes of several windows are shifted."""
+        """How a map of `grid` tokens is cut; on other grids than the one it was built for, axes of
+        several windows are shifted.
+        """
         shift = self.shift
         if grid != self.input_resolution:
-            shift = tuple(side // 2 if self.shifted and length > side else 0 for side, length in zip(self.window, grid, strict=True))
+            shift = tuple(
+                side // 2 if self.shifted and length > side else 0
+                for side, length in zip(self.window, grid, strict=True)
+            )
         return window_layout(grid, self.window, shift, device=device)
 
     def windows(self) -> float:
@@ -67,13 +94,28 @@ class WindowBlock(nn.Module):
 
 
 class AttentionBlock(WindowBlock):
-    """Base of the Swin and SwinV2 blocks: registers the mask, and builds norms, attention, MLP and S.W. MLP in the released order."""
+    """Base of the Swin and SwinV2 blocks: registers the mask, and builds norms, attention, MLP and
+    S.W. MLP in the released order.
+    """
 
-    def __init__(self, dim: int, input_resolution: Size, num_heads: int, window_size: int | Size, shifted: bool, mlp_ratio: float,
-                 drop: float, drop_path: nn.Module, norm_layer: type[nn.Module], sw_mlp: str):
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Size,
+        num_heads: int,
+        window_size: int | Size,
+        shifted: bool,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: nn.Module,
+        norm_layer: type[nn.Module],
+        sw_mlp: str,
+    ):
         super().__init__(dim, input_resolution, num_heads, window_size, shifted, mlp_ratio)
         mask = self.layout(input_resolution, None).mask
-        self.register_buffer("attn_mask", mask.to(torch.get_default_device(), copy=True) if any(self.shift) else None)
+        self.register_buffer(
+            "attn_mask", mask.to(torch.get_default_device(), copy=True) if any(self.shift) else None
+        )
         self.norm1 = norm_layer(dim)
         self.attn = self.make_attention()
         self.drop_path = drop_path
@@ -97,10 +139,14 @@ class AttentionBlock(WindowBlock):
         return self.attn(x.unflatten(1, grid), self.layout(grid, x.device)).flatten(1, 2)
 
     def flops(self) -> float:
-        """Multiply-accumulates for one image by the reference's count (softmax, bias and position MLPs are not counted)."""
+        """Multiply-accumulates for one image by the reference's count (softmax, bias and position
+        MLPs are not counted).
+        """
         tokens = self.input_resolution[0] * self.input_resolution[1]
         extra = 0 if self.sw_mlp is None else self.sw_mlp.flops(tokens, self.dim)
-        return self.mlp_flops() + self.attn.map_flops(self.layout(self.input_resolution, None)) + extra
+        return (
+            self.mlp_flops() + self.attn.map_flops(self.layout(self.input_resolution, None)) + extra
+        )
 
 
 def block_geometry(block: WindowBlock, pretrained_window: Size = (0, 0)) -> Geometry:

@@ -1,4 +1,5 @@
 """Small data sets in the real layouts, and configs for them."""
+
 import hashlib
 import json
 import pickle
@@ -15,9 +16,14 @@ PLAIN = {"AUG.AUTO_AUGMENT": "none", "AUG.MIXUP": 0.0, "AUG.CUTMIX": 0.0}
 
 
 def settings(tmp_path: Path, **keys):
-    """A frozen config; keys are given as DATA__BATCH_SIZE=4. Defaults: small, one process, one thread."""
+    """A frozen config; keys are given as DATA__BATCH_SIZE=4. Defaults: small, one process, one
+    thread.
+    """
     values = {"DATA.BATCH_SIZE": 4, "DATA.IMG_SIZE": 40, "DATA.NUM_WORKERS": 0, "DEVICE": "cpu"}
-    values |= {key.replace("__", "."): str(value) if isinstance(value, Path) else value for key, value in keys.items()}
+    values |= {
+        key.replace("__", "."): str(value) if isinstance(value, Path) else value
+        for key, value in keys.items()
+    }
     tree: dict = {}
     for key, value in values.items():
         *parents, leaf = key.split(".")
@@ -53,8 +59,12 @@ def class_folder(root: Path, classes=("ant", "bee", "cat"), train: int = 5, val:
     return root
 
 
-def zipped(folders: Path, root: Path, prefix: bool = False, compression: int = zipfile.ZIP_STORED) -> Path:
-    """train.zip and val.zip of a class folder, without map files; prefix: members begin with train/ or val/."""
+def zipped(
+    folders: Path, root: Path, prefix: bool = False, compression: int = zipfile.ZIP_STORED
+) -> Path:
+    """train.zip and val.zip of a class folder, without map files; prefix: members begin with train/
+    or val/.
+    """
     root.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         base = folders if prefix else folders / split
@@ -68,8 +78,10 @@ def map_files(folders: Path, root: Path) -> None:
     """train_map.txt and val_map.txt beside the archives, as the reference wants them."""
     for split in ("train", "val"):
         classes = sorted(folder.name for folder in (folders / split).iterdir())
-        lines = [f"{file.relative_to(folders / split).as_posix()}\t{classes.index(file.parent.name)}"
-                 for file in sorted((folders / split).rglob("*.jpg"))]
+        lines = [
+            f"{file.relative_to(folders / split).as_posix()}\t{classes.index(file.parent.name)}"
+            for file in sorted((folders / split).rglob("*.jpg"))
+        ]
         (root / f"{split}_map.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -77,7 +89,11 @@ def imagenet22k(root: Path, count: int = 6) -> Path:
     for split in ("train", "val"):
         entries = []
         for number in range(count):
-            save(root / "fall11_whole" / f"n{number}" / f"{split}_{number}.JPEG", number, format="JPEG")
+            save(
+                root / "fall11_whole" / f"n{number}" / f"{split}_{number}.JPEG",
+                number,
+                format="JPEG",
+            )
             entries.append([f"fall11_whole/n{number}/{split}_{number}.JPEG", 21840 - number])
         (root / f"ILSVRC2011fall_whole_map_{split}.txt").write_text(json.dumps(entries))
     return root
@@ -101,7 +117,9 @@ def _pickled(path: Path, content: dict) -> str:
 
 
 def cifar(root: Path, reader, monkeypatch, per_file: int = 4) -> Path:
-    """Files in CIFAR's own format; the reader's list of checksums is replaced by these files' own."""
+    """Files in CIFAR's own format; the reader's list of checksums is replaced by these files'
+    own.
+    """
     folder = root / reader.base_folder
     folder.mkdir(parents=True)
     random = np.random.RandomState(0)
@@ -109,11 +127,18 @@ def cifar(root: Path, reader, monkeypatch, per_file: int = 4) -> Path:
     sums = {}
     for name, _ in reader.train_list + reader.test_list:
         data = random.randint(0, 256, (per_file, 3072), dtype=np.uint8)
-        sums[name] = _pickled(folder / name, {"data": data, labels: random.randint(0, 10, per_file).tolist()})
+        sums[name] = _pickled(
+            folder / name, {"data": data, labels: random.randint(0, 10, per_file).tolist()}
+        )
     classes = 100 if labels == "fine_labels" else 10
-    meta = _pickled(folder / reader.meta["filename"], {reader.meta["key"]: [f"thing {i}" for i in range(classes)]})
+    meta = _pickled(
+        folder / reader.meta["filename"],
+        {reader.meta["key"]: [f"thing {i}" for i in range(classes)]},
+    )
     for split in ("train_list", "test_list"):
-        monkeypatch.setattr(reader, split, [[name, sums[name]] for name, _ in getattr(reader, split)])
+        monkeypatch.setattr(
+            reader, split, [[name, sums[name]] for name, _ in getattr(reader, split)]
+        )
     monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": meta})
     return root
 
@@ -121,13 +146,28 @@ def cifar(root: Path, reader, monkeypatch, per_file: int = 4) -> Path:
 def svhn(root: Path, reader, monkeypatch, count: int = 6) -> Path:
     """MATLAB files in SVHN's own format: X (32, 32, 3, N), y (N, 1) with 10 for the digit 0."""
     from scipy.io import savemat
+
     root.mkdir(parents=True, exist_ok=True)
     splits = {}
     for split, (url, name, _) in reader.split_list.items():
         if split == "extra":
             continue
-        images = np.random.RandomState(len(split)).randint(0, 256, (32, 32, 3, count), dtype=np.uint8)
-        savemat(root / name, {"X": images, "y": (np.arange(count) % 10 + 1 + (10 - count) * (np.arange(count) == count - 1))[:, None]})
-        splits[split] = [url, name, hashlib.md5((root / name).read_bytes(), usedforsecurity=False).hexdigest()]
+        images = np.random.RandomState(len(split)).randint(
+            0, 256, (32, 32, 3, count), dtype=np.uint8
+        )
+        savemat(
+            root / name,
+            {
+                "X": images,
+                "y": (np.arange(count) % 10 + 1 + (10 - count) * (np.arange(count) == count - 1))[
+                    :, None
+                ],
+            },
+        )
+        splits[split] = [
+            url,
+            name,
+            hashlib.md5((root / name).read_bytes(), usedforsecurity=False).hexdigest(),
+        ]
     monkeypatch.setattr(reader, "split_list", {**reader.split_list, **splits})
     return root

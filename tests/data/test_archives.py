@@ -1,4 +1,5 @@
 """Zip mode: the same images as the folder, however the archive was made, whatever the cache."""
+
 import os
 import pickle
 import zipfile
@@ -34,21 +35,28 @@ def test_zip_equals_folder(tmp_path, folders, cache, maps):
     root = zipped(folders, tmp_path / "zip")
     if maps:
         map_files(folders, root)
-    plain, packed = layouts.folder(folders), layouts.zip_folder(root, cache=cache, rank=1, world_size=2)
+    plain, packed = (
+        layouts.folder(folders),
+        layouts.zip_folder(root, cache=cache, rank=1, world_size=2),
+    )
     assert_same_images(packed.train, plain.train)
     assert_same_images(packed.val, plain.val)
     assert packed.classes == (["0", "1", "2"] if maps else plain.classes)
 
 
 def test_an_enclosing_folder_and_compression_change_nothing(tmp_path, folders):
-    packed = layouts.zip_folder(zipped(folders, tmp_path / "zip", prefix=True, compression=zipfile.ZIP_DEFLATED))
+    packed = layouts.zip_folder(
+        zipped(folders, tmp_path / "zip", prefix=True, compression=zipfile.ZIP_DEFLATED)
+    )
     assert packed.classes == ["ant", "bee", "cat"]
     assert_same_images(packed.train, layouts.folder(folders).train)
 
 
 @pytest.mark.parametrize("cache, held", [("no", 0), ("part", 7), ("full", 15)])
 def test_the_cache_holds_its_share_and_reads_the_rest(tmp_path, folders, cache, held):
-    source = layouts.zip_folder(zipped(folders, tmp_path / "zip"), cache=cache, rank=1, world_size=2).train
+    source = layouts.zip_folder(
+        zipped(folders, tmp_path / "zip"), cache=cache, rank=1, world_size=2
+    ).train
     assert (source._place >= 0).sum() == held
     source = pickle.loads(pickle.dumps(source))  # drops the open file
     os.remove(tmp_path / "zip" / "train.zip")
@@ -77,7 +85,9 @@ def test_a_forked_process_opens_its_own_handle(tmp_path, folders):
 
 
 def test_a_source_survives_pickling_as_spawned_workers_need(tmp_path, folders):
-    source = layouts.zip_folder(zipped(folders, tmp_path / "zip"), cache="part", rank=0, world_size=2).train
+    source = layouts.zip_folder(
+        zipped(folders, tmp_path / "zip"), cache="part", rank=0, world_size=2
+    ).train
     assert_same_images(pickle.loads(pickle.dumps(source)), source)
 
 
@@ -129,7 +139,10 @@ def test_the_tool_packs_what_zip_mode_reads_and_its_check_finds_damage(tmp_path,
     target = tmp_path / "zip"
     assert make_zip.main(["pack", str(folders), str(target)]) == 0
     assert_same_images(layouts.zip_folder(target).val, layouts.folder(folders).val)
-    assert make_zip.main(["check", str(target)]) == 0 and "24 images, 0 unreadable" in capsys.readouterr().out
+    assert (
+        make_zip.main(["check", str(target)]) == 0
+        and "24 images, 0 unreadable" in capsys.readouterr().out
+    )
     content = bytearray((target / "train.zip").read_bytes())
     content[400] ^= 1
     (target / "train.zip").write_bytes(content)

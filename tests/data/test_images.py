@@ -1,4 +1,5 @@
 """Every way in which a file is odd but readable, or unreadable."""
+
 import io
 
 import numpy as np
@@ -27,7 +28,9 @@ def test_any_mode_becomes_rgb(mode):
 
 def test_a_png_named_jpeg_is_read_by_its_content(tmp_path):
     (tmp_path / "x.JPEG").write_bytes(PNG)
-    assert np.array_equal(np.asarray(decode(read_file(str(tmp_path / "x.JPEG")))), np.asarray(picture(0)))
+    assert np.array_equal(
+        np.asarray(decode(read_file(str(tmp_path / "x.JPEG")))), np.asarray(picture(0))
+    )
 
 
 def test_sixteen_bit_grey_keeps_its_upper_byte_instead_of_turning_white():
@@ -42,9 +45,18 @@ def test_orientation_tags_are_ignored_as_by_the_reference():
     assert decode(encoded(picture(0), "JPEG", exif=exif)).size == picture(0).size
 
 
-@pytest.mark.parametrize("content, reason", [
-    (b"", "empty file"), (b"<!DOCTYPE html><html>404</html>", "not an image"), (JPEG[:-200], "truncated"), (JPEG[:40], "."),
-    (PNG[:len(PNG) // 2], "."), (b"\xff\xd8\xff" + bytes(100), "."), (b"GIF89a" + bytes(3), ".")])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "empty file"),
+        (b"<!DOCTYPE html><html>404</html>", "not an image"),
+        (JPEG[:-200], "truncated"),
+        (JPEG[:40], "."),
+        (PNG[: len(PNG) // 2], "."),
+        (b"\xff\xd8\xff" + bytes(100), "."),
+        (b"GIF89a" + bytes(3), "."),
+    ],
+)
 def test_damaged_content_is_one_exception_with_a_reason(content, reason):
     with pytest.raises(UnreadableImage, match=reason) as caught:
         decode(content)

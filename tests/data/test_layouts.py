@@ -1,4 +1,5 @@
 """Every layout is read as specified; every wrong one is refused in one line."""
+
 import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
@@ -53,8 +54,13 @@ def test_an_evaluation_needs_no_training_images_but_refuses_other_classes(tmp_pa
 
 
 def test_wrong_class_folders_are_refused_with_what_was_found(tmp_path):
-    refused(r"DATASET imagenet: DATA.DATA_PATH '.*gone' must hold train/<class>.*found.*: no such folder", layouts.folder,
-            tmp_path / "gone", dataset="imagenet")
+    refused(
+        r"DATASET imagenet: DATA.DATA_PATH '.*gone' must hold train/<class>.*found.*: no such"
+        r" folder",
+        layouts.folder,
+        tmp_path / "gone",
+        dataset="imagenet",
+    )
     root = class_folder(tmp_path / "a")
     refused("DATA.DATA_PATH should be the folder above", layouts.folder, root / "train")
     (root / "val" / "dog").mkdir()
@@ -78,10 +84,17 @@ def test_imagenet22k_lists_are_read_as_json_and_paths_are_relative_to_the_root(t
     assert len(sources.train) == len(sources.val) == 6 and len(sources.classes) == 21841
 
 
-@pytest.mark.parametrize("text, match", [
-    ("", "must be a JSON list"), ("[]", "must be a JSON list"), ("a\t1\n", "must be a JSON list"),
-    ('[["a.jpg", 1], ["b.jpg"]]', r"found ', \[\"b.jpg\"\]\]'"),
-    ('[["a.jpg", 21841]]', r"labels 0..21840.*21841"), ('[["gone.jpg", 1]]', "lists 'gone.jpg', but there is no file")])
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("", "must be a JSON list"),
+        ("[]", "must be a JSON list"),
+        ("a\t1\n", "must be a JSON list"),
+        ('[["a.jpg", 1], ["b.jpg"]]', r"found ', \[\"b.jpg\"\]\]'"),
+        ('[["a.jpg", 21841]]', r"labels 0..21840.*21841"),
+        ('[["gone.jpg", 1]]', "lists 'gone.jpg', but there is no file"),
+    ],
+)
 def test_a_wrong_imagenet22k_list_is_refused(tmp_path, text, match):
     imagenet22k(tmp_path)
     (tmp_path / "ILSVRC2011fall_whole_map_train.txt").write_text(text)
@@ -92,7 +105,9 @@ def test_imagenet22k_names_with_quotes_and_unicode_are_decoded_as_json(tmp_path)
     imagenet22k(tmp_path)
     save(tmp_path / 'a"ü.jpg', 0)
     (tmp_path / "ILSVRC2011fall_whole_map_val.txt").write_text('[ [ "a\\"\\u00fc.jpg" , 5 ] ]\n')
-    assert entries(layouts.imagenet22k(tmp_path, train=False).val) == [(str(tmp_path / 'a"ü.jpg'), 5)]
+    assert entries(layouts.imagenet22k(tmp_path, train=False).val) == [
+        (str(tmp_path / 'a"ü.jpg'), 5)
+    ]
 
 
 @pytest.mark.parametrize("inner", ["", "tiny-imagenet-200"])

@@ -1,4 +1,5 @@
 """Loading: exact under any number of workers and from any batch; faults arrive as one line."""
+
 import os
 import random
 import time
@@ -25,23 +26,37 @@ def root(tmp_path):
     return class_folder(tmp_path)
 
 
-def train_loader(root, num_workers=0, transform=TRAIN, copies=1, limit=10, **loading) -> TrainLoader:
+def train_loader(
+    root, num_workers=0, transform=TRAIN, copies=1, limit=10, **loading
+) -> TrainLoader:
     source = folder(root).train
-    return TrainLoader(ImageDataset(source, transform, seed=3, training=True), TrainBatches(len(source), 4, seed=3, copies=copies),
-                       num_workers=num_workers, corrupt_limit=limit, **loading)
+    return TrainLoader(
+        ImageDataset(source, transform, seed=3, training=True),
+        TrainBatches(len(source), 4, seed=3, copies=copies),
+        num_workers=num_workers,
+        corrupt_limit=limit,
+        **loading,
+    )
 
 
 def val_loader(root, num_workers=0, **loading) -> Loader:
     source = folder(root, train=False).val
-    return Loader(ImageDataset(source, EVAL), EvalBatches(len(source), 4), num_workers=num_workers, **loading)
+    return Loader(
+        ImageDataset(source, EVAL), EvalBatches(len(source), 4), num_workers=num_workers, **loading
+    )
 
 
 def same(one, other) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other))
+    return len(one) == len(other) and all(
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, other)
+    )
 
 
 def test_batches_are_bit_identical_for_any_number_of_workers_and_over_epochs(root):
-    single, double = train_loader(root, 0), train_loader(root, 2)  # the two workers persist over the epochs
+    single, double = (
+        train_loader(root, 0),
+        train_loader(root, 2),
+    )  # the two workers persist over the epochs
     for epoch in range(3):
         assert same(list(single.epoch(epoch)), list(double.epoch(epoch)))
     assert not same(list(single.epoch(0)), list(single.epoch(1)))
@@ -102,18 +117,27 @@ def test_copies_of_repeated_augmentation_are_augmented_differently(root):
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
 
 
-DAMAGE = {"truncated": lambda file: file.write_bytes(file.read_bytes()[:-300]), "html": lambda file: file.write_bytes(b"<html>"),
-          "empty": lambda file: file.write_bytes(b""), "gone": lambda file: file.unlink()}
+DAMAGE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-300]),
+    "html": lambda file: file.write_bytes(b"<html>"),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_training_image_is_replaced_the_same_way_everywhere_and_named_once(root, caplog, damage, num_workers):
+def test_a_damaged_training_image_is_replaced_the_same_way_everywhere_and_named_once(
+    root, caplog, damage, num_workers
+):
     victim = root / "train" / "bee" / "006.jpg"
     loader = train_loader(root, num_workers)
     DAMAGE[damage](victim)
     epochs = [list(loader.epoch(epoch)) for epoch in (0, 1, 2, 3, 4)]
-    assert sum(str(victim) in record.message for record in caplog.records) == 1 and len(loader.corrupt) == 1
+    assert (
+        sum(str(victim) in record.message for record in caplog.records) == 1
+        and len(loader.corrupt) == 1
+    )
     if num_workers == 0 and damage != "gone":
         again = train_loader(root)
         assert all(same(list(again.epoch(epoch)), batches) for epoch, batches in enumerate(epochs))
@@ -126,7 +150,9 @@ def test_replacing_one_image_changes_no_other(root):
     with open(source.name(index), "wb"):
         pass
     damaged = list(train_loader(root, transform=EVAL).epoch(0))
-    assert same(whole[1:], damaged[1:]) and torch.equal(whole[0][0][[0, 1, 3]], damaged[0][0][[0, 1, 3]])
+    assert same(whole[1:], damaged[1:]) and torch.equal(
+        whole[0][0][[0, 1, 3]], damaged[0][0][[0, 1, 3]]
+    )
     assert not torch.equal(whole[0][0][2], damaged[0][0][2])
 
 
@@ -135,7 +161,10 @@ def test_more_damage_than_the_limit_stops_with_one_line(root, num_workers):
     for file in sorted((root / "train").rglob("*.jpg"))[:8]:
         file.write_bytes(b"")
     loader = train_loader(root, num_workers, limit=2)
-    message = r"3 training images cannot be read, more than DATA.CORRUPT_LIMIT 2; the last: .*\.jpg: empty file"
+    message = (
+        r"3 training images cannot be read, more than DATA.CORRUPT_LIMIT 2; the last: .*\.jpg:"
+        r" empty file"
+    )
     with pytest.raises(DataError, match=message) as caught:
         for epoch in range(3):
             list(loader.epoch(epoch))
@@ -146,7 +175,9 @@ def test_more_damage_than_the_limit_stops_with_one_line(root, num_workers):
 def test_a_set_without_one_readable_image_stops(root, num_workers):
     for file in (root / "train").rglob("*.jpg"):
         file.write_bytes(b"")
-    with pytest.raises(DataError, match="10 training images in a row cannot be read, the last: .*jpg"):
+    with pytest.raises(
+        DataError, match="10 training images in a row cannot be read, the last: .*jpg"
+    ):
         list(train_loader(root, num_workers, limit=100).epoch(0))
 
 
@@ -155,7 +186,9 @@ def test_a_set_without_one_readable_image_stops(root, num_workers):
 def test_a_damaged_validation_image_is_an_error_that_names_the_file(root, num_workers, damage):
     loader = val_loader(root, num_workers)
     DAMAGE[damage](root / "val" / "bee" / "019.jpg")
-    with pytest.raises(DataError, match="validation image cannot be read: .*val/bee/019.jpg") as caught:
+    with pytest.raises(
+        DataError, match="validation image cannot be read: .*val/bee/019.jpg"
+    ) as caught:
         list(loader)
     assert "\n" not in str(caught.value)
 
@@ -173,7 +206,10 @@ class Acts:
 
 def test_a_worker_that_hangs_is_reported_with_the_file_it_was_reading(root):
     loader = train_loader(root, 1, transform=Acts(lambda: time.sleep(3)), timeout=1)
-    with pytest.raises(DataError, match=r"no batch arrived within DATA.TIMEOUT seconds while reading '.*train/.*jpg'"):
+    with pytest.raises(
+        DataError,
+        match=r"no batch arrived within DATA.TIMEOUT seconds while reading '.*train/.*jpg'",
+    ):
         list(loader.epoch(0))
 
 
@@ -186,5 +222,8 @@ def test_a_worker_that_dies_is_reported_in_one_line(root):
 
 def test_other_runtime_errors_are_not_taken_for_worker_failures():
     assert worker_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    report = "DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that workers are out of shared memory."
+    report = (
+        "DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that workers are"
+        " out of shared memory."
+    )
     assert "shm" in str(worker_failure(RuntimeError(report)))

@@ -1,4 +1,5 @@
 """Mixup and CutMix, and when there is none."""
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,10 @@ def test_all_three_switches_off_means_no_mixing():
     assert build_mixup(10, 7) is None
 
 
-@pytest.mark.parametrize("switch", [{"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": (0.2, 0.8)}, {"mixup": 0.8, "cutmix": 1.0}])
+@pytest.mark.parametrize(
+    "switch",
+    [{"mixup": 0.8}, {"cutmix": 1.0}, {"cutmix_minmax": (0.2, 0.8)}, {"mixup": 0.8, "cutmix": 1.0}],
+)
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_any_switch_gives_soft_targets_with_smoothing_inside(switch, mode):
     mix = build_mixup(5, 4, **switch, mode=mode, smoothing=0.1)

@@ -1,4 +1,5 @@
 """Class names and statistics."""
+
 import logging
 
 import pytest
@@ -17,7 +18,11 @@ def test_imagenet_has_1000_names_in_label_order_and_warns_of_another_order(caplo
         assert not caplog.records
         assert names.imagenet_classes([str(label) for label in range(1000)]) == plain
         assert names.imagenet_classes(["a_cat", *wnids[1:]])[0] == "a_cat"
-    assert len(plain) == 1000 and plain[0] == "tench, Tinca tinca" and "class folder 0 is 'a_cat'" in caplog.text
+    assert (
+        len(plain) == 1000
+        and plain[0] == "tench, Tinca tinca"
+        and "class folder 0 is 'a_cat'" in caplog.text
+    )
 
 
 def test_22k_names_fill_the_two_gaps_from_the_end_of_the_list():
@@ -25,7 +30,9 @@ def test_22k_names_fill_the_two_gaps_from_the_end_of_the_list():
     assert len(wnids) == len(set(wnids)) == 21841
     google = names._imagenet("imagenet-21k-goog").label_names()
     assert (wnids[9205], wnids[15027], wnids[5564]) == (google[21841], google[21842], "n03013580")
-    assert len(google) == 21843 and names.words(wnids[5564:5565]) == ["chemise, shimmy, shift, slip, teddy"]
+    assert len(google) == 21843 and names.words(wnids[5564:5565]) == [
+        "chemise, shimmy, shift, slip, teddy"
+    ]
 
 
 @pytest.mark.parametrize("dataset", sorted(names.STATISTICS))
@@ -37,4 +44,6 @@ def test_statistics_have_the_asked_number_of_channels(dataset):
 
 def test_given_statistics_win_and_grey_is_the_luma_of_the_colours():
     assert names.statistics("cifar10", 3, (0.5,), (0.1, 0.2, 0.3)) == ((0.5,) * 3, (0.1, 0.2, 0.3))
-    assert names.statistics("imagenet", 1)[0][0] == pytest.approx(0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406)
+    assert names.statistics("imagenet", 1)[0][0] == pytest.approx(
+        0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406
+    )

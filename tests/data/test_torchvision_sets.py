@@ -1,4 +1,5 @@
 """CIFAR and SVHN from files in their own formats."""
+
 import numpy as np
 import pytest
 from torchvision import datasets
@@ -8,13 +9,19 @@ from data.torchvision_sets import cifar, svhn
 from tests.data import fakes
 
 
-@pytest.mark.parametrize("name, reader, train, classes", [("cifar10", datasets.CIFAR10, 20, 10), ("cifar100", datasets.CIFAR100, 4, 100)])
+@pytest.mark.parametrize(
+    "name, reader, train, classes",
+    [("cifar10", datasets.CIFAR10, 20, 10), ("cifar100", datasets.CIFAR100, 4, 100)],
+)
 def test_cifar_is_read_as_by_torchvision(tmp_path, monkeypatch, name, reader, train, classes):
     fakes.cifar(tmp_path, reader, monkeypatch)
     sources = cifar(tmp_path, dataset=name)
     assert (len(sources.train), len(sources.val), len(sources.classes)) == (train, 4, classes)
     image, label = reader(tmp_path, train=False)[2]
-    assert np.array_equal(np.asarray(sources.val.read(2)), np.asarray(image)) and sources.val.labels[2] == label
+    assert (
+        np.array_equal(np.asarray(sources.val.read(2)), np.asarray(image))
+        and sources.val.labels[2] == label
+    )
     assert cifar(tmp_path, train=False, dataset=name).train is None
 
 
@@ -22,13 +29,19 @@ def test_svhn_is_read_as_by_torchvision_and_ten_means_zero(tmp_path, monkeypatch
     fakes.svhn(tmp_path, datasets.SVHN, monkeypatch)
     sources = svhn(tmp_path)
     assert sources.val.labels.tolist() == [1, 2, 3, 4, 5, 0]
-    assert np.array_equal(np.asarray(sources.train.read(3)), np.asarray(datasets.SVHN(tmp_path, split="train")[3][0]))
+    assert np.array_equal(
+        np.asarray(sources.train.read(3)), np.asarray(datasets.SVHN(tmp_path, split="train")[3][0])
+    )
 
 
-@pytest.mark.parametrize("read, expected", [(cifar, "cifar-10-batches-py/"), (svhn, "train_32x32.mat")])
+@pytest.mark.parametrize(
+    "read, expected", [(cifar, "cifar-10-batches-py/"), (svhn, "train_32x32.mat")]
+)
 def test_a_missing_or_damaged_set_is_one_line_that_names_the_files(tmp_path, read, expected):
     for root in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(DataError, match=f"must hold {expected}.*found: .*DATA.DOWNLOAD True") as caught:
+        with pytest.raises(
+            DataError, match=f"must hold {expected}.*found: .*DATA.DOWNLOAD True"
+        ) as caught:
             read(root)
         assert "\n" not in str(caught.value)
 
@@ -36,8 +49,11 @@ def test_a_missing_or_damaged_set_is_one_line_that_names_the_files(tmp_path, rea
 def test_a_failed_download_says_what_to_fetch(tmp_path, monkeypatch):
     def offline(self):
         raise OSError("network is unreachable")
+
     monkeypatch.setattr(datasets.CIFAR10, "download", offline)
-    with pytest.raises(DataError, match="download into .* failed .network is unreachable.*cifar-10-batches-py"):
+    with pytest.raises(
+        DataError, match="download into .* failed .network is unreachable.*cifar-10-batches-py"
+    ):
         cifar(tmp_path / "new", download=True)
 
 

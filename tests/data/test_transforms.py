@@ -1,4 +1,5 @@
 """The evaluation transform is the reference's; the training recipe runs on today's libraries."""
+
 import pickle
 import random
 
@@ -24,25 +25,50 @@ def operations(transform):
 
 
 def test_evaluation_transform_equals_the_reference():
-    """To the last bit with the Pillow that made the vectors; other releases round the resized pixels by up to three levels of 8 bits."""
+    """To the last bit with the Pillow that made the vectors; other releases round the resized
+    pixels by up to three levels of 8 bits.
+    """
     meta, tensors = golden("eval_transform")
-    same_pillow = PIL.__version__.partition(".")[0] == meta["provenance"]["pillow"].partition(".")[0]
+    same_pillow = (
+        PIL.__version__.partition(".")[0] == meta["provenance"]["pillow"].partition(".")[0]
+    )
     for number, case in enumerate(meta["cases"]):
         side = case["img_size"]
-        transform = eval_transform((side, side), **STATS, interpolation=case["interpolation"], crop=case["crop"])
+        transform = eval_transform(
+            (side, side), **STATS, interpolation=case["interpolation"], crop=case["crop"]
+        )
         output = transform(Image.fromarray(tensors[f"{number}/image"].numpy()))
-        assert (output - tensors[f"{number}/output"]).abs().max() <= (1e-6 if same_pillow else 0.055)
+        assert (output - tensors[f"{number}/output"]).abs().max() <= (
+            1e-6 if same_pillow else 0.055
+        )
 
 
-@pytest.mark.parametrize("side, shape", [(40, (50, 70)), (33, (97, 41)), (224, (333, 500)), (64, (64, 64)), (48, (30, 31))])
+@pytest.mark.parametrize(
+    "side, shape",
+    [(40, (50, 70)), (33, (97, 41)), (224, (333, 500)), (64, (64, 64)), (48, (30, 31))],
+)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_evaluation_transform_is_resize_to_256_of_224_and_centre_crop(side, shape, interpolation):
     mode = T.InterpolationMode(interpolation)
-    plain = T.Compose([T.Resize(int(256 / 224 * side), mode), T.CenterCrop(side), T.ToTensor(), T.Normalize(STATS["mean"], STATS["std"])])
-    squash = T.Compose([T.Resize((side, side), mode), T.ToTensor(), T.Normalize(STATS["mean"], STATS["std"])])
+    plain = T.Compose(
+        [
+            T.Resize(int(256 / 224 * side), mode),
+            T.CenterCrop(side),
+            T.ToTensor(),
+            T.Normalize(STATS["mean"], STATS["std"]),
+        ]
+    )
+    squash = T.Compose(
+        [T.Resize((side, side), mode), T.ToTensor(), T.Normalize(STATS["mean"], STATS["std"])]
+    )
     image = picture(1, shape)
-    assert torch.equal(eval_transform((side, side), **STATS, interpolation=interpolation)(image), plain(image))
-    assert torch.equal(eval_transform((side, side), **STATS, interpolation=interpolation, crop=False)(image), squash(image))
+    assert torch.equal(
+        eval_transform((side, side), **STATS, interpolation=interpolation)(image), plain(image)
+    )
+    assert torch.equal(
+        eval_transform((side, side), **STATS, interpolation=interpolation, crop=False)(image),
+        squash(image),
+    )
 
 
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (200, 60), (56, 112)])
@@ -50,7 +76,11 @@ def test_a_non_square_size_is_covered_without_distortion(shape):
     transform = eval_transform((56, 112), **STATS)
     covering = transform.transforms[0](picture(2, shape))
     assert transform(picture(2, shape)).shape == (3, 56, 112)
-    assert covering.height >= 64 and covering.width >= 128 and (covering.height == 64 or covering.width == 128)
+    assert (
+        covering.height >= 64
+        and covering.width >= 128
+        and (covering.height == 64 or covering.width == 128)
+    )
     assert abs(covering.width / covering.height - shape[1] / shape[0]) <= 0.03 * shape[1] / shape[0]
 
 
@@ -70,26 +100,55 @@ def test_crop_padding_replaces_the_resized_crop_at_any_size():
 
 
 def test_the_stock_recipe_has_the_reference_steps_in_order():
-    steps = [type(step).__name__ for step in train_transform((224, 224), **STATS, **SWIN).transforms]
-    assert steps == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize",
-                     "RandomErasing"]
+    steps = [
+        type(step).__name__ for step in train_transform((224, 224), **STATS, **SWIN).transforms
+    ]
+    assert steps == [
+        "RandomResizedCropAndInterpolation",
+        "RandomHorizontalFlip",
+        "RandAugment",
+        "MaybeToTensor",
+        "Normalize",
+        "RandomErasing",
+    ]
     steps = [type(step).__name__ for step in train_transform((224, 224), **STATS).transforms]
     assert steps[2] == "ColorJitter" and "RandomErasing" not in steps
 
 
-POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m9-mstd0.5", "augmix-m10-w3", "v0", "v0r", "original", "3a"]
+POLICIES = [
+    "rand-m9-mstd0.5-inc1",
+    "rand-m10-inc1",
+    "rand-m9-mstd0.5",
+    "augmix-m10-w3",
+    "v0",
+    "v0r",
+    "original",
+    "3a",
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_posterize_keeps_a_bit_at_the_worst_level(policy):
     transform = train_transform((40, 40), **STATS, auto_augment=policy)
     lists = [getattr(step, "policy", None) for step in transform.transforms]
-    found = operations(transform) + [operation for policy in lists if policy for sub in policy for operation in sub]
+    found = operations(transform) + [
+        operation for policy in lists if policy for sub in policy for operation in sub
+    ]
     posterize = [operation for operation in found if operation.name.startswith("Posterize")]
     assert posterize or policy == "3a"
     for operation in posterize:
         for magnitude in (0, 10):
-            operation.prob, operation.magnitude, operation.magnitude_std, operation.magnitude_max = 1.0, magnitude, 0, None
+            (
+                operation.prob,
+                operation.magnitude,
+                operation.magnitude_std,
+                operation.magnitude_max,
+            ) = (
+                1.0,
+                magnitude,
+                0,
+                None,
+            )
             levels = np.unique(np.asarray(operation(picture(0))))
             assert operation.level_fn(magnitude, operation.hparams)[0] >= 1 and len(levels) >= 2
 
@@ -97,6 +156,7 @@ def test_every_posterize_keeps_a_bit_at_the_worst_level(policy):
 def test_timm_alone_still_asks_for_zero_bits():
     """Once this fails, AtLeastOneBit can go."""
     from timm.data.auto_augment import AugmentOp
+
     worst = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
     assert worst.level_fn(10, worst.hparams) == (0,)
     assert AtLeastOneBit(worst.level_fn)(10, worst.hparams) == (1,)
@@ -111,31 +171,58 @@ def test_the_stock_recipe_gives_finite_images_of_the_asked_shape(size, channels)
     for number in range(60):
         seed_sample(0, Key(0, number))
         output = transform(picture(number % 5))
-        assert output.shape == (channels, *size) and output.dtype == torch.float32 and output.isfinite().all()
+        assert (
+            output.shape == (channels, *size)
+            and output.dtype == torch.float32
+            and output.isfinite().all()
+        )
 
 
 def test_random_interpolation_trains_and_evaluates_as_bilinear():
     random.seed(0)
-    assert train_transform((40, 40), **STATS, interpolation="random")(picture(0)).shape == (3, 40, 40)
-    outputs = [eval_transform((40, 40), **STATS, interpolation=name)(picture(0)) for name in ("random", "bilinear")]
+    assert train_transform((40, 40), **STATS, interpolation="random")(picture(0)).shape == (
+        3,
+        40,
+        40,
+    )
+    outputs = [
+        eval_transform((40, 40), **STATS, interpolation=name)(picture(0))
+        for name in ("random", "bilinear")
+    ]
     assert torch.equal(*outputs)
 
 
 def test_values_unknown_to_timm_are_refused_with_examples():
     with pytest.raises(DataError, match="AUTO_AUGMENT 'rnd-m9'.*rand-m9-mstd0.5-inc1"):
         train_transform((40, 40), **STATS, auto_augment="rnd-m9")
-    with pytest.raises(DataError, match="INTERPOLATION 'cubic' is unknown; allowed: random, bilinear"):
+    with pytest.raises(
+        DataError, match="INTERPOLATION 'cubic' is unknown; allowed: random, bilinear"
+    ):
         eval_transform((40, 40), **STATS, interpolation="cubic")
 
 
-LEARNED = {"cifar10": T.AutoAugmentPolicy.CIFAR10, "svhn": T.AutoAugmentPolicy.SVHN, "imagenet": T.AutoAugmentPolicy.IMAGENET}
+LEARNED = {
+    "cifar10": T.AutoAugmentPolicy.CIFAR10,
+    "svhn": T.AutoAugmentPolicy.SVHN,
+    "imagenet": T.AutoAugmentPolicy.IMAGENET,
+}
 
 
 @pytest.mark.parametrize("policy", LEARNED)
 def test_a_learned_policy_is_torchvisions_after_crop_and_mirror(policy):
-    transform = train_transform((32, 32), **STATS, auto_augment=policy, hflip=0.5, erase_prob=0.25, erase_mode="const")
+    transform = train_transform(
+        (32, 32), **STATS, auto_augment=policy, hflip=0.5, erase_prob=0.25, erase_mode="const"
+    )
     names = [type(step).__name__ for step in transform.transforms]
-    assert names == ["Resize", "RandomCrop", "RandomHorizontalFlip", "AutoAugment", "MaybeToTensor", "Normalize", "RandomErasing"]
+    assert names == [
+        "Resize",
+        "RandomCrop",
+        "RandomHorizontalFlip",
+        "AutoAugment",
+        "MaybeToTensor",
+        "Normalize",
+        "RandomErasing",
+    ]
     step = transform.transforms[3]
     assert step.policy == LEARNED[policy] and step.fill == [124, 116, 104]  # 255 times the mean
 
@@ -144,8 +231,12 @@ def test_a_learned_policy_is_torchvisions_after_crop_and_mirror(policy):
 @pytest.mark.parametrize("policy", LEARNED)
 def test_a_learned_policy_changes_the_image(policy, channels):
     stats = {"mean": STATS["mean"][:channels], "std": STATS["std"][:channels]}
-    augment, plain = (train_transform((32, 32), **stats, auto_augment=name, hflip=0, crop_padding=0, color_jitter=0)
-                      for name in (policy, "none"))
+    augment, plain = (
+        train_transform(
+            (32, 32), **stats, auto_augment=name, hflip=0, crop_padding=0, color_jitter=0
+        )
+        for name in (policy, "none")
+    )
     image, outputs = picture(3, (32, 32)), []
     for number in range(30):
         seed_sample(0, Key(0, number))
@@ -156,11 +247,21 @@ def test_a_learned_policy_changes_the_image(policy, channels):
 
 
 def test_random_erasing_fills_at_most_the_asked_area_with_the_mean():
-    transform = train_transform((64, 64), **STATS, hflip=0, crop_padding=0, color_jitter=0, erase_prob=1.0, erase_mode="const",
-                                erase_area=(0.3, 0.4))
+    transform = train_transform(
+        (64, 64),
+        **STATS,
+        hflip=0,
+        crop_padding=0,
+        color_jitter=0,
+        erase_prob=1.0,
+        erase_mode="const",
+        erase_area=(0.3, 0.4),
+    )
     for number in range(40):
         seed_sample(0, Key(0, number))
         erased = (transform(picture(3, (64, 64))) == 0).all(0)
         rows, columns = erased.any(1).sum().item(), erased.any(0).sum().item()
-        assert 0.28 <= erased.float().mean() <= 0.42 and rows * columns == erased.sum()  # a rectangle, rounded to whole pixels
+        assert (
+            0.28 <= erased.float().mean() <= 0.42 and rows * columns == erased.sum()
+        )  # a rectangle, rounded to whole pixels
         assert 0.28 <= rows / columns <= 3.6

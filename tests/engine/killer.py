@@ -1,8 +1,10 @@
-"""Runs main.py and kills this process at a chosen point: python killer.py PLACE UPDATE RANK <arguments of main.py>.
+"""Runs main.py and kills this process at a chosen point: python killer.py PLACE UPDATE RANK
+<arguments of main.py>.
 
-PLACE: update (an update is done, nothing saved yet), save (a checkpoint is written but has not taken its name), validate (an
-evaluation is done); term, termgroup: SIGTERM after the update, to this process or to its whole process group (data workers and
-launcher too), as schedulers send it. It happens when UPDATE updates are reached, and not again after a restart by torchrun.
+PLACE: update (an update is done, nothing saved yet), save (a checkpoint is written but has not
+taken its name), validate (an evaluation is done); term, termgroup: SIGTERM after the update, to
+this process or to its whole process group (data workers and launcher too), as schedulers send it.
+It happens when UPDATE updates are reached, and not again after a restart by torchrun.
 """
 
 import os
@@ -31,6 +33,7 @@ def arm(place: str, update: int, rank: int) -> None:
             result = function(*args, **kwargs)
             action(*args)
             return result
+
         return wrapped
 
     def count(trainer, *_) -> None:

@@ -18,7 +18,9 @@ class Net(nn.Module):
 
     def __init__(self, features: int = 8, classes: int = 5) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * features, 16), nn.GELU(), nn.Dropout(0.3))
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * features, 16), nn.GELU(), nn.Dropout(0.3)
+        )
         self.head = nn.Linear(16, classes)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
@@ -59,25 +61,47 @@ class Loader:
     def epoch(self, epoch: int, start_batch: int = 0):
         for index in range(start_batch, self.batches):
             generator = torch.Generator().manual_seed(1000 * epoch + index)
-            yield torch.randn(self.size, 3, 8, generator=generator), torch.randint(0, 5, (self.size,), generator=generator)
+            yield (
+                torch.randn(self.size, 3, 8, generator=generator),
+                torch.randint(0, 5, (self.size,), generator=generator),
+            )
 
 
 def numpy_mix(images, targets):
-    """Blends each image with its mirror image in the batch, by a share drawn from NumPy's generator; soft targets."""
+    """Blends each image with its mirror image in the batch, by a share drawn from NumPy's
+    generator; soft targets.
+    """
     share = float(np.random.beta(0.8, 0.8))
     soft = nn.functional.one_hot(targets, 5).float()
     return share * images + (1 - share) * images.flip(0), share * soft + (1 - share) * soft.flip(0)
 
 
-def make_trainer(*, seed: int = 0, accumulation: int = 1, size: int = 4, mix: bool = False, ema: bool = False, optimizer=None, world=None,
-                 **options) -> Trainer:
+def make_trainer(
+    *,
+    seed: int = 0,
+    accumulation: int = 1,
+    size: int = 4,
+    mix: bool = False,
+    ema: bool = False,
+    optimizer=None,
+    world=None,
+    **options,
+) -> Trainer:
     """A trainer of `Net` with AdamW; options go to Trainer."""
     seed_everything(seed)
     model, world = Net(), world or World("cpu")
     optimizer = (optimizer or torch.optim.AdamW)(model.parameters(), lr=0.01)
-    return Trainer(model, optimizer, Cosine(optimizer), with_distillation(make_criterion(mix, 0.1), None), world=world,
-                   layout=Layout(size, world.size, accumulation), mixup=numpy_mix if mix else None,
-                   ema=ParameterEma(model, 0.9) if ema else None, **options)
+    return Trainer(
+        model,
+        optimizer,
+        Cosine(optimizer),
+        with_distillation(make_criterion(mix, 0.1), None),
+        world=world,
+        layout=Layout(size, world.size, accumulation),
+        mixup=numpy_mix if mix else None,
+        ema=ParameterEma(model, 0.9) if ema else None,
+        **options,
+    )
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -11,7 +11,10 @@ from utils import RunError
 @pytest.fixture
 def parameters():
     generator = torch.Generator().manual_seed(0)
-    found = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,), (2, 2, 3, 3))]
+    found = [
+        nn.Parameter(torch.randn(shape, generator=generator))
+        for shape in ((4, 3), (5,), (2, 2, 3, 3))
+    ]
     for p in found:
         p.grad = 3 * torch.randn(p.shape, generator=generator)
     return [*found, nn.Parameter(torch.zeros(2))]  # the last has no gradient
@@ -67,7 +70,10 @@ def test_a_bound_that_is_not_reached_changes_nothing(parameters):
 def test_value_bounds_every_entry(parameters):
     before = grads(parameters)
     clip_gradients(parameters, 0.5, "value")
-    assert all(torch.equal(new, old.clamp(-0.5, 0.5)) for old, new in zip(before, grads(parameters), strict=True))
+    assert all(
+        torch.equal(new, old.clamp(-0.5, 0.5))
+        for old, new in zip(before, grads(parameters), strict=True)
+    )
 
 
 def test_agc_bounds_each_row_by_its_weights_and_spares_the_exempt(parameters):
@@ -87,7 +93,10 @@ def test_an_infinite_gradient_shows_in_the_norm(parameters):
     assert torch.isinf(clip_gradients(parameters, 1.0))
 
 
-@pytest.mark.parametrize("value, mode, words", [(1.0, "max", "TRAIN.CLIP_MODE 'max'"), (-1.0, "norm", "TRAIN.CLIP_GRAD -1.0")])
+@pytest.mark.parametrize(
+    "value, mode, words",
+    [(1.0, "max", "TRAIN.CLIP_MODE 'max'"), (-1.0, "norm", "TRAIN.CLIP_GRAD -1.0")],
+)
 def test_unknown_modes_and_negative_bounds_are_refused(parameters, value, mode, words):
     with pytest.raises(RunError, match=words):
         clip_gradients(parameters, value, mode)

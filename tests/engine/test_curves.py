@@ -13,9 +13,18 @@ def write_run(folder, epochs=6, per_epoch=12):
     with MetricLog(folder, tensorboard=False) as log:
         for epoch in range(epochs):
             for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1):
-                log.write(step, epoch, "train", loss=2 * math.exp(-step / 30), lr=1e-3 * (1 - step / 200))
+                log.write(
+                    step, epoch, "train", loss=2 * math.exp(-step / 30), lr=1e-3 * (1 - step / 200)
+                )
             log.write(step, epoch, "epoch", loss=2 * math.exp(-step / 30), lr=1e-3)
-            log.write(step, epoch, "eval", loss=math.exp(-step / 30), acc1=100 - 80 * math.exp(-step / 30), ema_acc1=50.0 + epoch)
+            log.write(
+                step,
+                epoch,
+                "eval",
+                loss=math.exp(-step / 30),
+                acc1=100 - 80 * math.exp(-step / 30),
+                ema_acc1=50.0 + epoch,
+            )
     return folder / "metrics.jsonl"
 
 
@@ -27,8 +36,12 @@ def size_of(png):
 
 def colours_in(png):
     from matplotlib.image import imread
+
     pixels = (imread(png)[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    return {f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in {tuple(pixel) for pixel in pixels.tolist()}}
+    return {
+        f"#{red:02x}{green:02x}{blue:02x}"
+        for red, green, blue in {tuple(pixel) for pixel in pixels.tolist()}
+    }
 
 
 def test_picture_is_readable_at_the_width_of_a_readme_and_shows_every_curve(tmp_path):
@@ -38,17 +51,27 @@ def test_picture_is_readable_at_the_width_of_a_readme_and_shows_every_curve(tmp_
 
 
 def test_validation_curves_are_found_by_name_and_told_apart():
-    entries = [{"step": 1, "kind": "eval", "acc1": 50.0, "acc5": 90.0, "ema_acc1": 40.0}, {"step": 1, "kind": "epoch", "acc1": 1.0},
-               {"step": 2, "kind": "eval", "acc1": None}]
+    entries = [
+        {"step": 1, "kind": "eval", "acc1": 50.0, "acc5": 90.0, "ema_acc1": 40.0},
+        {"step": 1, "kind": "epoch", "acc1": 1.0},
+        {"step": 2, "kind": "eval", "acc1": None},
+    ]
     plain, averaged = validation_curves(entries, "acc1")
     assert (plain.label, averaged.label) == ("validation", "validation, averaged weights")
-    assert plain.steps == [1, 2] and math.isnan(plain.values[1]) and averaged.values == [40.0] and plain.colour != averaged.colour
+    assert (
+        plain.steps == [1, 2]
+        and math.isnan(plain.values[1])
+        and averaged.values == [40.0]
+        and plain.colour != averaged.colour
+    )
 
 
 @pytest.mark.parametrize("kept", ["train", "epoch", "eval"])
 def test_a_run_with_one_kind_of_entry_is_drawn(tmp_path, kept):
     path = write_run(tmp_path)
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if f'"kind": "{kept}"' in line))
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if f'"kind": "{kept}"' in line)
+    )
     assert size_of(plot_curves(path, tmp_path / "curves.png")) == (1800, 540)
 
 
@@ -61,7 +84,9 @@ def test_gaps_and_a_diverged_run_are_drawn(tmp_path):
 
 
 def test_nothing_to_draw_is_said_in_one_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "kind": "train", "skipped": 0}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "epoch": 0, "kind": "train", "skipped": 0}\n'
+    )
     with pytest.raises(CurveError, match="no entry has a loss"):
         plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
 

@@ -24,12 +24,17 @@ def test_half_the_batch_each_equals_the_whole_batch_on_one_process(ranks):
     for epoch in range(3):
         alone.update(list(Loader(3).epoch(epoch)))
     for rank in ranks:
-        torch.testing.assert_close(torch.tensor(rank["averaging"]["weights"]), torch.tensor(flat(alone)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(rank["averaging"]["weights"]), torch.tensor(flat(alone)), atol=1e-5, rtol=0
+        )
     assert ranks[0]["averaging"]["weights"] == ranks[1]["averaging"]["weights"]
 
 
 def test_an_accumulated_update_reduces_gradients_once(ranks):
-    assert [rank["averaging"]["reductions"] for rank in ranks] == [3, 3]  # three updates of three micro-batches, one bucket
+    assert [rank["averaging"]["reductions"] for rank in ranks] == [
+        3,
+        3,
+    ]  # three updates of three micro-batches, one bucket
 
 
 def test_a_nan_on_one_process_skips_the_update_on_both(ranks):

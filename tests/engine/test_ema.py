@@ -42,10 +42,15 @@ def test_parameters_follow_the_recurrence_and_buffers_are_copied(model):
     for _ in range(20):
         disturb(model, generator)
         ema.update(model)
-        expected = [0.9 * mean + 0.1 * p.detach().double() for mean, p in zip(expected, model.parameters(), strict=True)]
+        expected = [
+            0.9 * mean + 0.1 * p.detach().double()
+            for mean, p in zip(expected, model.parameters(), strict=True)
+        ]
     for mean, p in zip(expected, ema.module.parameters(), strict=True):
         torch.testing.assert_close(p.double(), mean, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(ema.module.buffers(), model.buffers(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ema.module.buffers(), model.buffers(), strict=True)
+    )
     assert ema.module.index.dtype == torch.int64
 
 
@@ -60,15 +65,24 @@ def test_state_dict_has_the_models_names_and_continues_bit_for_bit(model, tmp_pa
     disturb(model, generator)
     for average in (ema, resumed):
         average.update(model)
-    assert all(torch.equal(a, b) for a, b in zip(ema.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ema.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_the_model_and_the_random_state_are_untouched(model):
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     ema = ParameterEma(model, 0.5)
     ema.update(model)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-    assert torch.equal(random, torch.get_rng_state()) and model.training and all(p.requires_grad for p in model.parameters())
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
+    assert (
+        torch.equal(random, torch.get_rng_state())
+        and model.training
+        and all(p.requires_grad for p in model.parameters())
+    )
 
 
 def test_the_average_is_in_eval_mode_without_gradients(model):
@@ -80,7 +94,9 @@ def test_an_update_is_seen_by_caches_keyed_on_tensor_versions(model):
     ema = ParameterEma(model, 0.5)
     before = [p._version for p in ema.module.parameters()]
     ema.update(model)
-    assert all(p._version > version for p, version in zip(ema.module.parameters(), before, strict=True))
+    assert all(
+        p._version > version for p, version in zip(ema.module.parameters(), before, strict=True)
+    )
 
 
 def test_a_compiled_model_is_averaged_under_its_plain_names(model):

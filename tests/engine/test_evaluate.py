@@ -8,13 +8,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, recall_score, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    log_loss,
+    recall_score,
+    top_k_accuracy_score,
+)
 from torch import nn
 
 from engine.evaluate import evaluate, write_per_class
 from utils import RunError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # the children only evaluate
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fork.*:DeprecationWarning"
+)  # the children only evaluate
 CLASSES, IMAGES = 7, 61
 
 
@@ -23,7 +31,9 @@ class Lookup(nn.Module):
 
     def __init__(self, classes=CLASSES, images=IMAGES):
         super().__init__()
-        self.logits = nn.Parameter(2 * torch.randn(images, classes, generator=torch.Generator().manual_seed(0)))
+        self.logits = nn.Parameter(
+            2 * torch.randn(images, classes, generator=torch.Generator().manual_seed(0))
+        )
 
     def forward(self, images):
         return self.logits[images[:, 0, 0, 0].long()]
@@ -52,8 +62,13 @@ def test_result_is_that_of_scikit_learn():
     assert result.acc1 == pytest.approx(100 * accuracy_score(targets, guesses), rel=1e-12)
     assert result.acc5 == pytest.approx(100 * top_k_accuracy_score(targets, scores, k=5), rel=1e-12)
     assert result.loss == pytest.approx(log_loss(targets, scores), rel=1e-6)
-    assert result.confusion.tolist() == confusion_matrix(targets, guesses, labels=range(CLASSES)).tolist()
-    assert result.per_class.tolist() == pytest.approx(100 * recall_score(targets, guesses, average=None), rel=1e-12)
+    assert (
+        result.confusion.tolist()
+        == confusion_matrix(targets, guesses, labels=range(CLASSES)).tolist()
+    )
+    assert result.per_class.tolist() == pytest.approx(
+        100 * recall_score(targets, guesses, average=None), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 13, 60, 61])
@@ -66,7 +81,9 @@ def test_batch_size_does_not_change_the_result(size):
 
 def on_one_of(rank, world, folder, reduce):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
     model = nn.parallel.DistributedDataParallel(Lookup())
     result = run(split(4, slice(rank, None, world)), model, per_class=True, reduce=reduce)
     torch.save(vars(result), f"{folder}/{rank}.pth")
@@ -75,19 +92,31 @@ def on_one_of(rank, world, folder, reduce):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_agree_on_the_result_of_one_process(world, tmp_path):
-    """61 images over 2 or 3 processes in batches of 4: unequal numbers of batches, no image twice, none left out."""
+    """61 images over 2 or 3 processes in batches of 4: unequal numbers of batches, no image twice,
+    none left out.
+    """
     mp.start_processes(on_one_of, (world, str(tmp_path), True), nprocs=world, start_method="fork")
     alone = run(split(IMAGES), per_class=True)
     for rank in range(world):
         result = torch.load(tmp_path / f"{rank}.pth")
-        assert (result["count"], result["acc1"], result["acc5"]) == (alone.count, alone.acc1, alone.acc5)
-        assert torch.equal(result["confusion"], alone.confusion) and torch.equal(result["per_class"], alone.per_class)
+        assert (result["count"], result["acc1"], result["acc5"]) == (
+            alone.count,
+            alone.acc1,
+            alone.acc5,
+        )
+        assert torch.equal(result["confusion"], alone.confusion) and torch.equal(
+            result["per_class"], alone.per_class
+        )
         assert result["loss"] == pytest.approx(alone.loss, rel=1e-14)
 
 
 def test_more_processes_than_images_do_not_hang(tmp_path, monkeypatch):
     two = [tensor[:2] for tensor in data()]
-    monkeypatch.setitem(globals(), "split", lambda size, chosen: list(zip(*(tensor[chosen].split(1) for tensor in two), strict=True)))
+    monkeypatch.setitem(
+        globals(),
+        "split",
+        lambda size, chosen: list(zip(*(tensor[chosen].split(1) for tensor in two), strict=True)),
+    )
     mp.start_processes(on_one_of, (3, str(tmp_path), True), nprocs=3, start_method="fork")
     assert [torch.load(tmp_path / f"{rank}.pth")["count"] for rank in range(3)] == [2, 2, 2]
 
@@ -106,7 +135,9 @@ def test_fewer_than_five_classes_use_all_of_them(classes):
 
 def test_a_class_without_images_has_no_accuracy():
     result = run([(torch.zeros(1, 1, 1, 1), torch.tensor([3]))], per_class=True)
-    assert [math.isnan(share) for share in result.per_class.tolist()] == [k != 3 for k in range(CLASSES)]
+    assert [math.isnan(share) for share in result.per_class.tolist()] == [
+        k != 3 for k in range(CLASSES)
+    ]
 
 
 def test_loss_is_formed_in_float32_under_autocast():
@@ -122,7 +153,10 @@ def test_loss_is_formed_in_float32_under_autocast():
             return logits
 
     model, (images, targets) = Wide(), data()
-    for autocast in (torch.autocast("cpu", torch.bfloat16), lambda: torch.autocast("cpu", torch.bfloat16)):
+    for autocast in (
+        torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ):
         result = run([(images / IMAGES, targets)], model, autocast=autocast)
         exact = nn.functional.cross_entropy(model.given, targets).item()
         assert result.loss == pytest.approx(exact, rel=1e-6)  # bfloat16 would err by 4e-3
@@ -144,10 +178,23 @@ def test_log_lines_are_the_references(caplog):
     with caplog.at_level(logging.INFO):
         result = run(split(10), print_freq=3, logger=logging.getLogger("x"))
     lines = [record.message for record in caplog.records]
-    assert [line.split("\t")[0] for line in lines[:-1]] == ["Test: [0/7]", "Test: [3/7]", "Test: [6/7]"]
-    assert [field.split()[0] for field in lines[0].split("\t")] == ["Test:", "Time", "Loss", "Acc@1", "Acc@5", "Mem"]
+    assert [line.split("\t")[0] for line in lines[:-1]] == [
+        "Test: [0/7]",
+        "Test: [3/7]",
+        "Test: [6/7]",
+    ]
+    assert [field.split()[0] for field in lines[0].split("\t")] == [
+        "Test:",
+        "Time",
+        "Loss",
+        "Acc@1",
+        "Acc@5",
+        "Mem",
+    ]
     assert lines[-1] == f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}"
-    assert f"({result.acc1:.3f})" in lines[-2] and f"({result.loss:.4f})" in lines[-2]  # the last line's averages are over all
+    assert (
+        f"({result.acc1:.3f})" in lines[-2] and f"({result.loss:.4f})" in lines[-2]
+    )  # the last line's averages are over all
 
 
 def test_disagreeing_class_counts_and_empty_sets_are_refused():

@@ -1,4 +1,6 @@
-"""main.py as a user meets it: each mistake gives one clear line and exit status 2 and destroys nothing; the reference's traps are shut."""
+"""main.py as a user meets it: each mistake gives one clear line and exit status 2 and destroys
+nothing; the reference's traps are shut.
+"""
 
 import json
 import shutil
@@ -46,8 +48,14 @@ def pictures(tmp_path):
 
 
 def folder_run(output, pictures, **settings):
-    chosen = {**QUICK, "DATA__DATASET": "folder", "DATA__DATA_PATH": pictures, "DATA__BATCH_SIZE": 4, "MODEL__SWINV2__IN_CHANS": 3,
-              "AUG__AFFINE": False}
+    chosen = {
+        **QUICK,
+        "DATA__DATASET": "folder",
+        "DATA__DATA_PATH": pictures,
+        "DATA__BATCH_SIZE": 4,
+        "MODEL__SWINV2__IN_CHANS": 3,
+        "AUG__AFFINE": False,
+    }
     return arguments(output, **{**chosen, **settings})
 
 
@@ -67,18 +75,30 @@ def contents(output) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder(output).glob("*.pth")}
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"TRAIN.EPOCH": 3}, ["TRAIN.EPOCH ", "TRAIN.EPOCHS"]),
-    ({"TRAIN.EPOCHS": "many"}, ["TRAIN.EPOCHS", "many"]),
-    ({"DATA.DATASET": "digit"}, ["DATA.DATASET", "digits"]),
-    ({"MODEL.NUM_CLASSES": 7}, ["7", "10"]),
-    ({"DATA.DATASET": "folder", "DATA.DATA_PATH": "/nowhere/at/all", "AUG.AFFINE": False, "MODEL.SWINV2.IN_CHANS": 3}, ["/nowhere/at/all"]),
-    ({"MODEL.PRETRAINED": "/nowhere.pth"}, ["/nowhere.pth"]),
-    ({"MODEL.RESUME": "/nowhere.pth", "TRAIN.AUTO_RESUME": False}, ["/nowhere.pth"]),
-    ({"DEVICE": "mps"}, ["mps", "available"]),
-    ({"MODEL.SWINV2.NUM_HEADS": "[3, 4]"}, ["NUM_HEADS"]),
-    ({"OUTPUT": "/proc/no"}, ["/proc/no", "--output"]),
-], ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"TRAIN.EPOCH": 3}, ["TRAIN.EPOCH ", "TRAIN.EPOCHS"]),
+        ({"TRAIN.EPOCHS": "many"}, ["TRAIN.EPOCHS", "many"]),
+        ({"DATA.DATASET": "digit"}, ["DATA.DATASET", "digits"]),
+        ({"MODEL.NUM_CLASSES": 7}, ["7", "10"]),
+        (
+            {
+                "DATA.DATASET": "folder",
+                "DATA.DATA_PATH": "/nowhere/at/all",
+                "AUG.AFFINE": False,
+                "MODEL.SWINV2.IN_CHANS": 3,
+            },
+            ["/nowhere/at/all"],
+        ),
+        ({"MODEL.PRETRAINED": "/nowhere.pth"}, ["/nowhere.pth"]),
+        ({"MODEL.RESUME": "/nowhere.pth", "TRAIN.AUTO_RESUME": False}, ["/nowhere.pth"]),
+        ({"DEVICE": "mps"}, ["mps", "available"]),
+        ({"MODEL.SWINV2.NUM_HEADS": "[3, 4]"}, ["NUM_HEADS"]),
+        ({"OUTPUT": "/proc/no"}, ["/proc/no", "--output"]),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
 def test_a_wrong_setting_is_one_line_and_touches_nothing(mine, capsys, settings, words):
     before = contents(mine)
     argv = arguments(mine, **QUICK) + [str(word) for pair in settings.items() for word in pair]
@@ -90,13 +110,22 @@ def test_a_wrong_setting_is_one_line_and_touches_nothing(mine, capsys, settings,
 
 
 def test_a_wrong_flag_or_file_name_is_one_line(capsys):
-    assert "--batch-size" in refused(capsys, ["--cfg", "configs/digits/digits_tiny.yaml", "--bach-size", "3"])
+    assert "--batch-size" in refused(
+        capsys, ["--cfg", "configs/digits/digits_tiny.yaml", "--bach-size", "3"]
+    )
     assert "digits_tiny.yaml" in refused(capsys, ["--cfg", "configs/digits/digits_tini.yaml"])
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:len(content) // 2], lambda content: b"", lambda content: b"<html>404</html>",
-                                    lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:]],
-                         ids=["truncated", "empty", "web page", "flipped bit"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"<html>404</html>",
+        lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:],
+    ],
+    ids=["truncated", "empty", "web page", "flipped bit"],
+)
 @pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
 def test_a_damaged_checkpoint_is_one_line_and_touches_nothing(mine, tmp_path, capsys, damage, flag):
     bad = tmp_path / "bad.pth"
@@ -110,7 +139,10 @@ def test_a_damaged_checkpoint_is_one_line_and_touches_nothing(mine, tmp_path, ca
 
 def test_a_checkpoint_of_another_model_or_optimizer_is_one_line(mine, capsys):
     before = contents(mine)
-    for key, value, word in (("MODEL.SWINV2.EMBED_DIM", 64, "another model"), ("TRAIN.OPTIMIZER.NAME", "sgd", "SGD")):
+    for key, value, word in (
+        ("MODEL.SWINV2.EMBED_DIM", 64, "another model"),
+        ("TRAIN.OPTIMIZER.NAME", "sgd", "SGD"),
+    ):
         assert word in refused(capsys, [*arguments(mine, **QUICK), key, value])
         assert contents(mine) == before
 
@@ -123,12 +155,17 @@ def test_nothing_but_damaged_checkpoints_is_not_written_over(mine, capsys):
     assert contents(mine) == before
 
 
-def test_a_second_run_in_the_same_folder_is_refused_but_an_evaluation_is_not(mine, capsys, monkeypatch):
+def test_a_second_run_in_the_same_folder_is_refused_but_an_evaluation_is_not(
+    mine, capsys, monkeypatch
+):
     monkeypatch.setattr("engine.lock._alive", lambda holder, age: True)
     with FolderLock(folder(mine)):
         before = contents(mine)
         assert "in use by process" in refused(capsys, arguments(mine, **QUICK))
-        assert program.main([*arguments(mine), "--eval", "--resume", str(folder(mine) / "best.pth")]) == 0
+        assert (
+            program.main([*arguments(mine), "--eval", "--resume", str(folder(mine) / "best.pth")])
+            == 0
+        )
         assert contents(mine) == before
 
 
@@ -144,7 +181,9 @@ def test_corrupt_training_images_are_replaced_up_to_the_limit(pictures, tmp_path
     settings = {"TRAIN__EPOCHS": 2, "TRAIN__MAX_STEPS": 0, "DATA__NUM_WORKERS": workers}
     assert program.main(folder_run(tmp_path / "out", pictures, **settings)) == 0
     assert "0.png" in (folder(tmp_path / "out") / "log_rank0.txt").read_text()
-    assert "DATA.CORRUPT_LIMIT 1" in refused(capsys, folder_run(tmp_path / "few", pictures, **settings, DATA__CORRUPT_LIMIT=1))
+    assert "DATA.CORRUPT_LIMIT 1" in refused(
+        capsys, folder_run(tmp_path / "few", pictures, **settings, DATA__CORRUPT_LIMIT=1)
+    )
 
 
 def test_a_wrong_class_count_names_both_numbers(pictures, tmp_path, capsys):
@@ -156,7 +195,10 @@ def test_a_wrong_class_count_names_both_numbers(pictures, tmp_path, capsys):
 
 def test_memory_exhausted_is_one_line_with_what_to_lower(capsys, monkeypatch, tmp_path):
     def exhausted(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of\nmany\nlines")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"
+            " of\nmany\nlines"
+        )
 
     monkeypatch.setattr(program.Program, "run", exhausted)
     line = refused(capsys, arguments(tmp_path, **QUICK))
@@ -164,7 +206,16 @@ def test_memory_exhausted_is_one_line_with_what_to_lower(capsys, monkeypatch, tm
 
 
 def test_diverging_training_ends_with_the_numbers_of_the_updates(tmp_path, capsys):
-    line = refused(capsys, arguments(tmp_path, DATA__NUM_WORKERS=0, TRAIN__BASE_LR=1e30, TRAIN__WARMUP_EPOCHS=0, TRAIN__MAX_NONFINITE=4))
+    line = refused(
+        capsys,
+        arguments(
+            tmp_path,
+            DATA__NUM_WORKERS=0,
+            TRAIN__BASE_LR=1e30,
+            TRAIN__WARMUP_EPOCHS=0,
+            TRAIN__MAX_NONFINITE=4,
+        ),
+    )
     assert "last " in line and "epoch 0" in line and "TRAIN.BASE_LR" in line
 
 
@@ -177,16 +228,37 @@ def test_eval_of_pretrained_weights_returns_after_validating(trained, tmp_path, 
 def test_eval_takes_the_file_it_is_given_not_the_folders_newest(mine, trained, capsys):  # trap T5
     best = read_weights(folder(trained) / "best.pth")
     other = build_model(load_config("configs/digits/digits_tiny.yaml"))
-    torch.save({"model": {name: torch.zeros_like(tensor) if "head" in name else tensor for name, tensor in other.state_dict().items()},
-                "metadata": best.metadata["metadata"]}, mine / "zero.pth")
+    torch.save(
+        {
+            "model": {
+                name: torch.zeros_like(tensor) if "head" in name else tensor
+                for name, tensor in other.state_dict().items()
+            },
+            "metadata": best.metadata["metadata"],
+        },
+        mine / "zero.pth",
+    )
     before = contents(mine)
-    assert program.main([*arguments(mine, MODEL__EMA__ENABLE=False), "--eval", "--resume", str(mine / "zero.pth")]) == 0
+    assert (
+        program.main(
+            [
+                *arguments(mine, MODEL__EMA__ENABLE=False),
+                "--eval",
+                "--resume",
+                str(mine / "zero.pth"),
+            ]
+        )
+        == 0
+    )
     assert "resumed" not in capsys.readouterr().out and contents(mine) == before
     assert "give --resume CHECKPOINT" in refused(capsys, [*arguments(mine), "--eval"])
 
 
 def test_eval_of_a_checkpoint_gives_the_accuracies_of_training(trained, capsys):
-    assert program.main([*arguments(trained), "--eval", "--resume", str(folder(trained) / "last.pth")]) == 0
+    assert (
+        program.main([*arguments(trained), "--eval", "--resume", str(folder(trained) / "last.pth")])
+        == 0
+    )
     out = capsys.readouterr().out
     for entry in metrics(folder(trained))[-2:]:  # val and val_ema
         assert f"Acc@1 {entry['acc1']:.3f}" in out
@@ -194,12 +266,34 @@ def test_eval_of_a_checkpoint_gives_the_accuracies_of_training(trained, capsys):
 
 def test_the_files_of_a_run_are_complete_and_plain(trained):  # traps T6, T12
     names = {path.name for path in folder(trained).iterdir()}
-    assert {"last.pth", "best.pth", "model.safetensors", "config.yaml", "config.json", "metrics.jsonl", "log_rank0.txt"} <= names
+    assert {
+        "last.pth",
+        "best.pth",
+        "model.safetensors",
+        "config.yaml",
+        "config.json",
+        "metrics.jsonl",
+        "log_rank0.txt",
+    } <= names
     payload = checkpoint(folder(trained))
-    assert set(payload) == {"format", "model", "ema", "optimizer", "lr_scheduler", "scaler", "progress", "layout", "ranks", "config",
-                            "metadata"}
+    assert set(payload) == {
+        "format",
+        "model",
+        "ema",
+        "optimizer",
+        "lr_scheduler",
+        "scaler",
+        "progress",
+        "layout",
+        "ranks",
+        "config",
+        "metadata",
+    }
     assert type(payload["config"]) is dict and payload["config"]["MODEL"]["TYPE"] == "swinv2"
-    assert payload["progress"]["best"] == metrics(folder(trained))[-1]["acc1"] and payload["progress"]["best_epoch"] == 0
+    assert (
+        payload["progress"]["best"] == metrics(folder(trained))[-1]["acc1"]
+        and payload["progress"]["best_epoch"] == 0
+    )
     assert json.loads((folder(trained) / "config.json").read_text()) == payload["config"]
 
 
@@ -211,7 +305,10 @@ def test_the_exported_weights_are_the_averaged_ones_and_load_strictly(trained):
 
 
 def test_the_printed_config_of_a_run_makes_the_same_run(trained, tmp_path):
-    assert program.main(["--cfg", str(folder(trained) / "config.yaml"), "--output", str(tmp_path)]) == 0
+    assert (
+        program.main(["--cfg", str(folder(trained) / "config.yaml"), "--output", str(tmp_path)])
+        == 0
+    )
     ours, theirs = checkpoint(folder(tmp_path)), checkpoint(folder(trained))
     assert differences(ours["model"], theirs["model"]) == []
 
@@ -219,28 +316,53 @@ def test_the_printed_config_of_a_run_makes_the_same_run(trained, tmp_path):
 def test_a_finished_run_started_again_trains_no_more(mine, capsys):
     before = contents(mine)
     assert program.main([*arguments(mine, **QUICK)]) == 0
-    assert differences(checkpoint(folder(mine))["model"], checkpoint(folder(mine), "best.pth")["model"]) == []
+    assert (
+        differences(
+            checkpoint(folder(mine))["model"], checkpoint(folder(mine), "best.pth")["model"]
+        )
+        == []
+    )
     assert before.keys() == contents(mine).keys()
     assert "resumed from" in capsys.readouterr().out
 
 
 def test_settings_changed_between_two_starts_are_told(mine, capsys):
-    assert program.main(arguments(mine, **{**QUICK, "TRAIN__MAX_STEPS": 5}, TRAIN__BASE_LR=1e-3)) == 0
+    assert (
+        program.main(arguments(mine, **{**QUICK, "TRAIN__MAX_STEPS": 5}, TRAIN__BASE_LR=1e-3)) == 0
+    )
     out = capsys.readouterr().out
     assert "TRAIN.MAX_STEPS: 3 -> 5" in out and "TRAIN.BASE_LR: 0.032 -> 0.001" in out
-    assert checkpoint(folder(mine))["optimizer"]["param_groups"][0]["lr"] < 1e-3  # the new rate holds (trap T11)
+    assert (
+        checkpoint(folder(mine))["optimizer"]["param_groups"][0]["lr"] < 1e-3
+    )  # the new rate holds (trap T11)
 
 
 def test_another_global_batch_inside_an_epoch_is_refused_and_the_same_one_is_not(mine, capsys):
     before = contents(mine)
     assert "updates of 64 images" in refused(capsys, arguments(mine, **QUICK, DATA__BATCH_SIZE=32))
     assert contents(mine) == before
-    assert program.main(arguments(mine, **{**QUICK, "TRAIN__MAX_STEPS": 5}, DATA__BATCH_SIZE=32, TRAIN__ACCUMULATION_STEPS=2)) == 0
+    assert (
+        program.main(
+            arguments(
+                mine,
+                **{**QUICK, "TRAIN__MAX_STEPS": 5},
+                DATA__BATCH_SIZE=32,
+                TRAIN__ACCUMULATION_STEPS=2,
+            )
+        )
+        == 0
+    )
     assert checkpoint(folder(mine))["progress"]["batch"] == 10
 
 
 def test_throughput_needs_no_data_and_uses_the_configured_dtype(tmp_path, capsys):  # trap T24
-    argv = arguments(tmp_path, DATA__DATASET="imagenet", AUG__AFFINE=False, DATA__BATCH_SIZE=2, AMP_DTYPE="bfloat16")
+    argv = arguments(
+        tmp_path,
+        DATA__DATASET="imagenet",
+        AUG__AFFINE=False,
+        DATA__BATCH_SIZE=2,
+        AMP_DTYPE="bfloat16",
+    )
     assert program.main([*argv, "--throughput"]) == 0
     out = capsys.readouterr().out
     assert "images/s" in out and "bfloat16" in out
@@ -252,6 +374,7 @@ def test_cutmix_alone_trains(tmp_path):  # trap T7
 
 def test_a_run_of_the_reference_goes_on_with_its_optimizer(tmp_path, capsys):
     from yacs.config import CfgNode
+
     quick = {**QUICK, "MODEL__EMA__ENABLE": False, "SAVE_FREQ": 1}
     argv = [*arguments(tmp_path / "a", **{**quick, "TRAIN__MAX_STEPS": 0, "TRAIN__EPOCHS": 1})]
     argv[1] = "configs/digits/digits_swin.yaml"
@@ -259,15 +382,32 @@ def test_a_run_of_the_reference_goes_on_with_its_optimizer(tmp_path, capsys):
     ours = torch.load(tmp_path / "a" / "digits_swin" / "default" / "last.pth", weights_only=True)
     for group in ours["optimizer"]["param_groups"]:
         del group["optimizer"]
-    reference = {"model": ours["model"], "optimizer": ours["optimizer"], "lr_scheduler": {"t_initial": 5}, "max_accuracy": 33.0,
-                 "scaler": {}, "epoch": 0, "config": CfgNode({"MODEL": CfgNode({"TYPE": "swin"})})}
+    reference = {
+        "model": ours["model"],
+        "optimizer": ours["optimizer"],
+        "lr_scheduler": {"t_initial": 5},
+        "max_accuracy": 33.0,
+        "scaler": {},
+        "epoch": 0,
+        "config": CfgNode({"MODEL": CfgNode({"TYPE": "swin"})}),
+    }
     torch.save(reference, tmp_path / "ckpt_epoch_0.pth")
-    argv = [*arguments(tmp_path / "b", **{**quick, "TRAIN__MAX_STEPS": 24}), "--resume", str(tmp_path / "ckpt_epoch_0.pth")]
+    argv = [
+        *arguments(tmp_path / "b", **{**quick, "TRAIN__MAX_STEPS": 24}),
+        "--resume",
+        str(tmp_path / "ckpt_epoch_0.pth"),
+    ]
     argv[1] = "configs/digits/digits_swin.yaml"
     assert program.main(argv) == 0
     assert "resumed the reference's checkpoint" in capsys.readouterr().out
     after = torch.load(tmp_path / "b" / "digits_swin" / "default" / "last.pth", weights_only=True)
-    assert after["progress"] | {"best_epoch": 0} == {"epoch": 1, "batch": 2, "update": 24, "best": 33.0, "best_epoch": 0}
+    assert after["progress"] | {"best_epoch": 0} == {
+        "epoch": 1,
+        "batch": 2,
+        "update": 24,
+        "best": 33.0,
+        "best_epoch": 0,
+    }
     assert float(after["optimizer"]["state"][0]["step"]) == 24
 
 
@@ -275,9 +415,22 @@ def test_a_run_of_the_reference_goes_on_with_its_optimizer(tmp_path, capsys):
 def test_one_and_two_processes_evaluate_to_the_same_numbers(trained, tmp_path):
     outputs = []
     for nproc in (1, 2):
-        done = run("main.py", *arguments(tmp_path, DATA__BATCH_SIZE=50), "--eval", "--resume", folder(trained) / "best.pth", nproc=nproc)
+        done = run(
+            "main.py",
+            *arguments(tmp_path, DATA__BATCH_SIZE=50),
+            "--eval",
+            "--resume",
+            folder(trained) / "best.pth",
+            nproc=nproc,
+        )
         assert done.returncode == 0, done.stderr
-        outputs.append([line.split("INFO")[1] for line in done.stdout.splitlines() if " * Acc@1" in line or "test images" in line])
+        outputs.append(
+            [
+                line.split("INFO")[1]
+                for line in done.stdout.splitlines()
+                if " * Acc@1" in line or "test images" in line
+            ]
+        )
     assert outputs[0] == outputs[1] and len(outputs[0]) == 4
 
 

@@ -14,7 +14,9 @@ from utils import RunError
 
 
 def hold(folder, **holder) -> None:
-    (folder / ".lock").write_text(json.dumps({"host": socket.gethostname(), "started": None} | holder))
+    (folder / ".lock").write_text(
+        json.dumps({"host": socket.gethostname(), "started": None} | holder)
+    )
 
 
 def test_the_lock_is_there_inside_the_block_only(tmp_path):
@@ -27,7 +29,12 @@ def test_the_lock_is_there_inside_the_block_only(tmp_path):
 def test_a_living_holder_is_refused_by_name_and_keeps_its_lock(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         hold(tmp_path, pid=other.pid, started=_start_time(other.pid))
-        with pytest.raises(RunError, match=f"in use by process {other.pid} on {socket.gethostname()}") as caught, FolderLock(tmp_path):
+        with (
+            pytest.raises(
+                RunError, match=f"in use by process {other.pid} on {socket.gethostname()}"
+            ) as caught,
+            FolderLock(tmp_path),
+        ):
             pass
         assert "--output" in str(caught.value) and (tmp_path / ".lock").exists()
         other.stdin.close()
@@ -53,7 +60,9 @@ def test_a_later_process_with_the_same_number_does_not_count(tmp_path):
     hold(tmp_path, pid=os.getppid(), started="0")
     with FolderLock(tmp_path):
         pass
-    hold(tmp_path, pid=os.getpid(), started="0")  # a container started again: the same number, another life
+    hold(
+        tmp_path, pid=os.getpid(), started="0"
+    )  # a container started again: the same number, another life
     with FolderLock(tmp_path):
         pass
 

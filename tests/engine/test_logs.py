@@ -26,20 +26,34 @@ def open_log(folder, **options):
 def test_a_line_is_an_object_with_step_epoch_kind_and_numbers(tmp_path):
     with open_log(tmp_path) as log:
         log.write(3, 1, "train", loss=torch.tensor(0.5), skipped=2)
-        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "epoch": 1, "kind": "train", "loss": 0.5, "skipped": 2}
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+            "step": 3,
+            "epoch": 1,
+            "kind": "train",
+            "loss": 0.5,
+            "skipped": 2,
+        }
 
 
-@pytest.mark.parametrize("checkpoint, killed", [(0, 5), (2, 5), (3, 5), (5, 5), (2, 9), (6, 9), (9, 9)])
+@pytest.mark.parametrize(
+    "checkpoint, killed", [(0, 5), (2, 5), (3, 5), (5, 5), (2, 9), (6, 9), (9, 9)]
+)
 def test_resumed_file_equals_the_uninterrupted_one(tmp_path, checkpoint, killed):
     with open_log(tmp_path / "whole", resume_step=-1) as log:
         entries(log, 1, 12)
     with open_log(tmp_path / "parts", resume_step=-1) as log:
         entries(log, 1, killed)
     with open_log(tmp_path / "parts", resume_step=checkpoint) as log:
-        if checkpoint and checkpoint % 3 == 0:  # saved before the evaluation, which therefore runs again
-            log.write(checkpoint, checkpoint // 3, "eval", loss=2 / checkpoint, acc1=10.0 * checkpoint)
+        if (
+            checkpoint and checkpoint % 3 == 0
+        ):  # saved before the evaluation, which therefore runs again
+            log.write(
+                checkpoint, checkpoint // 3, "eval", loss=2 / checkpoint, acc1=10.0 * checkpoint
+            )
         entries(log, checkpoint + 1, 12)
-    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (
+        tmp_path / "whole/metrics.jsonl"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("cut", [1, 20, 43])
@@ -59,7 +73,9 @@ def test_a_new_run_keeps_the_old_ones_numbers_in_a_backup(tmp_path):
         entries(log, 1, 5)
     old = (tmp_path / "metrics.jsonl").read_bytes()
     open_log(tmp_path, resume_step=-1).close()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b"" and (tmp_path / "metrics.jsonl.bak").read_bytes() == old
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"" and (
+        tmp_path / "metrics.jsonl.bak"
+    ).read_bytes() == old
 
 
 def test_without_a_step_the_file_is_added_to(tmp_path):
@@ -88,7 +104,11 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     with open_log(tmp_path, tensorboard=True) as log:
         entries(log, 1, 3)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+    ]
     assert events.Scalars("eval/acc1")[0].value == 30.0
 
 
@@ -101,14 +121,25 @@ def test_missing_tensorboard_is_a_warning(tmp_path, monkeypatch, caplog):
 
 def test_wandb_is_given_the_numbers_and_continues_under_its_id(tmp_path, monkeypatch):
     calls = []
-    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
-    fake = SimpleNamespace(init=lambda **options: calls.append(options) or run, util=SimpleNamespace(generate_id=lambda: "id42"))
+    run = SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+    )
+    fake = SimpleNamespace(
+        init=lambda **options: calls.append(options) or run,
+        util=SimpleNamespace(generate_id=lambda: "id42"),
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for resume_step in (-1, 1):
-        with open_log(tmp_path, resume_step=resume_step, wandb=True, name="swin/tag", config={"a": 1}) as log:
+        with open_log(
+            tmp_path, resume_step=resume_step, wandb=True, name="swin/tag", config={"a": 1}
+        ) as log:
             log.write(resume_step + 2, 0, "train", loss=1.0)
     started = [call for call in calls if isinstance(call, dict)]
-    assert [call["id"] for call in started] == ["id42", "id42"] and started[0]["config"] == {"a": 1} and started[0]["project"] == "swin"
+    assert (
+        [call["id"] for call in started] == ["id42", "id42"]
+        and started[0]["config"] == {"a": 1}
+        and started[0]["project"] == "swin"
+    )
     assert (1, {"train/loss": 1.0, "epoch": 0}) in calls and calls[-1] == "finish"
 
 

@@ -12,7 +12,10 @@ from utils import RunError
 def batch():
     generator = torch.Generator().manual_seed(0)
     shapes = {"images": (4, 3, 2, 2), "logits": (4, 5), "dist": (4, 5), "teacher": (4, 5)}
-    drawn = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    drawn = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
     return {**drawn, "targets": torch.tensor([0, 3, 3, 1])}
 
 
@@ -38,12 +41,19 @@ def nll(z, targets):
 
 
 def test_hard_targets_give_the_negative_log_likelihood(batch):
-    torch.testing.assert_close(make_criterion(False, 0.0)(batch["logits"], batch["targets"]), nll(batch["logits"], batch["targets"]))
+    torch.testing.assert_close(
+        make_criterion(False, 0.0)(batch["logits"], batch["targets"]),
+        nll(batch["logits"], batch["targets"]),
+    )
 
 
 def test_smoothing_spreads_its_share_over_all_classes(batch):
-    expected = 0.9 * nll(batch["logits"], batch["targets"]) - 0.1 * log_softmax(batch["logits"]).mean()
-    torch.testing.assert_close(make_criterion(False, 0.1)(batch["logits"], batch["targets"]), expected)
+    expected = (
+        0.9 * nll(batch["logits"], batch["targets"]) - 0.1 * log_softmax(batch["logits"]).mean()
+    )
+    torch.testing.assert_close(
+        make_criterion(False, 0.1)(batch["logits"], batch["targets"]), expected
+    )
 
 
 def test_soft_targets_are_taken_as_they_are(batch):
@@ -69,37 +79,58 @@ def test_loss_of_half_precision_logits_is_formed_in_float32(batch, dtype):
 
 def test_hard_distillation_is_the_weighted_sum_of_two_cross_entropies(batch):
     loss = Distillation(Teacher(batch["teacher"]), "hard", alpha=0.3)
-    got = loss(batch["images"], (batch["logits"], batch["dist"]), batch["targets"], make_criterion(False))
-    expected = 0.7 * nll(batch["logits"], batch["targets"]) + 0.3 * nll(batch["dist"], batch["teacher"].argmax(1))
+    got = loss(
+        batch["images"], (batch["logits"], batch["dist"]), batch["targets"], make_criterion(False)
+    )
+    expected = 0.7 * nll(batch["logits"], batch["targets"]) + 0.3 * nll(
+        batch["dist"], batch["teacher"].argmax(1)
+    )
     torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 def test_soft_distillation_is_the_tempered_divergence_times_tau_squared(batch, tau):
     loss = Distillation(Teacher(batch["teacher"]), "soft", alpha=0.3, tau=tau)
-    got = loss(batch["images"], (batch["logits"], batch["dist"]), batch["targets"], make_criterion(False))
+    got = loss(
+        batch["images"], (batch["logits"], batch["dist"]), batch["targets"], make_criterion(False)
+    )
     p, q = log_softmax(batch["teacher"] / tau), log_softmax(batch["dist"] / tau)
     divergence = (p.exp() * (p - q)).sum(1).mean()
-    torch.testing.assert_close(got, 0.7 * nll(batch["logits"], batch["targets"]) + 0.3 * tau**2 * divergence)
+    torch.testing.assert_close(
+        got, 0.7 * nll(batch["logits"], batch["targets"]) + 0.3 * tau**2 * divergence
+    )
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_one_head_serves_as_both(batch, kind):
-    loss, criterion = Distillation(Teacher(batch["teacher"]), kind, alpha=0.3, tau=2.0), make_criterion(False)
+    loss, criterion = (
+        Distillation(Teacher(batch["teacher"]), kind, alpha=0.3, tau=2.0),
+        make_criterion(False),
+    )
     one = loss(batch["images"], batch["logits"], batch["targets"], criterion)
-    assert one == loss(batch["images"], (batch["logits"], batch["logits"]), batch["targets"], criterion)
+    assert one == loss(
+        batch["images"], (batch["logits"], batch["logits"]), batch["targets"], criterion
+    )
 
 
 def test_alpha_zero_and_no_distillation_are_the_base_loss(batch):
     criterion, heads = make_criterion(False, 0.1), (batch["logits"], batch["dist"])
     base = criterion(batch["logits"], batch["targets"])
-    assert Distillation(Teacher(batch["teacher"]), "hard", alpha=0.0)(batch["images"], heads, batch["targets"], criterion) == base
+    assert (
+        Distillation(Teacher(batch["teacher"]), "hard", alpha=0.0)(
+            batch["images"], heads, batch["targets"], criterion
+        )
+        == base
+    )
     assert Distillation(None, "none")(batch["images"], heads, batch["targets"], criterion) == base
 
 
 def test_a_student_that_agrees_with_the_teacher_pays_nothing_for_it(batch):
     loss = Distillation(Teacher(batch["teacher"]), "soft", alpha=1.0, tau=2.0)
-    assert loss(batch["images"], batch["teacher"], batch["targets"], make_criterion(False)).abs() < 1e-15
+    assert (
+        loss(batch["images"], batch["teacher"], batch["targets"], make_criterion(False)).abs()
+        < 1e-15
+    )
 
 
 def test_the_teacher_stays_in_eval_mode_frozen_and_out_of_the_state_dict(batch):
@@ -118,9 +149,15 @@ def test_distillation_gradient_reaches_both_heads(batch):
     assert all(head.grad.abs().sum() > 0 for head in heads)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"kind": "warm"}, "allowed: none, hard, soft"), ({"kind": "hard", "teacher": None}, "TRAIN.DISTILL.TEACHER"),
-    ({"kind": "soft", "tau": 0.0}, "TRAIN.DISTILL.TAU 0.0"), ({"kind": "hard", "alpha": 1.5}, "TRAIN.DISTILL.ALPHA 1.5")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"kind": "warm"}, "allowed: none, hard, soft"),
+        ({"kind": "hard", "teacher": None}, "TRAIN.DISTILL.TEACHER"),
+        ({"kind": "soft", "tau": 0.0}, "TRAIN.DISTILL.TAU 0.0"),
+        ({"kind": "hard", "alpha": 1.5}, "TRAIN.DISTILL.ALPHA 1.5"),
+    ],
+)
 def test_impossible_distillation_is_refused(batch, arguments, words):
     with pytest.raises(RunError, match=words):
         Distillation(**{"teacher": Teacher(batch["teacher"]), **arguments})
@@ -128,4 +165,6 @@ def test_impossible_distillation_is_refused(batch, arguments, words):
 
 def test_a_teacher_of_other_classes_is_refused(batch):
     with pytest.raises(RunError, match="the teacher's logits have shape"):
-        Distillation(Teacher(batch["teacher"][:, :4]), "hard")(batch["images"], batch["logits"], batch["targets"], make_criterion(False))
+        Distillation(Teacher(batch["teacher"][:, :4]), "hard")(
+            batch["images"], batch["logits"], batch["targets"], make_criterion(False)
+        )

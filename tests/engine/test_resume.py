@@ -1,4 +1,6 @@
-"""A run that was killed and started again with the same command ends with the same bits as one that was not."""
+"""A run that was killed and started again with the same command ends with the same bits as one that
+was not.
+"""
 
 import random
 
@@ -29,7 +31,9 @@ def undisturbed(tmp_path_factory):
 
 
 def killed_then_resumed(output, place: str, update: int, rank: int = 0, nproc: int = 1):
-    killed = run("tests/engine/killer.py", place, str(update), str(rank), *arguments(output), nproc=nproc)
+    killed = run(
+        "tests/engine/killer.py", place, str(update), str(rank), *arguments(output), nproc=nproc
+    )
     assert killed.returncode not in (0, 2), killed.stdout + killed.stderr
     return train(output, nproc)
 
@@ -48,7 +52,9 @@ def test_two_processes_of_which_one_is_killed_resume_bit_identical(tmp_path, und
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_process_and_the_run_ends_bit_identical(tmp_path, undisturbed):
-    done = run("tests/engine/killer.py", "update", "8", "1", *arguments(tmp_path), nproc=2, restarts=1)
+    done = run(
+        "tests/engine/killer.py", "update", "8", "1", *arguments(tmp_path), nproc=2, restarts=1
+    )
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert_same_run(folder(tmp_path), undisturbed(2))
@@ -57,10 +63,17 @@ def test_torchrun_restarts_a_killed_process_and_the_run_ends_bit_identical(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["term", "termgroup"])
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_sigterm_saves_after_the_update_and_the_same_command_goes_on_bit_identical(tmp_path, undisturbed, place, nproc):
+def test_sigterm_saves_after_the_update_and_the_same_command_goes_on_bit_identical(
+    tmp_path, undisturbed, place, nproc
+):
     stopped = run("tests/engine/killer.py", place, "7", "0", *arguments(tmp_path), nproc=nproc)
-    assert stopped.returncode == (143 if nproc == 1 else 1), stopped.stderr  # torchrun reports its workers' 143 as 1
+    assert stopped.returncode == (143 if nproc == 1 else 1), (
+        stopped.stderr
+    )  # torchrun reports its workers' 143 as 1
     assert "stopped by signal 15" in stopped.stdout
-    assert checkpoint(folder(tmp_path))["progress"]["update"] in (7, 8)  # in a group up to one update later
+    assert checkpoint(folder(tmp_path))["progress"]["update"] in (
+        7,
+        8,
+    )  # in a group up to one update later
     assert not (folder(tmp_path) / ".lock").exists()
     assert_same_run(train(tmp_path, nproc), undisturbed(nproc))

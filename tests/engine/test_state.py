@@ -1,4 +1,6 @@
-"""Checkpoint files: written whole or not at all, damage always noticed, the right one chosen, nothing of others deleted."""
+"""Checkpoint files: written whole or not at all, damage always noticed, the right one chosen,
+nothing of others deleted.
+"""
 
 import os
 import pickle
@@ -30,10 +32,16 @@ from utils import RunError, World
 
 def payload(update: int = 5, epoch: int = 1, ema: bool = False) -> dict:
     generator = torch.Generator().manual_seed(update)
-    return {"model": {"w": torch.randn(64, 32, generator=generator)}, "ema": {"w": torch.ones(2)} if ema else None,
-            "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0], "betas": (0.9, 0.99)}]},
-            "progress": {"epoch": epoch, "batch": 2, "update": update, "best": 12.5, "best_epoch": 0},
-            "config": {"TRAIN": {"EPOCHS": 3, "NAMES": ["a"], "NONE": None}}}
+    return {
+        "model": {"w": torch.randn(64, 32, generator=generator)},
+        "ema": {"w": torch.ones(2)} if ema else None,
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}},
+            "param_groups": [{"lr": 0.1, "params": [0], "betas": (0.9, 0.99)}],
+        },
+        "progress": {"epoch": epoch, "batch": 2, "update": update, "best": 12.5, "best_epoch": 0},
+        "config": {"TRAIN": {"EPOCHS": 3, "NAMES": ["a"], "NONE": None}},
+    }
 
 
 @pytest.fixture
@@ -115,9 +123,19 @@ def test_auto_resume_falls_back_to_the_previous_whole_one_and_says_so(saved, cap
     for name in ("last.pth", "ckpt_epoch_2.pth"):
         content = bytearray((saved / name).read_bytes())
         content[len(content) // 2] ^= 4
-        (saved / name).write_bytes({"truncate": content[:len(content) // 2], "flip": content, "empty": b"", "html": b"<html>"}[damage])
+        (saved / name).write_bytes(
+            {
+                "truncate": content[: len(content) // 2],
+                "flip": content,
+                "empty": b"",
+                "html": b"<html>",
+            }[damage]
+        )
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    assert choose(saved, None, auto=True, world=World("cpu")).name in ("ckpt_epoch_1.pth", "best.pth")
+    assert choose(saved, None, auto=True, world=World("cpu")).name in (
+        "ckpt_epoch_1.pth",
+        "best.pth",
+    )
     assert caplog.text.count("SKIPPED in auto-resume") == 2 and "last.pth" in caplog.text
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
@@ -133,10 +151,14 @@ def test_a_folder_with_nothing_but_damaged_checkpoints_is_not_written_over(saved
 def test_an_explicit_checkpoint_is_taken_at_its_word(saved, tmp_path_factory):
     world, elsewhere = World("cpu"), tmp_path_factory.mktemp("elsewhere")
     assert choose(saved, saved / "ckpt_epoch_0.pth", True, world) == saved / "ckpt_epoch_0.pth"
-    assert choose(elsewhere, saved / "ckpt_epoch_0.pth", True, world) == saved / "ckpt_epoch_0.pth"  # the output folder is empty
+    assert (
+        choose(elsewhere, saved / "ckpt_epoch_0.pth", True, world) == saved / "ckpt_epoch_0.pth"
+    )  # the output folder is empty
     assert choose(elsewhere, None, True, world) is None
     CheckpointFolder(elsewhere).save(payload())
-    assert choose(elsewhere, saved / "ckpt_epoch_0.pth", True, world) == elsewhere / "last.pth"  # the same command, run again
+    assert (
+        choose(elsewhere, saved / "ckpt_epoch_0.pth", True, world) == elsewhere / "last.pth"
+    )  # the same command, run again
     assert choose(elsewhere, saved / "ckpt_epoch_0.pth", False, world) == saved / "ckpt_epoch_0.pth"
     with pytest.raises(CheckpointError, match="no such file"):
         choose(elsewhere, saved / "missing.pth", True, world)
@@ -148,7 +170,11 @@ def test_only_the_newest_checkpoints_of_this_program_are_kept(tmp_path):
     for epoch in range(10):
         files.save(payload(epoch=epoch))
         files.keep_epoch(epoch, last=epoch == 9)
-    assert sorted(path.name for path in tmp_path.glob("ckpt*")) == ["ckpt_epoch_1.pth", "ckpt_epoch_8.pth", "ckpt_epoch_9.pth"]
+    assert sorted(path.name for path in tmp_path.glob("ckpt*")) == [
+        "ckpt_epoch_1.pth",
+        "ckpt_epoch_8.pth",
+        "ckpt_epoch_9.pth",
+    ]
     everything = CheckpointFolder(tmp_path, keep=0)
     everything.keep_epoch(10)
     assert len(list(tmp_path.glob("ckpt*"))) == 4
@@ -176,32 +202,53 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_path(tmp_path):
 
 
 def test_positions_move_to_another_layout_only_where_updates_hold_as_many_images():
-    inside, border = TrainState(epoch=3, batch=6, update=40), TrainState(epoch=3, batch=0, update=40)
+    inside, border = (
+        TrainState(epoch=3, batch=6, update=40),
+        TrainState(epoch=3, batch=0, update=40),
+    )
     one = Layout(batch_size=8, world_size=2, accumulation=2)
     assert place(inside, one, one) == inside
     assert place(inside, one, Layout(4, 4, 2)).batch == 6
     assert place(inside, one, Layout(16, 1, 2)).batch == 6
     assert place(inside, one, Layout(32, 1, 1)).batch == 3
     assert place(border, one, Layout(5, 1, 1)) == border
-    with pytest.raises(CheckpointError, match="inside epoch 3 with updates of 32 images .* this run has 16"):
+    with pytest.raises(
+        CheckpointError, match="inside epoch 3 with updates of 32 images .* this run has 16"
+    ):
         place(inside, one, Layout(8, 2, 1))
 
 
 def test_changed_settings_are_listed_by_their_full_names():
     saved = {"TRAIN": {"BASE_LR": 1e-3, "EPOCHS": 5}, "SEED": 0, "OLD": 1}
     now = {"TRAIN": {"BASE_LR": 2e-3, "EPOCHS": 5}, "SEED": 0, "NEW": [1]}
-    assert config_changes(saved, now) == ["NEW: None -> [1]", "OLD: 1 -> None", "TRAIN.BASE_LR: 0.001 -> 0.002"]
+    assert config_changes(saved, now) == [
+        "NEW: None -> [1]",
+        "OLD: 1 -> None",
+        "TRAIN.BASE_LR: 0.001 -> 0.002",
+    ]
     assert config_changes(now, now) == []
 
 
 def test_a_checkpoint_of_the_reference_is_read_without_its_config_class(tmp_path):
     from yacs.config import CfgNode
+
     config = CfgNode({"MODEL": CfgNode({"TYPE": "swin"})})
     config.freeze()
-    content = {"model": {"w": torch.ones(2)}, "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": {"t": 1},
-               "max_accuracy": 81.2, "scaler": {"scale": 2.0}, "epoch": 7, "config": config}
+    content = {
+        "model": {"w": torch.ones(2)},
+        "optimizer": {"state": {}, "param_groups": []},
+        "lr_scheduler": {"t": 1},
+        "max_accuracy": 81.2,
+        "scaler": {"scale": 2.0},
+        "epoch": 7,
+        "config": config,
+    }
     torch.save(content, tmp_path / "ckpt_epoch_7.pth")
     back = foreign(tmp_path / "ckpt_epoch_7.pth")
-    assert (back["epoch"], back["max_accuracy"], back["config"]["MODEL"]["TYPE"]) == (7, 81.2, "swin")
+    assert (back["epoch"], back["max_accuracy"], back["config"]["MODEL"]["TYPE"]) == (
+        7,
+        81.2,
+        "swin",
+    )
     started = time.time()
     assert not holds_state(tmp_path / "ckpt_epoch_7.pth") and time.time() - started < 5

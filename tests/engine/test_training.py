@@ -1,4 +1,6 @@
-"""The update: against the reference's vectors, against the formula written out, and its rules one by one."""
+"""The update: against the reference's vectors, against the formula written out, and its rules one
+by one.
+"""
 
 from functools import partial
 from types import SimpleNamespace
@@ -22,13 +24,30 @@ from utils import World
 
 
 def golden_trainer(meta: dict, model: nn.Module) -> Trainer:
-    optimizer = torch.optim.AdamW(parameter_groups(model, meta["base_lr"], meta["weight_decay"]), lr=meta["base_lr"], betas=meta["betas"],
-                                  eps=meta["eps"])
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, meta["base_lr"], meta["weight_decay"]),
+        lr=meta["base_lr"],
+        betas=meta["betas"],
+        eps=meta["eps"],
+    )
     updates = meta["updates_per_epoch"]
-    schedule = Schedule("cosine", meta["epochs"] * updates, meta["warmup_epochs"] * updates, meta["warmup_lr"], meta["min_lr"],
-                        warmup_prefix=meta["warmup_prefix"])
-    return Trainer(model, optimizer, LRScheduler(optimizer, schedule), with_distillation(make_criterion(True), None), world=World("cpu"),
-                   layout=Layout(meta["batch"], 1, 1), clip=meta["clip_grad"])
+    schedule = Schedule(
+        "cosine",
+        meta["epochs"] * updates,
+        meta["warmup_epochs"] * updates,
+        meta["warmup_lr"],
+        meta["min_lr"],
+        warmup_prefix=meta["warmup_prefix"],
+    )
+    return Trainer(
+        model,
+        optimizer,
+        LRScheduler(optimizer, schedule),
+        with_distillation(make_criterion(True), None),
+        world=World("cpu"),
+        layout=Layout(meta["batch"], 1, 1),
+        clip=meta["clip_grad"],
+    )
 
 
 def test_eight_updates_equal_the_references():
@@ -38,7 +57,9 @@ def test_eight_updates_equal_the_references():
     trainer, per_epoch = golden_trainer(meta, model), meta["updates_per_epoch"]
     for index in range(meta["updates"]):
         trainer.state.epoch, trainer.state.batch = divmod(index, per_epoch)
-        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(meta["lrs"][index], rel=1e-12)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(
+            meta["lrs"][index], rel=1e-12
+        )
         trainer.update([(tensors["inputs"][index], tensors["targets"][index])])
         trainer.advance(per_epoch)
         read = trainer.tally.read()
@@ -121,6 +142,7 @@ def test_gradients_are_reduced_with_the_last_micro_batch_only():
 
                 def __exit__(_, *error):
                     self.silent = False
+
             return Context()
 
     trainer = make_trainer(accumulation=3)
@@ -147,7 +169,9 @@ def test_an_update_with_a_nan_gradient_changes_nothing_and_is_counted():
     trainer.update([batches[1]])
     read = trainer.tally.read()
     assert (read["skipped"], read["streak"], read["finite"]) == (1, 0, 2)
-    assert torch.isfinite(torch.tensor([read["loss_mean"], read["norm_mean"]])).all()  # one bad update does not spoil the means
+    assert torch.isfinite(
+        torch.tensor([read["loss_mean"], read["norm_mean"]])
+    ).all()  # one bad update does not spoil the means
     assert all(torch.isfinite(p).all() for p in trainer.ema.module.parameters())
 
 
@@ -159,8 +183,11 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True)
 
 
-@pytest.mark.parametrize("step, make", [(fused_step, partial(adamw, fused=True)), (masked_step, adamw), (masked_step, sgd)],
-                         ids=["fused adamw", "masked adamw", "masked sgd"])
+@pytest.mark.parametrize(
+    "step, make",
+    [(fused_step, partial(adamw, fused=True)), (masked_step, adamw), (masked_step, sgd)],
+    ids=["fused adamw", "masked adamw", "masked sgd"],
+)
 def test_the_decision_on_the_device_skips_bad_steps_and_takes_good_ones(step, make):
     parameters = [nn.Parameter(torch.randn(5)) for _ in range(2)]
     twins = [nn.Parameter(p.detach().clone()) for p in parameters]
@@ -183,9 +210,18 @@ def test_the_decision_on_the_device_skips_bad_steps_and_takes_good_ones(step, ma
 def test_too_many_bad_updates_in_a_row_end_the_run_with_their_numbers():
     class Broken(Loader):
         def epoch(self, epoch, start_batch=0):
-            return (nan_batch() if index > 1 else batch for index, batch in enumerate(super().epoch(epoch, start_batch)))
+            return (
+                nan_batch() if index > 1 else batch
+                for index, batch in enumerate(super().epoch(epoch, start_batch))
+            )
 
-    with pytest.raises(RuntimeError, match=r"not finite in the last 3 updates \(2 to 4, epoch 0; processes with a non-finite loss: 0\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"not finite in the last 3 updates \(2 to 4, epoch 0; processes with a non-finite"
+            r" loss: 0\)"
+        ),
+    ):
         run_fit(make_trainer(), Broken(), epochs=1, max_nonfinite=3)
 
 
@@ -198,7 +234,9 @@ def test_float16_scales_the_loss_and_halves_the_scale_after_an_overflow():
     torch.manual_seed(1)
     trainer.update([batches[0]])
     for name, p in twin.model.named_parameters():
-        torch.testing.assert_close(trainer.model.get_parameter(name), p, atol=0.021, rtol=0)  # AdamW's first step is +-lr
+        torch.testing.assert_close(
+            trainer.model.get_parameter(name), p, atol=0.021, rtol=0
+        )  # AdamW's first step is +-lr
     before = weights(trainer)
     trainer.update([nan_batch()])
     assert trainer.scaler.get_scale() == 128
@@ -224,23 +262,43 @@ def test_the_adaptive_clip_leaves_the_classifier_alone():
     trainer = make_trainer(clip=1e-9, clip_mode="agc", optimizer=torch.optim.SGD)
     before = weights(trainer)
     trainer.update(list(Loader(1).epoch(0)))
-    moved = {name for name, p in trainer.model.named_parameters() if not torch.allclose(p, before[name], atol=1e-7)}
+    moved = {
+        name
+        for name, p in trainer.model.named_parameters()
+        if not torch.allclose(p, before[name], atol=1e-7)
+    }
     assert moved == {"head.weight", "head.bias"}
 
 
 def run_fit(trainer: Trainer, loader, epochs: int, folder=None, validate=None, **plan):
     report = Silent()
-    files = CheckpointFolder(folder) if folder else SimpleNamespace(save=lambda payload: None, keep_best=lambda *a, **k: None,
-                                                                     keep_epoch=lambda *a, **k: None)
+    files = (
+        CheckpointFolder(folder)
+        if folder
+        else SimpleNamespace(
+            save=lambda payload: None,
+            keep_best=lambda *a, **k: None,
+            keep_epoch=lambda *a, **k: None,
+        )
+    )
     accuracy = validate or (lambda model: SimpleNamespace(acc1=50.0, acc5=90.0, loss=1.0, count=10))
     with StopSignal(trainer.world) as stop:
-        fit(trainer, loader, accuracy, plan=Plan(epochs, **plan), folder=files, report=report, stop=stop)
+        fit(
+            trainer,
+            loader,
+            accuracy,
+            plan=Plan(epochs, **plan),
+            folder=files,
+            report=report,
+            stop=stop,
+        )
     return trainer, report
 
 
 @pytest.mark.parametrize("step", range(1, 12))
 def test_a_run_saved_after_any_update_and_restored_is_bit_identical(tmp_path, step):
     from tests.engine.runs import differences
+
     options = dict(accumulation=2, mix=True, ema=True, clip=1.0)
     whole, _ = run_fit(make_trainer(**options), Loader(9), epochs=3)
     run_fit(make_trainer(**options), Loader(9), epochs=3, folder=tmp_path, max_steps=step)
@@ -253,16 +311,28 @@ def test_a_run_saved_after_any_update_and_restored_is_bit_identical(tmp_path, st
 
 def test_best_is_saved_after_validation_with_the_accuracy_it_has(tmp_path):
     accuracies = iter([10.0, 30.0, 20.0])
-    run_fit(make_trainer(), Loader(2), epochs=3, folder=tmp_path,
-            validate=lambda model: SimpleNamespace(acc1=next(accuracies), acc5=90.0, loss=1.0, count=10))
-    best, last = (torch.load(tmp_path / name, weights_only=True)["progress"] for name in ("best.pth", "last.pth"))
+    run_fit(
+        make_trainer(),
+        Loader(2),
+        epochs=3,
+        folder=tmp_path,
+        validate=lambda model: SimpleNamespace(
+            acc1=next(accuracies), acc5=90.0, loss=1.0, count=10
+        ),
+    )
+    best, last = (
+        torch.load(tmp_path / name, weights_only=True)["progress"]
+        for name in ("best.pth", "last.pth")
+    )
     assert (best["best"], best["best_epoch"], best["epoch"]) == (30.0, 1, 2)
     assert (last["best"], last["best_epoch"], last["epoch"]) == (30.0, 1, 3)
 
 
 def test_the_average_leads_only_where_it_is_asked_to(tmp_path):
     def accuracy(model):
-        return SimpleNamespace(acc1=40.0 if model is trainer.model else 60.0, acc5=90.0, loss=1.0, count=10)
+        return SimpleNamespace(
+            acc1=40.0 if model is trainer.model else 60.0, acc5=90.0, loss=1.0, count=10
+        )
 
     for leads, best in ((True, 60.0), (False, 40.0)):
         trainer = make_trainer(ema=True, ema_leads=leads)

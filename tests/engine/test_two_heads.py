@@ -1,4 +1,6 @@
-"""Distillation of a model with two heads: each learns from its own teacher, and evaluation takes the mean."""
+"""Distillation of a model with two heads: each learns from its own teacher, and evaluation takes
+the mean.
+"""
 
 import pytest
 import torch
@@ -21,9 +23,14 @@ def two_headed(kind):
 
 
 @pytest.mark.parametrize("kind", ["swiftformer", "pit"])
-@pytest.mark.parametrize(("alpha", "learns", "rests"), [(0.0, "head", "head_dist"), (1.0, "head_dist", "head")])
+@pytest.mark.parametrize(
+    ("alpha", "learns", "rests"), [(0.0, "head", "head_dist"), (1.0, "head_dist", "head")]
+)
 def test_the_class_head_learns_the_labels_and_the_other_the_teacher(kind, alpha, learns, rests):
-    model, teacher = two_headed(kind), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10))
+    model, teacher = (
+        two_headed(kind),
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10)),
+    )
     loss = with_distillation(make_criterion(False), Distillation(teacher, "hard", alpha))
     images = torch.randn(4, 1, 16, 16)
     loss(images, BothHeads(model)(images), torch.arange(4)).backward()
@@ -32,17 +39,49 @@ def test_the_class_head_learns_the_labels_and_the_other_the_teacher(kind, alpha,
 
 
 def test_models_with_one_head_are_called_as_they_are():
-    assert has_two_heads(two_headed("pit")) and not has_two_heads(SwiftFormer(**SWIFTFORMER, distillation=False))
+    assert has_two_heads(two_headed("pit")) and not has_two_heads(
+        SwiftFormer(**SWIFTFORMER, distillation=False)
+    )
     assert not has_two_heads(torch.nn.Linear(2, 2))
 
 
 def test_a_run_with_a_teacher_trains_both_heads(tmp_path):
-    common = ["--output", str(tmp_path), "--opts", "TRAIN.MAX_STEPS", "3", "LOG.TENSORBOARD", "False", "LOG.PLOT", "False", "DEVICE", "cpu"]
+    common = [
+        "--output",
+        str(tmp_path),
+        "--opts",
+        "TRAIN.MAX_STEPS",
+        "3",
+        "LOG.TENSORBOARD",
+        "False",
+        "LOG.PLOT",
+        "False",
+        "DEVICE",
+        "cpu",
+    ]
     teacher = str(ROOT / "configs" / "digits" / "digits_swiftformer.yaml")
     assert program.main(["--cfg", teacher, *common]) == 0
     weights = tmp_path / "digits_swiftformer" / "default" / "last.pth"
-    student = [*common, "MODEL.SWIFTFORMER.DISTILL_HEAD", "True", "TRAIN.DISTILL.KIND", "hard", "TRAIN.DISTILL.TEACHER", teacher,
-               "TRAIN.DISTILL.TEACHER_WEIGHTS", str(weights), "TAG", "student", "TRAIN.CLIP_MODE", "agc", "TRAIN.CLIP_GRAD", "0.01"]
+    student = [
+        *common,
+        "MODEL.SWIFTFORMER.DISTILL_HEAD",
+        "True",
+        "TRAIN.DISTILL.KIND",
+        "hard",
+        "TRAIN.DISTILL.TEACHER",
+        teacher,
+        "TRAIN.DISTILL.TEACHER_WEIGHTS",
+        str(weights),
+        "TAG",
+        "student",
+        "TRAIN.CLIP_MODE",
+        "agc",
+        "TRAIN.CLIP_GRAD",
+        "0.01",
+    ]
     assert program.main(["--cfg", teacher, *student]) == 0
     state = read(tmp_path / "digits_swiftformer" / "student" / "last.pth")
-    assert state["model"]["head.bias"].abs().max() > 0 and state["model"]["head_dist.bias"].abs().max() > 0
+    assert (
+        state["model"]["head.bias"].abs().max() > 0
+        and state["model"]["head_dist.bias"].abs().max() > 0
+    )

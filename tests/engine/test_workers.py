@@ -12,8 +12,18 @@ from data import build_data
 from engine.signals import signals_blocked
 from tests.helpers import ROOT, run_main
 
-OPTIONS = ["DATA.DATASET", "folder", "DATA.IMG_SIZE", "32", "DATA.NUM_WORKERS", "2", "MODEL.SWIN.EMBED_DIM", "24",
-           "TRAIN.WARMUP_EPOCHS", "0"]
+OPTIONS = [
+    "DATA.DATASET",
+    "folder",
+    "DATA.IMG_SIZE",
+    "32",
+    "DATA.NUM_WORKERS",
+    "2",
+    "MODEL.SWIN.EMBED_DIM",
+    "24",
+    "TRAIN.WARMUP_EPOCHS",
+    "0",
+]
 CONFIG = "configs/swin/swin_tiny_patch4_window7_224.yaml"
 
 
@@ -25,19 +35,40 @@ def images(tmp_path):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                Image.fromarray(random.integers(0, 255, (40, 50, 3), dtype="uint8")).save(folder / f"{number}.jpg")
+                Image.fromarray(random.integers(0, 255, (40, 50, 3), dtype="uint8")).save(
+                    folder / f"{number}.jpg"
+                )
     return tmp_path / "images"
 
 
 def test_a_run_with_loading_processes_and_image_files_ends(images, tmp_path):
-    """Workers start with SIGTERM blocked, so the interpreter's own request to end at exit would wait for them for ever."""
-    run = run_main("--cfg", CONFIG, "--data-path", images, "--batch-size", 4, "--epochs", 1, "--output", tmp_path / "output", "--opts",
-                   *OPTIONS, timeout=300)
+    """Workers start with SIGTERM blocked, so the interpreter's own request to end at exit would
+    wait for them for ever.
+    """
+    run = run_main(
+        "--cfg",
+        CONFIG,
+        "--data-path",
+        images,
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+        "--output",
+        tmp_path / "output",
+        "--opts",
+        *OPTIONS,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
 
 
 def test_closing_the_data_ends_every_loading_process_even_one_that_ignores_sigterm(images):
-    data = build_data(load_config(ROOT / CONFIG, ["DATA.DATA_PATH", str(images), "DATA.BATCH_SIZE", "4", *OPTIONS]))
+    data = build_data(
+        load_config(
+            ROOT / CONFIG, ["DATA.DATA_PATH", str(images), "DATA.BATCH_SIZE", "4", *OPTIONS]
+        )
+    )
     with signals_blocked():
         batches = data.train_loader.epoch(0), iter(data.val_loader)
         for loader in batches:

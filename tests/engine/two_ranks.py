@@ -1,4 +1,6 @@
-"""Run under torchrun with two processes by test_distributed.py; writes what happened as JSON to the file named on the command line."""
+"""Run under torchrun with two processes by test_distributed.py; writes what happened as JSON to the
+file named on the command line.
+"""
 
 import json
 import os
@@ -28,11 +30,13 @@ def no_dropout(trainer):
 
 
 def my_half(batch, world):
-    return tuple(part[world.rank::world.size] for part in batch)
+    return tuple(part[world.rank :: world.size] for part in batch)
 
 
 def averaging(world) -> dict:
-    """Two processes with half a batch each, and the reductions of a window of three micro-batches."""
+    """Two processes with half a batch each, and the reductions of a window of three
+    micro-batches.
+    """
     reductions = []
 
     def hook(state, bucket):
@@ -56,10 +60,13 @@ def nan_on_one_rank(world) -> dict:
 
 def divergence(world) -> str:
     """All updates bad, on the second process only."""
+
     class Broken(Loader):
         def epoch(self, epoch, start_batch=0):
             factor = float("nan") if world.rank == 1 else 1.0
-            return ((images * factor, targets) for images, targets in super().epoch(epoch, start_batch))
+            return (
+                (images * factor, targets) for images, targets in super().epoch(epoch, start_batch)
+            )
 
     try:
         run_fit(make_trainer(world=world), Broken(), epochs=1, max_nonfinite=2)
@@ -70,6 +77,7 @@ def divergence(world) -> str:
 
 def signal_to_one_rank(world) -> dict:
     """SIGTERM to the second process alone, after its second update."""
+
     class Signalled(Loader):
         def epoch(self, epoch, start_batch=0):
             for index, batch in enumerate(super().epoch(epoch, start_batch)):
@@ -88,9 +96,15 @@ def no_signal(world) -> int:
 
 def main() -> None:
     with World("cpu") as world:
-        mine = {"averaging": averaging(world), "nan": nan_on_one_rank(world), "divergence": divergence(world),
-                "signal": signal_to_one_rank(world), "no_signal": no_signal(world), "mean": world.mean(world.rank + 1.0),
-                "broadcast": world.broadcast(f"from {world.rank}")}
+        mine = {
+            "averaging": averaging(world),
+            "nan": nan_on_one_rank(world),
+            "divergence": divergence(world),
+            "signal": signal_to_one_rank(world),
+            "no_signal": no_signal(world),
+            "mean": world.mean(world.rank + 1.0),
+            "broadcast": world.broadcast(f"from {world.rank}"),
+        }
         gathered = world.gather(mine)
         if world.is_main:
             Path(sys.argv[1]).write_text(json.dumps(gathered))

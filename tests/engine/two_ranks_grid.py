@@ -1,4 +1,6 @@
-"""Run under torchrun with two processes by test_grid.py: trains every configuration named on the command line for a few updates."""
+"""Run under torchrun with two processes by test_grid.py: trains every configuration named on the
+command line for a few updates.
+"""
 
 import sys
 from pathlib import Path
@@ -21,4 +23,4 @@ def main(output: str, options: list[str], paths: list[str]) -> None:
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
-    main(sys.argv[1], sys.argv[2:split], sys.argv[split + 1:])
+    main(sys.argv[1], sys.argv[2:split], sys.argv[split + 1 :])

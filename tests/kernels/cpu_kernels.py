@@ -1,4 +1,6 @@
-"""Builds the CPU kernel without PyTorch's binding, once per content, and loads one copy of it for each instruction set."""
+"""Builds the CPU kernel without PyTorch's binding, once per content, and loads one copy of it for
+each instruction set.
+"""
 
 import ctypes
 import fcntl
@@ -20,7 +22,9 @@ VARIABLE = "WINDOW_ATTENTION_CPU_ISA"
 
 
 def build_cpu(flags: tuple[str, ...] = (), csrc: Path = CSRC) -> Path:
-    """The shared library of csrc/cpu alone, built with the flags that build.py uses and warnings as errors."""
+    """The shared library of csrc/cpu alone, built with the flags that build.py uses and warnings as
+    errors.
+    """
     tool = compiler()
     command = [tool, *CXX_FLAGS, "-Werror", *flags]
     units = [read_unit(path, platform.machine()) for path in sorted((csrc / "cpu").glob("*.cpp"))]
@@ -35,12 +39,29 @@ def build_cpu(flags: tuple[str, ...] = (), csrc: Path = CSRC) -> Path:
         if not library.exists():
             scratch = library.with_suffix(f".{os.getpid()}")
             scratch.mkdir(exist_ok=True)
-            compiling = [subprocess.Popen([*command, *have, *unit.flags, "-c", str(unit.path), "-o", str(scratch / f"{unit.path.stem}.o")],
-                                          stderr=subprocess.PIPE, text=True) for unit in units]
+            compiling = [
+                subprocess.Popen(
+                    [
+                        *command,
+                        *have,
+                        *unit.flags,
+                        "-c",
+                        str(unit.path),
+                        "-o",
+                        str(scratch / f"{unit.path.stem}.o"),
+                    ],
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for unit in units
+            ]
             words = [process.communicate()[1] for process in compiling]
             assert not any(process.returncode for process in compiling), "\n".join(words)
             objects = [str(path) for path in scratch.glob("*.o")]
-            subprocess.run([tool, "-shared", "-pthread", *flags, *objects, "-o", str(scratch / "library")], check=True)
+            subprocess.run(
+                [tool, "-shared", "-pthread", *flags, *objects, "-o", str(scratch / "library")],
+                check=True,
+            )
             (scratch / "library").rename(library)
             shutil.rmtree(scratch)
     return library
@@ -48,12 +69,17 @@ def build_cpu(flags: tuple[str, ...] = (), csrc: Path = CSRC) -> Path:
 
 def _takes(tool: str, flags: list[str]) -> bool:
     command = [tool, *flags, "-x", "c++", "-fsyntax-only", "-"]
-    return subprocess.run(command, input="", capture_output=True, text=True, check=False).returncode == 0
+    return (
+        subprocess.run(command, input="", capture_output=True, text=True, check=False).returncode
+        == 0
+    )
 
 
 @functools.cache
 def cpu_kernel(instructions: str = "") -> Kernel:
-    """The kernel with this instruction set, or with its own choice. A library reads its variable once, so each has its own copy."""
+    """The kernel with this instruction set, or with its own choice. A library reads its variable
+    once, so each has its own copy.
+    """
     library = build_cpu()
     copy = library.with_name(f"{library.stem}-{instructions or 'own'}-{os.getpid()}.so")
     shutil.copy(library, copy)

@@ -1,6 +1,8 @@
-"""Compiles the CUDA kernels for an architecture without a GPU, and reads what came of it: registers, spills, shared memory, instructions.
+"""Compiles the CUDA kernels for an architecture without a GPU, and reads what came of it:
+registers, spills, shared memory, instructions.
 
-    python -m tests.kernels.nvcc      writes csrc/cuda/budgets.json, what test_nvcc_budget.py holds the kernels to
+python -m tests.kernels.nvcc      writes csrc/cuda/budgets.json, what test_nvcc_budget.py holds the
+kernels to
 """
 
 import concurrent.futures
@@ -20,7 +22,17 @@ from tests.kernels.emulated import CSRC, cache_folder
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 BUDGETS = CSRC / "cuda" / "budgets.json"
-FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-Xptxas", "--warn-on-spills", "-cubin"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v",
+    "-Xptxas",
+    "--warn-on-spills",
+    "-cubin",
+]
 SECONDS = 900  # one file for one architecture takes up to two minutes on a busy machine
 
 
@@ -30,8 +42,14 @@ def sources() -> list[Path]:
 
 
 def tool(name: str) -> str | None:
-    """Path of nvcc, cuobjdump or nvdisasm: from PATH, CUDA_HOME, or (the last two) from beside Triton."""
-    folders = [os.path.join(os.environ[home], "bin") for home in ("CUDA_HOME", "CUDA_PATH") if home in os.environ] + ["/usr/local/cuda/bin"]
+    """Path of nvcc, cuobjdump or nvdisasm: from PATH, CUDA_HOME, or (the last two) from beside
+    Triton.
+    """
+    folders = [
+        os.path.join(os.environ[home], "bin")
+        for home in ("CUDA_HOME", "CUDA_PATH")
+        if home in os.environ
+    ] + ["/usr/local/cuda/bin"]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
         folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
@@ -39,9 +57,11 @@ def tool(name: str) -> str | None:
 
 
 def compile_for(source: Path, architecture: int) -> tuple[Path, str]:
-    """(cubin, what ptxas said) of one file, compiled unless the same sources with the same flags were before.
+    """(cubin, what ptxas said) of one file, compiled unless the same sources with the same flags
+    were before.
 
-    Raises: subprocess.CalledProcessError, the compiler's words in `stdout`; FileNotFoundError without nvcc.
+    Raises: subprocess.CalledProcessError, the compiler's words in `stdout`; FileNotFoundError
+        without nvcc.
     """
     nvcc = tool("nvcc")
     if nvcc is None:
@@ -55,15 +75,31 @@ def compile_for(source: Path, architecture: int) -> tuple[Path, str]:
     with open(cubin.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not cubin.exists():
-            command = [nvcc, *FLAGS, f"-arch=sm_{architecture}", str(source), "-o", str(cubin.with_suffix(".new"))]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS, check=True)
+            command = [
+                nvcc,
+                *FLAGS,
+                f"-arch=sm_{architecture}",
+                str(source),
+                "-o",
+                str(cubin.with_suffix(".new")),
+            ]
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=SECONDS,
+                check=True,
+            )
             log.write_text(done.stdout)
             cubin.with_suffix(".new").rename(cubin)
     return cubin, log.read_text()
 
 
 def included_by(source: Path) -> list[Path]:
-    """The headers of csrc that a file includes, directly or not (those of the emulator left out)."""
+    """The headers of csrc that a file includes, directly or not (those of the emulator left
+    out).
+    """
     found: list[Path] = []
     waiting = [source]
     while waiting:
@@ -80,33 +116,63 @@ def included_by(source: Path) -> list[Path]:
 def readable(symbol: str) -> str:
     """A kernel's name with its template arguments, as in "tiled::key_kernel<bf16, 32, 0>"."""
     demangler = shutil.which("c++filt")
-    name = subprocess.run([demangler, symbol], capture_output=True, text=True, check=True).stdout.strip() if demangler else symbol
+    name = (
+        subprocess.run(
+            [demangler, symbol], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if demangler
+        else symbol
+    )
     name = re.sub(r"^void |\((?!anonymous).*\)$", "", name)
-    return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace("(anonymous namespace)::", "")
+    return (
+        name.replace("__nv_bfloat16", "bf16")
+        .replace("__half", "f16")
+        .replace("(anonymous namespace)::", "")
+    )
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
     """Of each kernel: registers, stack and spilled bytes, static shared memory."""
-    patterns = {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack frame", "spill_stores": r"(\d+) bytes spill stores",
-                "spill_loads": r"(\d+) bytes spill loads", "shared": r"(\d+) bytes smem"}
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "stack": r"(\d+) bytes stack frame",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+        "shared": r"(\d+) bytes smem",
+    }
     found = {}
     for entry in log.split("Compiling entry function '")[1:]:
         matches = {what: re.search(pattern, entry) for what, pattern in patterns.items()}
-        found[readable(entry.partition("'")[0])] = {what: int(match.group(1)) if match else 0 for what, match in matches.items()}
+        found[readable(entry.partition("'")[0])] = {
+            what: int(match.group(1)) if match else 0 for what, match in matches.items()
+        }
     return found
 
 
 def instructions(cubin: Path) -> dict[str, Counter] | None:
-    """Of each kernel: how often each machine instruction stands in it, with its modifiers; None without cuobjdump and nvdisasm."""
+    """Of each kernel: how often each machine instruction stands in it, with its modifiers; None
+    without cuobjdump and nvdisasm.
+    """
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return None
-    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])}
-    text = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True, env=environment).stdout
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")]),
+    }
+    text = subprocess.run(
+        [cuobjdump, "-sass", str(cubin)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    ).stdout
     found = {}
     for function in text.split("Function : ")[1:]:
         symbol = function.partition("\n")[0].strip()
-        found[readable(symbol)] = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", function, re.M))
+        found[readable(symbol)] = Counter(
+            re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", function, re.M)
+        )
     return found
 
 
@@ -123,7 +189,9 @@ def write_budgets() -> None:
     pairs = [(source, architecture) for source in sources() for architecture in ARCHITECTURES]
     budgets: dict[str, dict[str, int]] = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for (source, architecture), compiled in zip(pairs, [pool.submit(compile_for, *pair) for pair in pairs], strict=True):
+        for (source, architecture), compiled in zip(
+            pairs, [pool.submit(compile_for, *pair) for pair in pairs], strict=True
+        ):
             try:
                 found = resources(compiled.result()[1])
             except subprocess.CalledProcessError as error:
@@ -132,9 +200,14 @@ def write_budgets() -> None:
             for name, used in found.items():
                 budget = budgets.setdefault(name, {"registers": 0, "shared": 0})
                 budgets[name] = {what: max(most, used[what]) for what, most in budget.items()}
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(budgets[name])}" for name in sorted(budgets))
+    lines = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(budgets[name])}" for name in sorted(budgets)
+    )
     BUDGETS.write_text("{\n" + lines + "\n}\n")
-    print(f"{BUDGETS.name}: {len(budgets)} kernels, at most {max(b['registers'] for b in budgets.values())} registers")
+    print(
+        f"{BUDGETS.name}: {len(budgets)} kernels, at most"
+        f" {max(b['registers'] for b in budgets.values())} registers"
+    )
 
 
 if __name__ == "__main__":

@@ -14,14 +14,29 @@ import torch
 from tests.kernels.cases import Call, Case, Drawn, check_accuracy
 from tests.kernels.emulated import CSRC, build, load
 
-SOURCES = ["cuda/small.cu", "cuda/small_bf16.cu", "cuda/small_f16.cu", "emulator/small_exports.cpp", "emulator/emulator.cpp"]
+SOURCES = [
+    "cuda/small.cu",
+    "cuda/small_bf16.cu",
+    "cuda/small_f16.cu",
+    "emulator/small_exports.cpp",
+    "emulator/emulator.cpp",
+]
 FEW = "-DWA_SMALL_FEW"  # of the kernels: bf16 and head dim 32 only
-# Lean and general kernels, several windows a block, every mask and term; what FEW leaves in a build.
+# Lean and general kernels, several windows a block, every mask and term; what FEW leaves in a
+# build.
 PROBES = [
     Case(windows=(1, 3), batch=2, weight="table", shift=(3, 3)),
     Case(window=(8, 8), missing=(3, 5), shift=(4, 2), cosine=True, weight="table"),
     Case(windows=(1, 2), cosine=True, heads=1),
-    Case(window=(3, 5), windows=(3, 2), missing=(1, 2), shift=(1, 3), post=True, dropout=0.3, weight="table"),
+    Case(
+        window=(3, 5),
+        windows=(3, 2),
+        missing=(1, 2),
+        shift=(1, 3),
+        post=True,
+        dropout=0.3,
+        weight="table",
+    ),
     Case(window=(8, 7), windows=(2, 1), post=True, dropout=0.2, cosine=True, scale=3.0),
 ]
 
@@ -47,7 +62,8 @@ class Small:
     def run(self, drawn: Drawn, seed: int = 0, blocks: int = 1, **how) -> Call:
         """Forward and backward of a case; the call with its results.
 
-        seed: of the schedule. blocks: multiprocessors; each gets about 4 blocks forward and 2 backward, over which heads and windows are
+        seed: of the schedule. blocks: multiprocessors; each gets about 4 blocks forward and 2
+            backward, over which heads and windows are
         spread. how: arguments of `Call`.
         """
         self.lib.wa_emu_set_seed(ctypes.c_uint64(seed))
@@ -63,7 +79,9 @@ class Small:
 
 
 def probe(path: str, drawn: list[Drawn]) -> None:
-    """Runs the probes under three schedules; fails at the first wrong one. Whatever the schedule, the bits must be equal."""
+    """Runs the probes under three schedules; fails at the first wrong one. Whatever the schedule,
+    the bits must be equal.
+    """
     small = Small(path)
     for inputs in drawn:
         first: dict = {}
@@ -73,7 +91,9 @@ def probe(path: str, drawn: list[Drawn]) -> None:
                 check_accuracy(results, inputs)
                 first = results
             for name, value in results.items():
-                assert torch.equal(value, first[name]), f"{name} depends on the schedule ({inputs.case})"
+                assert torch.equal(value, first[name]), (
+                    f"{name} depends on the schedule ({inputs.case})"
+                )
 
 
 def library(*flags: str, csrc: Path = CSRC) -> Path:
@@ -82,7 +102,9 @@ def library(*flags: str, csrc: Path = CSRC) -> Path:
 
 
 def serve() -> None:
-    """For each library named on a line of the input: a line with what became of the probes, run in a fork, which they may bring down."""
+    """For each library named on a line of the input: a line with what became of the probes, run in
+    a fork, which they may bring down.
+    """
     torch.set_num_threads(1)
     drawn = [Drawn(case) for case in PROBES]
     for inputs in drawn:

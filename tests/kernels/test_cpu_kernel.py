@@ -1,4 +1,6 @@
-"""The CPU kernel of every instruction set against the specification in float64, by the accuracy rule of replay.problems."""
+"""The CPU kernel of every instruction set against the specification in float64, by the accuracy
+rule of replay.problems.
+"""
 
 import itertools
 import platform
@@ -18,7 +20,16 @@ VARIANTS = [
     dict(weight="table", shift=True),
     dict(weight="table", missing=True, shift=True, cosine=True),
     dict(post=True, dropout=0.2, batch=2),
-    dict(weight="table", post=True, dropout=0.1, shift=True, cosine=True, bias=False, heads=3, head_dim=16),
+    dict(
+        weight="table",
+        post=True,
+        dropout=0.1,
+        shift=True,
+        cosine=True,
+        bias=False,
+        heads=3,
+        head_dim=16,
+    ),
     dict(head_dim=64, weight="table", heads=1, bias=False),
     dict(head_dim=24, heads=5, batch=2, scale=3.0, missing=True),
 ]
@@ -36,8 +47,12 @@ def make(window, dtype, variant) -> Case:
 
 
 TABLE = [make(*row) for row in itertools.product(WINDOWS, DTYPES, VARIANTS)]
-SHORT = [make(window, dtype, VARIANTS[variant]) for (window, variant), dtype in
-         itertools.product([((7, 7), 2), ((5, 9), 4), ((8, 8), 3), ((12, 12), 1), ((7, 7), 6)], DTYPES)]
+SHORT = [
+    make(window, dtype, VARIANTS[variant])
+    for (window, variant), dtype in itertools.product(
+        [((7, 7), 2), ((5, 9), 4), ((8, 8), 3), ((12, 12), 1), ((7, 7), 6)], DTYPES
+    )
+]
 EXTREMES = [
     Case(window=(7, 7), heads=48, dtype=BF16, weight="table"),
     Case(window=(24, 24), windows=(1, 1), heads=1, dtype=F32),
@@ -46,7 +61,11 @@ EXTREMES = [
     Case(window=(7, 7), ties=True, dtype=F32),
     Case(window=(7, 7), scale=8.0, dtype=BF16),
 ]
-SUMS = [Case(dtype=F32, shift=(3, 3), weight="table"), Case(dtype=F32, missing=(2, 1), cosine=True), Case(window=(12, 12), dtype=BF16)]
+SUMS = [
+    Case(dtype=F32, shift=(3, 3), weight="table"),
+    Case(dtype=F32, missing=(2, 1), cosine=True),
+    Case(window=(12, 12), dtype=BF16),
+]
 
 
 def available(instructions: str):
@@ -86,7 +105,17 @@ def test_vectors_of_zeros_have_cosine_zero_and_leave_no_nan(dtype):
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_are_the_same_bits_for_any_number_of_threads_and_again(instructions, dtype):
-    drawn = Drawn(Case(batch=5, windows=(3, 3), shift=(3, 3), weight="table", post=True, dropout=0.1, dtype=dtype))
+    drawn = Drawn(
+        Case(
+            batch=5,
+            windows=(3, 3),
+            shift=(3, 3),
+            weight="table",
+            post=True,
+            dropout=0.1,
+            dtype=dtype,
+        )
+    )
     kernel = available(instructions)
     results = []
     for threads in (1, 2, 5, 1):
@@ -99,17 +128,29 @@ def test_results_are_the_same_bits_for_any_number_of_threads_and_again(instructi
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere subnormal numbers cost little and are kept")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="elsewhere subnormal numbers cost little and are kept"
+)
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_subnormal_results_are_zero_within_the_kernel_and_kept_outside(instructions):
     drawn = Drawn(Case(windows=(1, 1), dtype=F32))
-    torch.set_flush_denormal(False)  # of this thread; a test before may have run main.py or a library that sets it
+    torch.set_flush_denormal(
+        False
+    )  # of this thread; a test before may have run main.py or a library that sets it
     drawn.qkv[..., 128:] = 1e-39  # v; its mean over a row is subnormal too
     assert not available(instructions).run(drawn)["out"].any()
     assert (torch.tensor([2e-39]) * 0.5).item() > 0
 
 
-@pytest.mark.parametrize("case", [Case(shift=(3, 3), dtype=dtype, **more) for dtype in DTYPES for more in ({}, {"cosine": True})], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shift=(3, 3), dtype=dtype, **more)
+        for dtype in DTYPES
+        for more in ({}, {"cosine": True})
+    ],
+    ids=str,
+)
 def test_small_gradients_err_no_more_than_pytorch(case):
     drawn = Drawn(case)
     drawn.grad_out *= 2.0 ** (-10 if case.dtype == F16 else -30)  # float16 ends at 2^-24
@@ -125,12 +166,16 @@ def test_lse_is_the_log_sum_exp_of_the_logits_and_padding_rows_are_not_written(c
 
 
 def test_dropped_entries_are_those_of_the_common_hash():
-    case = Case(window=(4, 4), windows=(1, 1), heads=1, head_dim=16, dtype=F32, dropout=0.5, bias=False)
+    case = Case(
+        window=(4, 4), windows=(1, 1), heads=1, head_dim=16, dtype=F32, dropout=0.5, bias=False
+    )
     drawn = Drawn(case)
     drawn.qkv[..., :32] = 0  # all entries of the map are 1 / 16
     drawn.qkv[..., 32:] = torch.eye(16).view(1, 4, 4, 16)
     found = cpu_kernel().run(drawn)["out"].view(16, 16) * 16
-    torch.testing.assert_close(found.double(), keep_mask(int(drawn.seed), 16, 16, 0.5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.double(), keep_mask(int(drawn.seed), 16, 16, 0.5), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_gradients_nobody_asked_for_change_nothing():
@@ -160,7 +205,11 @@ def test_what_is_not_a_number_reaches_the_output_of_its_window_alone():
     assert not out[:, :, 7:].isnan().any()
 
 
-@pytest.mark.parametrize("changes, words", [({"head_dim": 20}, "multiple of 8"), ({"window": (33, 2)}, "1 .. 32")], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"head_dim": 20}, "multiple of 8"), ({"window": (33, 2)}, "1 .. 32")],
+    ids=str,
+)
 def test_what_is_not_supported_is_refused_with_a_reason(changes, words):
     assert words in cpu_kernel().why_not(Case(**changes))
 

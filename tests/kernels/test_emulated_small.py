@@ -1,4 +1,6 @@
-"""The CUDA kernels for windows of up to 64 tokens, run by the emulator, against the specification in float64."""
+"""The CUDA kernels for windows of up to 64 tokens, run by the emulator, against the specification
+in float64.
+"""
 
 import ctypes
 import itertools
@@ -23,28 +25,61 @@ CRPW_V2 = {**TABLE, **V2}
 
 CASES = [
     # the shapes of Swin (7 x 7) and SwinV2 (8 x 8), lean kernels
-    Case(), Case(dtype=F16), Case(shift=(3, 3)), Case(**TABLE, shift=(3, 3)), Case(**TABLE, dtype=F16),
-    Case(**V2), Case(**CRPW_V2, shift=(3, 3)), Case(**V2, dtype=F16, **TABLE),
-    Case(window=(8, 8)), Case(window=(8, 8), **TABLE, shift=(4, 4)), Case(window=(8, 8), **V2, shift=(4, 4)),
-    Case(window=(8, 8), **CRPW_V2, dtype=F16, shift=(4, 4)), Case(bias=False), Case(bias=False, **TABLE, **V2),
+    Case(),
+    Case(dtype=F16),
+    Case(shift=(3, 3)),
+    Case(**TABLE, shift=(3, 3)),
+    Case(**TABLE, dtype=F16),
+    Case(**V2),
+    Case(**CRPW_V2, shift=(3, 3)),
+    Case(**V2, dtype=F16, **TABLE),
+    Case(window=(8, 8)),
+    Case(window=(8, 8), **TABLE, shift=(4, 4)),
+    Case(window=(8, 8), **V2, shift=(4, 4)),
+    Case(window=(8, 8), **CRPW_V2, dtype=F16, shift=(4, 4)),
+    Case(bias=False),
+    Case(bias=False, **TABLE, **V2),
     # rectangular windows and grids, padding, edges and corners, other mask values
-    Case(window=(7, 8), windows=(1, 3), shift=(3, 4)), Case(window=(8, 7), windows=(3, 1), shift=(0, 2), **TABLE),
-    Case(missing=(3, 2), shift=(3, 3)), Case(missing=(6, 0), shift=(0, 3), **V2), Case(window=(8, 8), missing=(1, 7), shift=(4, 1)),
-    Case(missing=(4, 4), mask_value=-5.0, shift=(2, 5), **TABLE), Case(windows=(1, 1), shift=(3, 3)), Case(windows=(1, 1), missing=(2, 3)),
+    Case(window=(7, 8), windows=(1, 3), shift=(3, 4)),
+    Case(window=(8, 7), windows=(3, 1), shift=(0, 2), **TABLE),
+    Case(missing=(3, 2), shift=(3, 3)),
+    Case(missing=(6, 0), shift=(0, 3), **V2),
+    Case(window=(8, 8), missing=(1, 7), shift=(4, 1)),
+    Case(missing=(4, 4), mask_value=-5.0, shift=(2, 5), **TABLE),
+    Case(windows=(1, 1), shift=(3, 3)),
+    Case(windows=(1, 1), missing=(2, 3)),
     # other areas and head dims, general kernels
-    Case(window=(4, 4), shift=(1, 2)), Case(window=(2, 3), dtype=F16, **V2), Case(window=(4, 8), **TABLE),
-    Case(window=(3, 11), missing=(1, 4), shift=(2, 5)), Case(window=(6, 6), **CRPW_V2), Case(window=(2, 24), shift=(1, 12)),
-    Case(window=(24, 2), windows=(1, 2), **TABLE), Case(window=(1, 17), shift=(0, 4)), Case(window=(6, 8), shift=(3, 4)),
-    Case(head_dim=16, **TABLE, shift=(3, 3)), Case(head_dim=64, dtype=F16), Case(head_dim=64, **CRPW_V2, missing=(2, 2)),
-    Case(head_dim=16, window=(4, 4), **V2), Case(head_dim=64, window=(5, 6), **TABLE),
+    Case(window=(4, 4), shift=(1, 2)),
+    Case(window=(2, 3), dtype=F16, **V2),
+    Case(window=(4, 8), **TABLE),
+    Case(window=(3, 11), missing=(1, 4), shift=(2, 5)),
+    Case(window=(6, 6), **CRPW_V2),
+    Case(window=(2, 24), shift=(1, 12)),
+    Case(window=(24, 2), windows=(1, 2), **TABLE),
+    Case(window=(1, 17), shift=(0, 4)),
+    Case(window=(6, 8), shift=(3, 4)),
+    Case(head_dim=16, **TABLE, shift=(3, 3)),
+    Case(head_dim=64, dtype=F16),
+    Case(head_dim=64, **CRPW_V2, missing=(2, 2)),
+    Case(head_dim=16, window=(4, 4), **V2),
+    Case(head_dim=64, window=(5, 6), **TABLE),
     # post-softmax weight and dropout
-    Case(post=True), Case(post=True, shift=(3, 3), **TABLE, **V2), Case(dropout=0.1), Case(dropout=0.5, window=(8, 8), shift=(4, 4)),
+    Case(post=True),
+    Case(post=True, shift=(3, 3), **TABLE, **V2),
+    Case(dropout=0.1),
+    Case(dropout=0.5, window=(8, 8), shift=(4, 4)),
     Case(window=(3, 5), dtype=F16, **TABLE, post=True, dropout=0.2, missing=(1, 2), shift=(1, 2)),
-    Case(head_dim=16, post=True, dropout=0.3, **V2), Case(head_dim=64, post=True, dropout=0.9, batch=2),
+    Case(head_dim=16, post=True, dropout=0.3, **V2),
+    Case(head_dim=64, post=True, dropout=0.9, batch=2),
     # heads and batch
-    Case(heads=1, batch=3), Case(heads=3, **TABLE, windows=(1, 2)), Case(heads=48, windows=(1, 1), window=(4, 4)),
+    Case(heads=1, batch=3),
+    Case(heads=3, **TABLE, windows=(1, 2)),
+    Case(heads=48, windows=(1, 1), window=(4, 4)),
     # large logits
-    Case(scale=4.0), Case(scale=10.0, dtype=F16), Case(**V2, scale=100.0), Case(scale=6.0, **TABLE, shift=(3, 3)),
+    Case(scale=4.0),
+    Case(scale=10.0, dtype=F16),
+    Case(**V2, scale=100.0),
+    Case(scale=6.0, **TABLE, shift=(3, 3)),
 ]
 
 
@@ -59,22 +94,59 @@ def test_results_err_no_more_than_pytorch_in_the_same_dtype(small, case):
     check_accuracy(small.run(drawn).results(), drawn)
 
 
-WIDE = list(itertools.product([(7, 7), (8, 8), (4, 4), (3, 5)], [F16, BF16], ["one", "table"], [False, True], [False, True], [0.0, 0.25],
-                              [(0, 0), (2, 1)], [(0, 0), (1, 2)], [(16, 2), (32, 1), (64, 3)]))
+WIDE = list(
+    itertools.product(
+        [(7, 7), (8, 8), (4, 4), (3, 5)],
+        [F16, BF16],
+        ["one", "table"],
+        [False, True],
+        [False, True],
+        [0.0, 0.25],
+        [(0, 0), (2, 1)],
+        [(0, 0), (1, 2)],
+        [(16, 2), (32, 1), (64, 3)],
+    )
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_every_combination_errs_no_more_than_pytorch(small, part):
     torch.set_num_threads(1)
-    for number, (window, dtype, weight, cosine, post, dropout, missing, shift, (head_dim, heads)) in list(enumerate(WIDE))[part::8]:
-        case = Case(window=window, dtype=dtype, weight=weight, cosine=cosine, post=post, dropout=dropout, missing=missing, shift=shift,
-                    head_dim=head_dim, heads=heads, windows=(2, 2) if number % 3 else (1, 3), bias=number % 5 > 0)
+    for number, (
+        window,
+        dtype,
+        weight,
+        cosine,
+        post,
+        dropout,
+        missing,
+        shift,
+        (head_dim, heads),
+    ) in list(enumerate(WIDE))[part::8]:
+        case = Case(
+            window=window,
+            dtype=dtype,
+            weight=weight,
+            cosine=cosine,
+            post=post,
+            dropout=dropout,
+            missing=missing,
+            shift=shift,
+            head_dim=head_dim,
+            heads=heads,
+            windows=(2, 2) if number % 3 else (1, 3),
+            bias=number % 5 > 0,
+        )
         drawn = Drawn(case)
         check_accuracy(small.run(drawn, seed=number, blocks=1 + number % 3).results(), drawn)
 
 
-@pytest.mark.parametrize("case", [CASES[6], CASES[11], Case(dropout=0.2, post=True, missing=(2, 2), shift=(3, 3))], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[6], CASES[11], Case(dropout=0.2, post=True, missing=(2, 2), shift=(3, 3))],
+    ids=str,
+)
 def test_every_schedule_and_every_run_gives_the_same_bits(small, case):
     drawn = Drawn(case)
     first = small.run(drawn, seed=0).results()
@@ -83,7 +155,11 @@ def test_every_schedule_and_every_run_gives_the_same_bits(small, case):
             assert torch.equal(value, first[name]), name
 
 
-@pytest.mark.parametrize("case", [Case(weight="table", shift=(3, 3)), Case(cosine=True, post=True), Case(cosine=True)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(weight="table", shift=(3, 3)), Case(cosine=True, post=True), Case(cosine=True)],
+    ids=str,
+)
 def test_spreading_windows_over_more_blocks_changes_nothing_but_the_order_of_sums(small, case):
     drawn = Drawn(case.but(batch=3))
     one, many = (small.run(drawn, blocks=blocks).results() for blocks in (1, 64))
@@ -94,7 +170,11 @@ def test_spreading_windows_over_more_blocks_changes_nothing_but_the_order_of_sum
             torch.testing.assert_close(one[name], many[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [Case(shift=(3, 3)), Case(missing=(3, 2), shift=(3, 3), **TABLE), Case(window=(4, 4), **V2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(shift=(3, 3)), Case(missing=(3, 2), shift=(3, 3), **TABLE), Case(window=(4, 4), **V2)],
+    ids=str,
+)
 def test_lse_is_the_log_sum_exp_of_the_logits_and_padding_rows_are_not_written(small, case):
     drawn = Drawn(case)
     found = small.run(drawn).buffers["lse"].tensor.double()
@@ -105,12 +185,21 @@ def test_lse_is_the_log_sum_exp_of_the_logits_and_padding_rows_are_not_written(s
     area, width = case.window[0] * case.window[1], 2 * case.window[1] - 1
     y, x = torch.arange(area) // case.window[1], torch.arange(area) % case.window[1]
     index = (y[:, None] - y + case.window[0] - 1) * width + x[:, None] - x + case.window[1] - 1
-    weight = drawn.weight.double()[index if len(drawn.weight) > 1 else torch.zeros_like(index)].permute(2, 0, 1)
+    weight = drawn.weight.double()[
+        index if len(drawn.weight) > 1 else torch.zeros_like(index)
+    ].permute(2, 0, 1)
     logits = q @ k.mT * weight + drawn.bias.double()[index].permute(2, 0, 1)
     if layout.mask is not None:
-        logits = (logits.unflatten(0, (-1, layout.num_windows)) + layout.mask[:, None].double()).flatten(0, 1)
+        logits = (
+            logits.unflatten(0, (-1, layout.num_windows)) + layout.mask[:, None].double()
+        ).flatten(0, 1)
     exact = logits.logsumexp(-1).view_as(found)
-    real = split_windows(torch.ones(case.batch, *case.grid, 3 * case.heads), layout, case.heads)[0][..., 0].view_as(found) > 0
+    real = (
+        split_windows(torch.ones(case.batch, *case.grid, 3 * case.heads), layout, case.heads)[0][
+            ..., 0
+        ].view_as(found)
+        > 0
+    )
     torch.testing.assert_close(found[real], exact[real], rtol=1e-5, atol=1e-4)
     assert found[~real].isnan().all() and real.any()
 
@@ -149,10 +238,17 @@ def test_vectors_of_zeros_have_cosine_zero_and_leave_no_nan(small, dtype):
         error, worst = distances(found[name][~zero], exact[name][~zero])
         assert error <= 2 * torch.finfo(dtype).eps * exact[name][~zero].norm(), name
     if dtype == BF16:  # 1e12 times the gradient, which float16 cannot hold
-        torch.testing.assert_close(found["q"][zero].double(), exact["q"][zero], rtol=0.05, atol=0.02 * exact["q"][zero].abs().max().item())
+        torch.testing.assert_close(
+            found["q"][zero].double(),
+            exact["q"][zero],
+            rtol=0.05,
+            atol=0.02 * exact["q"][zero].abs().max().item(),
+        )
 
 
-@pytest.mark.parametrize("case", [Case(**TABLE), Case(**V2), Case(**CRPW_V2, window=(8, 8), shift=(4, 4))], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(**TABLE), Case(**V2), Case(**CRPW_V2, window=(8, 8), shift=(4, 4))], ids=str
+)
 def test_bf16_errs_no_more_than_eager_autocast(small, case):
     drawn = Drawn(case)
     check_accuracy(small.run(drawn).results(), drawn, factor=1.0)
@@ -171,11 +267,20 @@ def test_gradients_nobody_asked_for_are_not_written_and_change_nothing(small):
 
 def test_inference_needs_no_lse(small):
     drawn = Drawn(Case(shift=(3, 3), missing=(1, 1)))
-    assert torch.equal(small.run(drawn, gradients=(), lse=False).results()["out"], small.run(drawn).results()["out"])
+    assert torch.equal(
+        small.run(drawn, gradients=(), lse=False).results()["out"],
+        small.run(drawn).results()["out"],
+    )
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"dtype": torch.float32}, "fp16 and bf16"), ({"window": (9, 8)}, "1 to 64 tokens"), ({"head_dim": 48}, "head_dim is not")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float32}, "fp16 and bf16"),
+        ({"window": (9, 8)}, "1 to 64 tokens"),
+        ({"head_dim": 48}, "head_dim is not"),
+    ],
+)
 def test_what_is_not_supported_is_refused_with_a_reason(small, changes, words):
     assert words in small.refusal(Call(Drawn(Case(**changes))))
 
@@ -187,7 +292,11 @@ def test_devices_with_little_shared_memory_refuse_only_the_largest_backward(smal
         assert "shared memory" in small.refusal(Call(Drawn(everything)))
         assert small.refusal(Call(Drawn(everything), gradients=())) is None
         assert small.refusal(Call(Drawn(everything), gradients=("qkv", "weight", "bias"))) is None
-        for case in (Case(weight="table", cosine=True, window=(8, 8)), Case(head_dim=64, weight="table"), Case(post=True, weight="table")):
+        for case in (
+            Case(weight="table", cosine=True, window=(8, 8)),
+            Case(head_dim=64, weight="table"),
+            Case(post=True, weight="table"),
+        ):
             small.run(Drawn(case))
     finally:
         small.lib.wa_emu_set_shared_bytes(232448)
@@ -208,20 +317,45 @@ def test_a_plain_window_takes_the_products_it_needs_and_no_more(small):
     counters(small.lib)
     small.run(Drawn(Case(windows=(1, 1), heads=1)), gradients=())
     taken = counters(small.lib)
-    assert taken["mma"] == 4 * (7 * 2 + 4 * 4)  # warps * (tiles of keys * steps of d + steps of keys * tiles of d)
+    assert taken["mma"] == 4 * (
+        7 * 2 + 4 * 4
+    )  # warps * (tiles of keys * steps of d + steps of keys * tiles of d)
     assert taken["launches"] == 1 and taken["copies"] == 3 * 64 * 4
 
 
 @pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers_find_nothing():
-    flags = (FEW, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+    flags = (
+        FEW,
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    )
     path = library(*flags)
-    # the C++ library too: the sanitizer looks for its functions at the start, and PyTorch's imports may throw before anything loads it
-    runtime = [subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-               for name in ("libasan.so", "libstdc++.so.6")]
+    # the C++ library too: the sanitizer looks for its functions at the start, and PyTorch's imports
+    # may throw before anything loads it
+    runtime = [
+        subprocess.run(
+            [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     if not all(Path(path).is_absolute() for path in runtime):
         pytest.skip("the compiler comes without the address sanitizer's library")
-    environment = {**os.environ, "LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.small_kernels"], input=f"{path}\n", capture_output=True, text=True,
-                          cwd=Path(__file__).resolve().parents[2], env=environment, timeout=800)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.small_kernels"],
+        input=f"{path}\n",
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        timeout=800,
+    )
     assert done.stdout.strip() == "right", done.stdout + done.stderr[-3000:]

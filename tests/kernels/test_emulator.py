@@ -1,4 +1,6 @@
-"""The emulator itself: each instruction against its definition, and each fault it is there to find, planted and found."""
+"""The emulator itself: each instruction against its definition, and each fault it is there to find,
+planted and found.
+"""
 
 import ctypes
 
@@ -7,8 +9,18 @@ import torch
 
 from tests.kernels.emulated import build, counters, load
 
-FAULTS = ["fine", "no wait", "no barrier", "one warp fewer", "divergent", "left open", "out of bounds", "misaligned", "half a warp",
-          "unwritten"]
+FAULTS = [
+    "fine",
+    "no wait",
+    "no barrier",
+    "one warp fewer",
+    "divergent",
+    "left open",
+    "out of bounds",
+    "misaligned",
+    "half a warp",
+    "unwritten",
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +37,18 @@ def pointer(t):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("of_rows", [0, 1])
 def test_mma_on_ldmatrix_fragments_is_a_matrix_product(lib, dtype, of_rows):
-    a, b, d = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.full((16, 8), float("nan"))
+    a, b, d = (
+        torch.randn(16, 16).to(dtype),
+        torch.randn(16, 8).to(dtype),
+        torch.full((16, 8), float("nan")),
+    )
     left, right = (a.t().contiguous(), b.t().contiguous()) if of_rows else (a, b)
-    assert lib.check_product(pointer(left), pointer(right), pointer(d), int(dtype == torch.bfloat16), of_rows) == 0
+    assert (
+        lib.check_product(
+            pointer(left), pointer(right), pointer(d), int(dtype == torch.bfloat16), of_rows
+        )
+        == 0
+    )
     torch.testing.assert_close(d.double(), a.double() @ b.double() + of_rows, rtol=1e-6, atol=1e-5)
 
 
@@ -38,7 +59,9 @@ def test_mma_tf32_multiplies_numbers_of_ten_bits(lib):
     assert 1e-6 < error < 2e-2
     exact_a, exact_b = a.bfloat16().float(), b.bfloat16().float()
     assert lib.check_product_tf32(pointer(exact_a), pointer(exact_b), pointer(d)) == 0
-    torch.testing.assert_close(d.double(), exact_a.double() @ exact_b.double(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        d.double(), exact_a.double() @ exact_b.double(), rtol=1e-6, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -48,7 +71,22 @@ def test_packing_rounds_as_pytorch_does(lib, dtype):
         assert lib.check_round_trip(pointer(x), pointer(y), int(dtype == torch.bfloat16)) == 0
         assert torch.equal(y, x.to(dtype).float())
     special = torch.ones(64)
-    special[:12] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 65504, 65519, 65520, 6e-8, 2**-25, 3 * 2**-25, 2**-14, 1 + 2**-11])
+    special[:12] = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            torch.inf,
+            -torch.inf,
+            65504,
+            65519,
+            65520,
+            6e-8,
+            2**-25,
+            3 * 2**-25,
+            2**-14,
+            1 + 2**-11,
+        ]
+    )
     assert lib.check_round_trip(pointer(special), pointer(y), int(dtype == torch.bfloat16)) == 0
     assert torch.equal(y, special.to(dtype).float())
 
@@ -88,10 +126,17 @@ def test_a_missing_barrier_gives_a_wrong_answer(lib):
     assert not any(hand_over(lib, "no barrier", seed)[2] for seed in range(20))
 
 
-@pytest.mark.parametrize(("fault", "words"), [
-    ("one warp fewer", "deadlock: 32 of 64 threads wait"), ("divergent", "divergent warp collective"), ("left open", "never committed"),
-    ("out of bounds", "256 bytes beyond the start of 256 of shared memory"), ("misaligned", "not aligned to 16 bytes"),
-    ("half a warp", "deadlock")])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("one warp fewer", "deadlock: 32 of 64 threads wait"),
+        ("divergent", "divergent warp collective"),
+        ("left open", "never committed"),
+        ("out of bounds", "256 bytes beyond the start of 256 of shared memory"),
+        ("misaligned", "not aligned to 16 bytes"),
+        ("half a warp", "deadlock"),
+    ],
+)
 def test_a_fault_ends_the_launch_with_its_name_and_the_next_launch_is_well(lib, fault, words):
     code, message, _, _ = hand_over(lib, fault)
     assert code != 0 and words in message

@@ -11,7 +11,10 @@ import torch
 from kernels.window_attention import build, library
 from tests.helpers import ROOT
 
-BINDING = '#include "args.h"\nextern "C" int wa_cpu_number();\nextern "C" int wa_number() { return NUMBER + wa_cpu_number(); }\n'
+BINDING = (
+    '#include "args.h"\nextern "C" int wa_cpu_number();\nextern "C" int wa_number() { return NUMBER'
+    " + wa_cpu_number(); }\n"
+)
 PLAIN = """extern "C" int wa_cpu_number() {
 #ifdef WA_HAVE_TWO
     return 2;
@@ -50,7 +53,9 @@ def sources(tmp_path):
     (folder / "args.h").write_text("#define NUMBER 40\n")
     (folder / "binding.cpp").write_text(BINDING)
     (folder / "cpu" / "plain.cpp").write_text(PLAIN)
-    (folder / "cpu" / "two.cpp").write_text("// a processor of no name\n// build[none]: -mnothing\n#error not for this machine\n")
+    (folder / "cpu" / "two.cpp").write_text(
+        "// a processor of no name\n// build[none]: -mnothing\n#error not for this machine\n"
+    )
     return folder
 
 
@@ -61,9 +66,20 @@ def number(path):
 
 
 def python(code, **environment):
-    keep = {name: value for name, value in os.environ.items() if name not in ("CXX", "CUDA_HOME", "CUDA_PATH", "LOCAL_RANK", build.CACHE)}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**keep, "OMP_NUM_THREADS": "1", **environment}, text=True,
-                          capture_output=True, timeout=300, check=True)
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CXX", "CUDA_HOME", "CUDA_PATH", "LOCAL_RANK", build.CACHE)
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**keep, "OMP_NUM_THREADS": "1", **environment},
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=True,
+    )
 
 
 def test_a_build_is_announced_once_and_then_kept(sources, tmp_path):
@@ -76,16 +92,24 @@ def test_a_build_is_announced_once_and_then_kept(sources, tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.name]
 
 
-def test_files_for_this_processor_are_compiled_with_their_flags_and_announced_to_the_others(sources, tmp_path):
+def test_files_for_this_processor_are_compiled_with_their_flags_and_announced_to_the_others(
+    sources, tmp_path
+):
     compiler()
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(build.platform.machine(), build.platform.machine())
-    (sources / "cpu" / "two.cpp").write_text(f"// build[{machine}]: -DTWO=2\n// build[none]: -mnothing\nstatic_assert(TWO == 2);\n")
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(
+        build.platform.machine(), build.platform.machine()
+    )
+    (sources / "cpu" / "two.cpp").write_text(
+        f"// build[{machine}]: -DTWO=2\n// build[none]: -mnothing\nstatic_assert(TWO == 2);\n"
+    )
     assert number(build.build("cpu", tmp_path / "cache", sources)) == 42
 
 
 def test_files_whose_flags_the_compiler_refuses_are_left_out(sources, tmp_path):
     compiler()
-    (sources / "cpu" / "two.cpp").write_text(f"// build[{build.platform.machine()}]: -mno-such-processor\n")
+    (sources / "cpu" / "two.cpp").write_text(
+        f"// build[{build.platform.machine()}]: -mno-such-processor\n"
+    )
     assert number(build.build("cpu", tmp_path / "cache", sources)) == 41
 
 
@@ -93,7 +117,9 @@ def test_files_whose_flags_the_compiler_refuses_are_left_out(sources, tmp_path):
 def test_any_change_of_the_sources_is_another_library(sources, name):
     before = build.library_name("cpu", sources), build.library_name("cuda-90", sources)
     (sources / name).write_text("// changed\n")
-    assert not {build.library_name("cpu", sources), build.library_name("cuda-90", sources)} & set(before)
+    assert not {build.library_name("cpu", sources), build.library_name("cuda-90", sources)} & set(
+        before
+    )
 
 
 def test_a_change_of_the_cuda_sources_leaves_the_library_for_the_cpu(sources):
@@ -107,11 +133,17 @@ def test_a_change_of_the_cuda_sources_leaves_the_library_for_the_cpu(sources):
 
 def test_several_processes_compile_once(sources, tmp_path):
     compiler()
-    code = ("import importlib.util, pathlib, sys\n"
-            f"spec = importlib.util.spec_from_file_location('build', {str(build.__file__)!r})\n"
-            "build = importlib.util.module_from_spec(spec); spec.loader.exec_module(build)\n"
-            f"build.build('cpu', pathlib.Path({str(tmp_path / 'cache')!r}), pathlib.Path({str(sources)!r}), say=print)\n")
-    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    code = (
+        "import importlib.util, pathlib, sys\nspec ="
+        f" importlib.util.spec_from_file_location('build', {str(build.__file__)!r})\nbuild ="
+        " importlib.util.module_from_spec(spec);"
+        " spec.loader.exec_module(build)\nbuild.build('cpu',"
+        f" pathlib.Path({str(tmp_path / 'cache')!r}), pathlib.Path({str(sources)!r}), say=print)\n"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs)
     assert sum("compiling" in text for text in said) == 1
@@ -135,8 +167,11 @@ def test_a_failed_build_names_its_log_and_is_not_repeated_until_that_is_deleted(
 def test_architectures_become_flags_of_nvcc_and_unknown_ones_are_left_out():
     known = "sm_80\nsm_90\nsm_100\n"
     assert build.gencode("80;90;100;120+PTX", known) == [
-        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_100,code=sm_100",
-        "-gencode=arch=compute_100,code=compute_100"]
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
     assert build.gencode("90", known) == ["-gencode=arch=compute_90,code=sm_90"]
     with pytest.raises(build.BuildError, match=build.ARCHITECTURES):
         build.gencode("70", known)
@@ -159,13 +194,17 @@ def no_build(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "device_reason", lambda: "there is no CUDA device")
 
 
-def test_an_installed_library_of_these_sources_is_taken_before_anything_is_built(sources, tmp_path, monkeypatch, no_build, capfd):
+def test_an_installed_library_of_these_sources_is_taken_before_anything_is_built(
+    sources, tmp_path, monkeypatch, no_build, capfd
+):
     path = installed_package(tmp_path, build.library_name("cpu", sources), monkeypatch)
     assert library.find(sources) == (path, None)
     assert capfd.readouterr().err == ""
 
 
-def test_an_installed_library_of_other_sources_is_not_used_and_said_so(sources, tmp_path, monkeypatch, no_build, capfd):
+def test_an_installed_library_of_other_sources_is_not_used_and_said_so(
+    sources, tmp_path, monkeypatch, no_build, capfd
+):
     installed_package(tmp_path, build.library_name("cpu", sources), monkeypatch)
     (sources / "args.h").write_text("#define NUMBER 41\n")
     path, reason = library.find(sources)
@@ -180,16 +219,24 @@ def test_with_building_off_an_earlier_build_is_still_used(sources, tmp_path, mon
     assert library.find(sources) == (built, None)
 
 
-@pytest.mark.parametrize(("environment", "lines"), [({}, 1), ({"LOCAL_RANK": "1"}, 0), ({library.BUILD: "0"}, 0)])
-def test_a_missing_kernel_is_said_once_by_one_process_of_a_machine(monkeypatch, capfd, environment, lines):
+@pytest.mark.parametrize(
+    ("environment", "lines"), [({}, 1), ({"LOCAL_RANK": "1"}, 0), ({library.BUILD: "0"}, 0)]
+)
+def test_a_missing_kernel_is_said_once_by_one_process_of_a_machine(
+    monkeypatch, capfd, environment, lines
+):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv(library.BUILD, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(library, "_reason", None)
-    monkeypatch.setattr(library, "find", lambda: (None, "the compiler failed; its log is somewhere"))
-    assert [library.missing("cpu") for _ in range(3)] == ["the compiler failed; its log is somewhere"] * 3
+    monkeypatch.setattr(
+        library, "find", lambda: (None, "the compiler failed; its log is somewhere")
+    )
+    assert [library.missing("cpu") for _ in range(3)] == [
+        "the compiler failed; its log is somewhere"
+    ] * 3
     assert capfd.readouterr().err.count("the compiler failed") == lines
 
 
@@ -225,18 +272,32 @@ def test_building_can_be_turned_off_without_a_word(tmp_path):
 
 
 def pip_wheel(folder, **environment):
-    """The wheel of ./kernels, for the CPU alone, installed in folder/installed; returns its name and the package's docstring."""
+    """The wheel of ./kernels, for the CPU alone, installed in folder/installed; returns its name
+    and the package's docstring.
+    """
     for needed in ("pip", "setuptools"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
     environment = {**os.environ, build.ARCHITECTURES: "none", **environment}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    for words in (["wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), "./kernels"],
-                  ["install", "--no-deps", "--no-index", "--target", str(folder / "installed"), "--find-links", str(folder),
-                   "window-attention-kernels"]):
-        done = subprocess.run([*pip, *words], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600)
+    for words in (
+        ["wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), "./kernels"],
+        [
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(folder / "installed"),
+            "--find-links",
+            str(folder),
+            "window-attention-kernels",
+        ],
+    ):
+        done = subprocess.run(
+            [*pip, *words], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=600
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-    wheel, = folder.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     return wheel.name, (folder / "installed" / library.INSTALLED / "__init__.py").read_text()
 
 
@@ -247,7 +308,12 @@ def test_pip_installs_a_library_for_any_python_3_that_is_used_without_building(t
     name, contents = pip_wheel(tmp_path)
     assert "-py3-none-" in name and "-any" not in name
     assert build.library_name("cpu") in contents and "empty" not in contents
-    done = python(TRAIN, PYTHONPATH=str(tmp_path / "installed"), WINDOW_ATTENTION_CACHE=str(tmp_path / "cache"), WINDOW_ATTENTION_BUILD="0")
+    done = python(
+        TRAIN,
+        PYTHONPATH=str(tmp_path / "installed"),
+        WINDOW_ATTENTION_CACHE=str(tmp_path / "cache"),
+        WINDOW_ATTENTION_BUILD="0",
+    )
     assert done.stdout.startswith("fused") and done.stderr == ""
     assert set(ROOT.joinpath("kernels").iterdir()) == before
 

@@ -33,7 +33,10 @@ else:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 train(wrapped, slice(2 * rank, 2 * rank + 2))
-state = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+state = {
+    name: p.full_tensor() if hasattr(p, "full_tensor") else p
+    for name, p in model.named_parameters()
+}
 torch.save({name: p.detach().clone() for name, p in state.items()}, f"{out}.{rank}")
 dist.barrier()
 dist.destroy_process_group()
@@ -59,9 +62,20 @@ def train(model, part):
 def run(mode, folder, name):
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), mode, str(folder / name)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        mode,
+        str(folder / name),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(f"{folder / name}.{rank}") for rank in (0, 1)]
 
@@ -79,4 +93,6 @@ def test_two_processes_train_as_one_does_and_to_the_same_bits_each_time(mode, tm
         for other in (first[1], *again):
             assert torch.equal(first[0][name], other[name]), name
         torch.testing.assert_close(first[0][name], ours.detach(), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(alone.layers[0].blocks[1].attn.logit_scale, build().layers[0].blocks[1].attn.logit_scale)
+    assert not torch.equal(
+        alone.layers[0].blocks[1].attn.logit_scale, build().layers[0].blocks[1].attn.logit_scale
+    )

@@ -1,4 +1,6 @@
-"""The fused operation as PyTorch sees it: schema, tracing, compile, export, autocast, checkpoints, transforms, whole models."""
+"""The fused operation as PyTorch sees it: schema, tracing, compile, export, autocast, checkpoints,
+transforms, whole models.
+"""
 
 import copy
 import dataclasses
@@ -8,7 +10,14 @@ import torch
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from kernels.window_attention import OffsetTerms, explain, fused, interface, window_attention, window_layout
+from kernels.window_attention import (
+    OffsetTerms,
+    explain,
+    fused,
+    interface,
+    window_attention,
+    window_layout,
+)
 from models.attention import AttentionSpec
 from tests.kernels.test_window_attention import GRIDS, offsets
 from tests.models.builders import randomise, small
@@ -27,8 +36,10 @@ def draw(window, batch=2, grid=(7, 10), weight="table", dtype=torch.float32, pos
     """qkv (batch, *grid, 3 * HEADS * DIM) and the tables, all asking for gradients."""
     generator = torch.Generator().manual_seed(1)
     rows = offsets(window)
-    tables = {"weight": torch.rand(rows if weight == "table" else 1, HEADS, generator=generator) + 0.2,
-              "bias": torch.randn(rows, HEADS, generator=generator)}
+    tables = {
+        "weight": torch.rand(rows if weight == "table" else 1, HEADS, generator=generator) + 0.2,
+        "bias": torch.randn(rows, HEADS, generator=generator),
+    }
     if post:
         tables["post"] = torch.rand(rows, HEADS, generator=generator) + 0.5
     qkv = torch.randn(batch, *grid, 3 * HEADS * DIM, generator=generator).to(dtype)
@@ -37,14 +48,25 @@ def draw(window, batch=2, grid=(7, 10), weight="table", dtype=torch.float32, pos
 
 def attend(layout, cosine=False, dropout=0.0, backend="fused"):
     def function(qkv, weight, bias=None, post=None):
-        return window_attention(qkv, OffsetTerms(layout.window, weight, bias, post), layout, HEADS, cosine, dropout, backend)
+        return window_attention(
+            qkv,
+            OffsetTerms(layout.window, weight, bias, post),
+            layout,
+            HEADS,
+            cosine,
+            dropout,
+            backend,
+        )
 
     return function
 
 
 def with_gradients(y, inputs):
     generator = torch.Generator().manual_seed(3)
-    return [y, *torch.autograd.grad((y.float() * torch.randn(y.shape, generator=generator)).sum(), inputs)]
+    return [
+        y,
+        *torch.autograd.grad((y.float() * torch.randn(y.shape, generator=generator)).sum(), inputs),
+    ]
 
 
 def identical(left, right):
@@ -52,15 +74,29 @@ def identical(left, right):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("weight", "cosine", "post"), [("table", False, False), ("table", True, True), ("uniform", True, False),
-                                                        ("uniform", False, True)])
+@pytest.mark.parametrize(
+    ("weight", "cosine", "post"),
+    [
+        ("table", False, False),
+        ("table", True, True),
+        ("uniform", True, False),
+        ("uniform", False, True),
+    ],
+)
 def test_the_result_and_its_gradients_are_the_specification_s(grid, weight, cosine, post):
     layout = window_layout(*grid)
     qkv, tables = draw(layout.window, grid=layout.grid, weight=weight, post=post)
     inputs = [qkv, *tables.values()]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    expected = with_gradients(attend(layout, cosine, backend="reference")(exact[0], **dict(zip(tables, exact[1:], strict=True))), exact)
-    for ours, truth in zip(with_gradients(attend(layout, cosine)(qkv, **tables), inputs), expected, strict=True):
+    expected = with_gradients(
+        attend(layout, cosine, backend="reference")(
+            exact[0], **dict(zip(tables, exact[1:], strict=True))
+        ),
+        exact,
+    )
+    for ours, truth in zip(
+        with_gradients(attend(layout, cosine)(qkv, **tables), inputs), expected, strict=True
+    ):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=2e-5)
 
 
@@ -69,20 +105,60 @@ def test_forward_passes_pytorch_s_checks_of_an_operation(case):
     qkv, tables = draw((4, 4), post=True)
     weight, bias, post, seed, dropout = tables["weight"], tables["bias"], tables["post"], None, 0.0
     if case == "one weight, dropout":
-        weight, bias, post, seed, dropout = weight.detach()[:1].requires_grad_(), None, None, torch.tensor([5]), 0.3
+        weight, bias, post, seed, dropout = (
+            weight.detach()[:1].requires_grad_(),
+            None,
+            None,
+            torch.tensor([5]),
+            0.3,
+        )
     if case == "no gradient":
         qkv, weight, bias, post = qkv.detach(), weight.detach(), bias.detach(), None
-    arguments = (qkv, weight, bias, post, seed, [4, 4], [2, 2], HEADS, case != "one weight, dropout", -100.0, dropout, qkv.requires_grad)
-    assert set(opcheck(torch.ops.idsw.window_attention_forward.default, arguments).values()) == {"SUCCESS"}
+    arguments = (
+        qkv,
+        weight,
+        bias,
+        post,
+        seed,
+        [4, 4],
+        [2, 2],
+        HEADS,
+        case != "one weight, dropout",
+        -100.0,
+        dropout,
+        qkv.requires_grad,
+    )
+    assert set(opcheck(torch.ops.idsw.window_attention_forward.default, arguments).values()) == {
+        "SUCCESS"
+    }
 
 
-@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (False, False, False)])
+@pytest.mark.parametrize(
+    "needed", [(True, True, True), (False, True, False), (False, False, False)]
+)
 def test_backward_passes_pytorch_s_checks_of_an_operation(needed):
-    qkv, tables = (draw((4, 4), post=True))
+    qkv, tables = draw((4, 4), post=True)
     tensors = [t.detach() for t in (qkv, *tables.values())]
-    out, lse = torch.ops.idsw.window_attention_forward(*tensors, None, [4, 4], [2, 2], HEADS, True, -100.0, 0.0, True)
-    arguments = (out, tensors[0], lse, *tensors[1:], None, [4, 4], [2, 2], HEADS, True, -100.0, 0.0, *needed)
-    assert set(opcheck(torch.ops.idsw.window_attention_backward.default, arguments).values()) == {"SUCCESS"}
+    out, lse = torch.ops.idsw.window_attention_forward(
+        *tensors, None, [4, 4], [2, 2], HEADS, True, -100.0, 0.0, True
+    )
+    arguments = (
+        out,
+        tensors[0],
+        lse,
+        *tensors[1:],
+        None,
+        [4, 4],
+        [2, 2],
+        HEADS,
+        True,
+        -100.0,
+        0.0,
+        *needed,
+    )
+    assert set(opcheck(torch.ops.idsw.window_attention_backward.default, arguments).values()) == {
+        "SUCCESS"
+    }
     grads = torch.ops.idsw.window_attention_backward(*arguments)
     assert [grad.numel() > 0 for grad in grads] == [True, *needed]
 
@@ -102,7 +178,10 @@ def test_a_compiled_graph_holds_one_operation_and_gives_the_same_bits():
     assert not any("softmax" in name or "matmul" in name for name in names)
     compiled = torch.compile(function, fullgraph=True)
     inputs = [qkv, *tables.values()]
-    assert identical(with_gradients(compiled(qkv, **tables), inputs), with_gradients(function(qkv, **tables), inputs))
+    assert identical(
+        with_gradients(compiled(qkv, **tables), inputs),
+        with_gradients(function(qkv, **tables), inputs),
+    )
 
 
 def test_a_compiled_call_drops_entries_anew_each_time():
@@ -125,7 +204,11 @@ def test_an_exported_program_holds_the_operation_and_takes_any_batch():
             return attend(layout, backend="auto")(qkv, **dict(self.tables.items()))
 
     module = Attention()
-    program = torch.export.export(module, (qkv.detach(),), dynamic_shapes={"qkv": {0: torch.export.Dim("batch", min=1, max=64)}})
+    program = torch.export.export(
+        module,
+        (qkv.detach(),),
+        dynamic_shapes={"qkv": {0: torch.export.Dim("batch", min=1, max=64)}},
+    )
     assert any("window_attention_forward" in str(node.target) for node in program.graph.nodes)
     more = torch.randn(5, *qkv.shape[1:])
     assert torch.equal(program.module()(more), module(more))
@@ -156,9 +239,15 @@ def test_16_bits_err_no_more_than_twice_pytorch_in_the_same_dtype(dtype, cosine)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     truths = with_gradients(attend(layout, cosine, backend="reference")(*exact), exact)
     plain = with_gradients(attend(layout, cosine, backend="reference")(qkv, **tables), inputs)
-    for ours, theirs, truth in zip(with_gradients(attend(layout, cosine)(qkv, **tables), inputs), plain, truths, strict=True):
+    for ours, theirs, truth in zip(
+        with_gradients(attend(layout, cosine)(qkv, **tables), inputs), plain, truths, strict=True
+    ):
         for norm in (2, float("inf")):
-            error = [torch.linalg.vector_norm(t.double() - truth, norm) / torch.linalg.vector_norm(truth, norm) for t in (ours, theirs)]
+            error = [
+                torch.linalg.vector_norm(t.double() - truth, norm)
+                / torch.linalg.vector_norm(truth, norm)
+                for t in (ours, theirs)
+            ]
             assert error[0] <= 2 * error[1] + torch.finfo(dtype).eps
 
 
@@ -169,11 +258,21 @@ def test_tables_in_16_bits_and_one_mixture_for_all_heads_are_taken():
     low = tables["bias"].detach().bfloat16().requires_grad_()
     terms = OffsetTerms(layout.window, tables["weight"], low, weight)
     y = window_attention(qkv, terms, layout, HEADS, backend="fused")
-    expected = window_attention(qkv, OffsetTerms(layout.window, tables["weight"], low.float(), weight), layout, HEADS, backend="reference")
+    expected = window_attention(
+        qkv,
+        OffsetTerms(layout.window, tables["weight"], low.float(), weight),
+        layout,
+        HEADS,
+        backend="reference",
+    )
     torch.testing.assert_close(y, expected)
-    for ours, truth in zip(with_gradients(y, [weight, low]), with_gradients(expected, [weight, low]), strict=True):
+    for ours, truth in zip(
+        with_gradients(y, [weight, low]), with_gradients(expected, [weight, low]), strict=True
+    ):
         assert ours.shape == truth.shape and ours.dtype == truth.dtype
-        torch.testing.assert_close(ours, truth, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours, truth, rtol=1e-2 if ours.dtype == torch.bfloat16 else 1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -182,7 +281,10 @@ def test_an_activation_checkpoint_drops_the_same_entries_again(reentrant):
     qkv, tables = draw(layout.window, grid=(8, 8))
     function = attend(layout, dropout=0.4)
     results = []
-    for wrap in (lambda q, *rest: function(q, *rest), lambda q, *rest: checkpoint(function, q, *rest, use_reentrant=reentrant)):
+    for wrap in (
+        lambda q, *rest: function(q, *rest),
+        lambda q, *rest: checkpoint(function, q, *rest, use_reentrant=reentrant),
+    ):
         torch.manual_seed(7)
         leaves = [t.detach().clone().requires_grad_() for t in (qkv, *tables.values())]
         y = wrap(*leaves)
@@ -195,7 +297,7 @@ def test_the_seed_decides_what_is_dropped_and_the_mean_is_kept():
     layout = window_layout((8, 8), (8, 8))
     qkv, tables = draw(layout.window, grid=(8, 8), batch=32)
     qkv = qkv.detach().clone()
-    qkv[..., 2 * HEADS * DIM:] = 1  # v of ones shows the sums of the rows
+    qkv[..., 2 * HEADS * DIM :] = 1  # v of ones shows the sums of the rows
     function = attend(layout, dropout=0.25)
     torch.manual_seed(0)
     first, second = function(qkv, **tables), function(qkv, **tables)
@@ -239,7 +341,9 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch):
 def test_a_gradient_of_the_gradient_is_refused():
     layout = window_layout((8, 8), (4, 4))
     qkv, tables = draw(layout.window, grid=(8, 8))
-    grad = torch.autograd.grad(attend(layout)(qkv, **tables).square().sum(), qkv, create_graph=True)[0]
+    grad = torch.autograd.grad(
+        attend(layout)(qkv, **tables).square().sum(), qkv, create_graph=True
+    )[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -261,35 +365,55 @@ def test_strided_inputs_and_any_mask_value_are_right():
     torch.testing.assert_close(attend(layout)(strided, **tables), expected)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"weight": torch.ones(5, HEADS)}, r"weight must be \(49 or 1, 2\)"),
-    ({"bias": torch.ones(49, 3)}, r"bias must be \(49, 2\)"),
-    ({"bias": torch.ones(49, HEADS).double()}, "bias must be float32"),
-    ({"qkv": torch.ones(1, 8, 8, 97)}, r"qkv must be \(B, H, W, 3 \* heads \* head_dim\)"),
-    ({"qkv": torch.ones(1, 8, 8, 96).double()}, "float32, float16 or bfloat16"),
-    ({"qkv": torch.ones(1, 8, 8, 60)}, "head dimension"),
-    ({"shift": [4, 0]}, "0 <= shift < window"),
-    ({"window": [4]}, "pairs"),
-    ({"dropout": 0.5}, "needs a seed"),
-    ({"dropout": 1.0}, r"not in \[0, 1\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(5, HEADS)}, r"weight must be \(49 or 1, 2\)"),
+        ({"bias": torch.ones(49, 3)}, r"bias must be \(49, 2\)"),
+        ({"bias": torch.ones(49, HEADS).double()}, "bias must be float32"),
+        ({"qkv": torch.ones(1, 8, 8, 97)}, r"qkv must be \(B, H, W, 3 \* heads \* head_dim\)"),
+        ({"qkv": torch.ones(1, 8, 8, 96).double()}, "float32, float16 or bfloat16"),
+        ({"qkv": torch.ones(1, 8, 8, 60)}, "head dimension"),
+        ({"shift": [4, 0]}, "0 <= shift < window"),
+        ({"window": [4]}, "pairs"),
+        ({"dropout": 0.5}, "needs a seed"),
+        ({"dropout": 1.0}, r"not in \[0, 1\)"),
+    ],
+)
 def test_what_the_operation_cannot_take_is_said_in_one_line(change, message):
-    arguments = {"qkv": torch.ones(1, 8, 8, 96), "weight": torch.ones(1, HEADS), "bias": None, "post": None, "seed": None,
-                 "window": [4, 4], "shift": [0, 0], "num_heads": HEADS, "cosine": False, "mask_value": -100.0, "dropout": 0.0,
-                 "need_lse": False, **change}
+    arguments = {
+        "qkv": torch.ones(1, 8, 8, 96),
+        "weight": torch.ones(1, HEADS),
+        "bias": None,
+        "post": None,
+        "seed": None,
+        "window": [4, 4],
+        "shift": [0, 0],
+        "num_heads": HEADS,
+        "cosine": False,
+        "mask_value": -100.0,
+        "dropout": 0.0,
+        "need_lse": False,
+        **change,
+    }
     with pytest.raises(RuntimeError, match=message) as error:
         torch.ops.idsw.window_attention_forward(*arguments.values())
     assert "window_attention: " in str(error.value)
 
 
-@pytest.mark.parametrize(("terms", "dim", "message"), [
-    ({"renormalise": True, "post": torch.ones(49, HEADS)}, 16, "renormalised"),
-    ({"prefix": 1}, 16, "class tokens"),
-    ({"bias": torch.ones(HEADS, 16, 16)}, 16, "bias is not given per offset"),
-    ({}, 20, "head_dim 20 is not compiled"),
-    ({"window": (1, 33)}, 16, "at most 32 along a side"),
-])
-def test_a_forced_backend_that_does_not_apply_is_an_error_and_auto_takes_another(terms, dim, message):
+@pytest.mark.parametrize(
+    ("terms", "dim", "message"),
+    [
+        ({"renormalise": True, "post": torch.ones(49, HEADS)}, 16, "renormalised"),
+        ({"prefix": 1}, 16, "class tokens"),
+        ({"bias": torch.ones(HEADS, 16, 16)}, 16, "bias is not given per offset"),
+        ({}, 20, "head_dim 20 is not compiled"),
+        ({"window": (1, 33)}, 16, "at most 32 along a side"),
+    ],
+)
+def test_a_forced_backend_that_does_not_apply_is_an_error_and_auto_takes_another(
+    terms, dim, message
+):
     window = terms.get("window", (4, 4))
     qkv = torch.randn(1, *window, 3 * HEADS * dim)
     terms = OffsetTerms(**{"window": window, "weight": torch.ones(1, HEADS), **terms})
@@ -299,22 +423,36 @@ def test_a_forced_backend_that_does_not_apply_is_an_error_and_auto_takes_another
     assert backend != "fused" and message in reason
 
 
-@pytest.mark.parametrize(("window", "dim"), [((1, 1), 16), ((24, 24), 32), ((3, 32), 64), ((32, 1), 8), ((2, 2), 48), ((4, 4), 256)])
+@pytest.mark.parametrize(
+    ("window", "dim"),
+    [((1, 1), 16), ((24, 24), 32), ((3, 32), 64), ((32, 1), 8), ((2, 2), 48), ((4, 4), 256)],
+)
 def test_the_kernel_takes_all_that_explain_promises(window, dim):
     qkv = torch.randn(1, *window, 3 * dim)
     terms = OffsetTerms(window, torch.full((offsets(window), 1), dim**-0.5))
     assert explain(qkv, terms)[0] == "fused"
     layout = window_layout(window, window)
-    torch.testing.assert_close(window_attention(qkv, terms, layout, 1), window_attention(qkv, terms, layout, 1, backend="reference"))
+    torch.testing.assert_close(
+        window_attention(qkv, terms, layout, 1),
+        window_attention(qkv, terms, layout, 1, backend="reference"),
+    )
 
 
-MODIFIERS = [(), ("qk_residual",), ("qk_residual", "crpw"), ("gaussian_mixture_mask(init=identity)",),
-             ("gaussian_mixture_mask(position=post, init=identity)",), ("crpw", "gaussian_mixture_mask(init=identity, share_heads=True)")]
+MODIFIERS = [
+    (),
+    ("qk_residual",),
+    ("qk_residual", "crpw"),
+    ("gaussian_mixture_mask(init=identity)",),
+    ("gaussian_mixture_mask(position=post, init=identity)",),
+    ("crpw", "gaussian_mixture_mask(init=identity, share_heads=True)"),
+]
 
 
 @pytest.mark.parametrize("modifiers", MODIFIERS, ids=str)
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
-def test_a_model_and_all_its_gradients_are_those_of_the_reference_in_double_precision(family, modifiers):
+def test_a_model_and_all_its_gradients_are_those_of_the_reference_in_double_precision(
+    family, modifiers
+):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 36, 32)  # 18 x 16 tokens, padded to whole windows
     spec = AttentionSpec(modifiers, backend="fused")
@@ -329,13 +467,21 @@ def test_a_model_and_all_its_gradients_are_those_of_the_reference_in_double_prec
     truth.square().sum().backward()
     for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
         scale = theirs.grad.abs().max().clamp(min=1)
-        torch.testing.assert_close(ours.grad.double() / scale, theirs.grad / scale, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours.grad.double() / scale,
+            theirs.grad / scale,
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 @pytest.mark.parametrize("family", ["swin", "swinv2"])
 def test_a_compiled_model_has_the_gradients_of_the_eager_one(family):
     torch.compiler.reset()
-    model = randomise(small(family, embed_dim=32, attention=AttentionSpec(("qk_residual", "crpw"))), std=0.1)
+    model = randomise(
+        small(family, embed_dim=32, attention=AttentionSpec(("qk_residual", "crpw"))), std=0.1
+    )
     images = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     grads = []
@@ -355,7 +501,12 @@ def test_auto_takes_the_kernel_and_the_reason_says_so(monkeypatch):
     assert explain(qkv, terms)[0] == explain(qkv, terms, dropout=0.1)[0] == "fused"
     assert torch.equal(window_attention(qkv, terms, layout, HEADS), attend(layout)(qkv, **tables))
     monkeypatch.setattr(interface, "missing", lambda device: "it is not built")
-    assert explain(qkv, terms) == ("eager", "not fused (it is not built); SDPA has no weight per offset")
+    assert explain(qkv, terms) == (
+        "eager",
+        "not fused (it is not built); SDPA has no weight per offset",
+    )
     monkeypatch.setattr(interface, "missing", lambda device: None)
     monkeypatch.setenv("WINDOW_ATTENTION_BACKEND", "reference")
-    assert not torch.equal(window_attention(qkv, terms, layout, HEADS), attend(layout)(qkv, **tables))
+    assert not torch.equal(
+        window_attention(qkv, terms, layout, HEADS), attend(layout)(qkv, **tables)
+    )

@@ -1,4 +1,6 @@
-"""The compiled GELU, forward and backward, against PyTorch's and float64: every instruction set, dtype and shape; as PyTorch sees it."""
+"""The compiled GELU, forward and backward, against PyTorch's and float64: every instruction set,
+dtype and shape; as PyTorch sees it.
+"""
 
 import ctypes
 import math
@@ -14,22 +16,41 @@ from tests.kernels.cpu_kernels import INSTRUCTIONS
 from tests.kernels.test_cpu_kernel import available
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-PAIRS = [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F16, F16)]  # of what is kept and of the activation
+PAIRS = [
+    (F32, F32),
+    (BF16, F32),
+    (F16, F32),
+    (BF16, BF16),
+    (F16, F16),
+]  # of what is kept and of the activation
 SHAPES = [(1, 1), (3, 5), (70, 16), (129, 50), (200, 384)]
 CODES = {F32: 0, F16: 1, BF16: 2}
 
 
 class Args(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("before", "bias", "kept", "act", "grad", "grad_bias", "partial")),
-                *((name, ctypes.c_int64) for name in ("rows", "width")),
-                *((name, ctypes.c_int32) for name in ("kept_dtype", "act_dtype", "threads"))]
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("before", "bias", "kept", "act", "grad", "grad_bias", "partial")
+        ),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        *((name, ctypes.c_int32) for name in ("kept_dtype", "act_dtype", "threads")),
+    ]
 
 
 def call(library, backward: int, threads: int = 2, **tensors) -> None:
     """wa_cpu_gelu of a library without PyTorch's binding."""
     act, kept = tensors["act"], tensors["before"] if backward else tensors["kept"]
-    args = Args(*(None if tensors.get(name) is None else tensors[name].data_ptr() for name, _ in Args._fields_[:7]), *act.shape,
-                CODES[act.dtype if kept is None else kept.dtype], CODES[act.dtype], threads)
+    args = Args(
+        *(
+            None if tensors.get(name) is None else tensors[name].data_ptr()
+            for name, _ in Args._fields_[:7]
+        ),
+        *act.shape,
+        CODES[act.dtype if kept is None else kept.dtype],
+        CODES[act.dtype],
+        threads,
+    )
     assert library.wa_cpu_gelu(ctypes.byref(args), backward) == 0
 
 
@@ -47,7 +68,11 @@ def untouched(area) -> bool:
 def draw(shape, act_dtype, biased=True):
     generator = torch.Generator().manual_seed(2)
     before = (3 * torch.randn(shape, generator=generator)).to(act_dtype)
-    return before, torch.randn(shape[1], generator=generator) if biased else None, torch.randn(shape, generator=generator).to(act_dtype)
+    return (
+        before,
+        torch.randn(shape[1], generator=generator) if biased else None,
+        torch.randn(shape, generator=generator).to(act_dtype),
+    )
 
 
 def exact(kept, bias, grad):
@@ -69,28 +94,49 @@ def errs_no_more(found, theirs, right) -> bool:
     """At most twice PyTorch's error, in the norm and in the worst element."""
     rounding = torch.finfo(theirs.dtype).eps
     own, other = (found.double() - right).abs(), (theirs.double() - right).abs()
-    return bool(own.norm() <= 2 * other.norm() + rounding * right.norm() and own.max() <= 2 * other.max() + rounding * right.abs().max())
+    return bool(
+        own.norm() <= 2 * other.norm() + rounding * right.norm()
+        and own.max() <= 2 * other.max() + rounding * right.abs().max()
+    )
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kept_dtype, act_dtype", PAIRS, ids=str)
-def test_every_instruction_set_errs_no_more_than_pytorch(kept_dtype, act_dtype, shape, biased, instructions):
+def test_every_instruction_set_errs_no_more_than_pytorch(
+    kept_dtype, act_dtype, shape, biased, instructions
+):
     library = available(instructions).library
     before, bias, grad = draw(shape, act_dtype, biased)
     act, act_area = margins(shape, act_dtype)
     kept, kept_area = margins(shape, kept_dtype)
     call(library, 0, before=before, bias=bias, kept=kept, act=act)
     assert torch.equal(kept, before.to(kept_dtype))
-    assert errs_no_more(act, pytorch(before, bias, grad, act_dtype)[0], exact(before, bias, grad)[0])
+    assert errs_no_more(
+        act, pytorch(before, bias, grad, act_dtype)[0], exact(before, bias, grad)[0]
+    )
 
     again, again_area = margins(shape, act_dtype)
     gradient, gradient_area = margins(shape, act_dtype)
     gradient.copy_(grad)
     db, db_area = margins((1, shape[1]), F32)
-    call(library, 1, before=kept, bias=bias, act=again, grad=gradient, grad_bias=db, partial=torch.full((64, shape[1]), float("nan")))
-    for own, other, truth in zip((again, gradient, db[0]), pytorch(kept, bias, grad, act_dtype), exact(kept, bias, grad), strict=True):
+    call(
+        library,
+        1,
+        before=kept,
+        bias=bias,
+        act=again,
+        grad=gradient,
+        grad_bias=db,
+        partial=torch.full((64, shape[1]), float("nan")),
+    )
+    for own, other, truth in zip(
+        (again, gradient, db[0]),
+        pytorch(kept, bias, grad, act_dtype),
+        exact(kept, bias, grad),
+        strict=True,
+    ):
         assert errs_no_more(own, other, truth)
     assert all(map(untouched, (act_area, kept_area, again_area, gradient_area, db_area)))
 
@@ -99,16 +145,58 @@ def test_every_instruction_set_errs_no_more_than_pytorch(kept_dtype, act_dtype, 
 def test_tails_and_numbers_that_are_none_come_out_as_in_pytorch(instructions):
     library = available(instructions).library
     infinite, none = float("inf"), float("nan")
-    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-40, 5.0, -5.0, 9.0, -9.0, 11.7, -11.7, 11.8, -11.8, 14.0, -14.0, 30.0, -30.0,
-                      1e4, -1e4, 1e30, -1e30, 3e38, -3e38, infinite, none])[None]
-    act, again, grad, sums = torch.empty_like(x), torch.empty_like(x), torch.ones_like(x), torch.empty(1, x.shape[1])
+    x = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1e-30,
+            -1e-30,
+            1e-40,
+            5.0,
+            -5.0,
+            9.0,
+            -9.0,
+            11.7,
+            -11.7,
+            11.8,
+            -11.8,
+            14.0,
+            -14.0,
+            30.0,
+            -30.0,
+            1e4,
+            -1e4,
+            1e30,
+            -1e30,
+            3e38,
+            -3e38,
+            infinite,
+            none,
+        ]
+    )[None]
+    act, again, grad, sums = (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        torch.ones_like(x),
+        torch.empty(1, x.shape[1]),
+    )
     call(library, 0, before=x, kept=None, act=act)
-    call(library, 1, before=x, act=again, grad=grad, grad_bias=sums, partial=torch.empty(1, x.shape[1]))
+    call(
+        library,
+        1,
+        before=x,
+        act=again,
+        grad=grad,
+        grad_bias=sums,
+        partial=torch.empty(1, x.shape[1]),
+    )
     right, slope, _ = exact(x, None, torch.ones_like(x))
     assert act[0, -1].isnan() and again[0, -1].isnan() and grad[0, -1].isnan()
     for own in (act, again):
         torch.testing.assert_close(own[0, :-1].double(), right[0, :-1], rtol=2e-5, atol=1e-29)
-    torch.testing.assert_close(grad[0, :-2].double(), slope[0, :-2], rtol=2e-5, atol=1e-29)  # there is no slope at infinity
+    torch.testing.assert_close(
+        grad[0, :-2].double(), slope[0, :-2], rtol=2e-5, atol=1e-29
+    )  # there is no slope at infinity
 
 
 def test_far_left_the_value_keeps_its_relative_precision():
@@ -117,7 +205,10 @@ def test_far_left_the_value_keeps_its_relative_precision():
         pytest.skip(f"the CPU kernel is not here: {fused.missing('cpu')}")
     x = torch.linspace(-9, -3, 5000)[None]
     right = exact(x, None, x)[0]
-    own, theirs = (((y.double() - right) / right).abs().max() for y in (gelu_into(torch.empty_like(x), x), F.gelu(x)))
+    own, theirs = (
+        ((y.double() - right) / right).abs().max()
+        for y in (gelu_into(torch.empty_like(x), x), F.gelu(x))
+    )
     assert own < 2e-5 < theirs
 
 
@@ -149,22 +240,44 @@ def test_the_same_bits_with_any_number_of_threads_and_in_place(kept_dtype, act_d
 def test_what_does_not_fit_is_an_error(kernel):
     x, bias = torch.randn(4, 6), torch.randn(6)
     for act, before, given, kept in [
-            (torch.empty(4, 5), x, bias, None), (torch.empty(4, 6, dtype=BF16), x, bias, None), (torch.empty(6, 4).t(), x, bias, None),
-            (torch.empty(4, 6), x.double(), bias, None), (torch.empty(4, 6), x, bias[:5], None),
-            (torch.empty(4, 6), x, bias.double(), None),
-            (torch.empty(4, 6), x, bias, torch.empty(4, 6, dtype=torch.float64)), (torch.empty(4, 6), x, bias, torch.empty(3, 6)),
-            (torch.empty(4, 6, dtype=BF16), x.bfloat16(), bias, torch.empty(4, 6)), (torch.empty(4, 6), x[0], bias, None)]:
+        (torch.empty(4, 5), x, bias, None),
+        (torch.empty(4, 6, dtype=BF16), x, bias, None),
+        (torch.empty(6, 4).t(), x, bias, None),
+        (torch.empty(4, 6), x.double(), bias, None),
+        (torch.empty(4, 6), x, bias[:5], None),
+        (torch.empty(4, 6), x, bias.double(), None),
+        (torch.empty(4, 6), x, bias, torch.empty(4, 6, dtype=torch.float64)),
+        (torch.empty(4, 6), x, bias, torch.empty(3, 6)),
+        (torch.empty(4, 6, dtype=BF16), x.bfloat16(), bias, torch.empty(4, 6)),
+        (torch.empty(4, 6), x[0], bias, None),
+    ]:
         with pytest.raises(RuntimeError, match="gelu"):
             gelu_into(act, before, given, kept)
     with pytest.raises(RuntimeError, match="gelu"):
         gelu_backward_into(torch.empty(4, 6), torch.empty(4, 5), x, bias)
-    assert gelu_backward_into(torch.empty(0, 6), torch.empty(0, 6), torch.empty(0, 6), bias).eq(0).all()
+    assert (
+        gelu_backward_into(torch.empty(0, 6), torch.empty(0, 6), torch.empty(0, 6), bias)
+        .eq(0)
+        .all()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_pytorch_finds_the_schemas_and_the_shapes_for_tracing_right(kernel):
     before, bias, grad = draw((20, 12), F32)
     tests = ("test_schema", "test_faketensor")
-    opcheck(torch.ops.idsw.gelu_forward, (before, bias, before.bfloat16(), torch.empty_like(before)), test_utils=tests)
-    opcheck(torch.ops.idsw.gelu_forward, (before, None, None, torch.empty_like(before)), test_utils=tests)
-    opcheck(torch.ops.idsw.gelu_backward, (before, bias, torch.empty_like(before), grad), test_utils=tests)
+    opcheck(
+        torch.ops.idsw.gelu_forward,
+        (before, bias, before.bfloat16(), torch.empty_like(before)),
+        test_utils=tests,
+    )
+    opcheck(
+        torch.ops.idsw.gelu_forward,
+        (before, None, None, torch.empty_like(before)),
+        test_utils=tests,
+    )
+    opcheck(
+        torch.ops.idsw.gelu_backward,
+        (before, bias, torch.empty_like(before), grad),
+        test_utils=tests,
+    )

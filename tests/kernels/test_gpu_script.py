@@ -14,7 +14,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_kernels.py"
 
 
 def run(*words):
-    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 @pytest.mark.slow
@@ -22,7 +28,9 @@ def test_dry_run_on_the_cpu_checks_and_times_and_writes_json(tmp_path):
     path, reason = library.load(quiet=True)
     if path is None:
         pytest.skip(f"no CPU kernel: {reason}")
-    done = run("--device", "cpu", "--quick", "--rounds", "1", "--json", str(tmp_path / "found.json"))
+    done = run(
+        "--device", "cpu", "--quick", "--rounds", "1", "--json", str(tmp_path / "found.json")
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert {"date", "commit", "torch", "device"} <= set(found["environment"])

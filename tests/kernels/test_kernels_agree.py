@@ -1,4 +1,6 @@
-"""The CPU kernel and the emulated CUDA kernels, written independently of each other, give the same results."""
+"""The CPU kernel and the emulated CUDA kernels, written independently of each other, give the same
+results.
+"""
 
 import ctypes
 
@@ -42,7 +44,9 @@ def test_cpu_and_emulated_cuda_kernels_differ_by_rounding_alone(kernels, case):
         assert apart <= 3 * rounding + 1e-5 * exact[name].norm().item(), name
     lse = torch.stack([cpu["lse"], cuda["lse"]])
     assert torch.equal(*lse.isnan())
-    slack = 2 * torch.finfo(case.dtype).eps * drawn.weight.abs().max().item() if case.cosine else 0.0
+    slack = (
+        2 * torch.finfo(case.dtype).eps * drawn.weight.abs().max().item() if case.cosine else 0.0
+    )
     assert (lse[0] - lse[1]).nan_to_num().abs().max() <= 2e-5 * lse.nan_to_num().abs().max() + slack
 
 

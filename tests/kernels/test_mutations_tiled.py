@@ -1,6 +1,8 @@
-"""Bugs planted in the tiled kernels: the comparison with float64 finds every one, and passes on the sources as they are.
+"""Bugs planted in the tiled kernels: the comparison with float64 finds every one, and passes on the
+sources as they are.
 
-    python -m tests.kernels.test_mutations_tiled LIBRARY      says what is wrong with a library built from them
+python -m tests.kernels.test_mutations_tiled LIBRARY      says what is wrong with a library built
+from them
 """
 
 import shutil
@@ -15,61 +17,178 @@ from tests.kernels.emulated import CSRC, build, load
 from tests.kernels.replay import Kernel, KernelError, problems
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FORWARD, QUERIES, KEYS, WINDOW, TILE, PAIRS = (f"cuda/tiled_{name}.h" for name in ("forward", "queries", "keys", "window", "tile", "pairs"))
+FORWARD, QUERIES, KEYS, WINDOW, TILE, PAIRS = (
+    f"cuda/tiled_{name}.h" for name in ("forward", "queries", "keys", "window", "tile", "pairs")
+)
 # One instance alone, so that a mutant is built in a few seconds.
 ONE = """#include "tiled_launch.h"
 using One = tiled::Kernels<bf16, 32, tiled::kFull>;
 #define WA_EXPORT extern "C" __attribute__((visibility("default")))
 WA_EXPORT const char* wa_emu_supports(const WindowAttentionArgs*) { return nullptr; }
-WA_EXPORT int64_t wa_emu_workspace(const WindowAttentionArgs* a, int backward) { return backward ? One::workspace(*a) : 0; }
+WA_EXPORT int64_t wa_emu_workspace(const WindowAttentionArgs* a, int backward) {
+  return backward ? One::workspace(*a) : 0;
+}
 WA_EXPORT int wa_emu_forward(const WindowAttentionArgs* a) { return One::forward(*a, nullptr); }
 WA_EXPORT int wa_emu_backward(const WindowAttentionArgs* a) { return One::backward(*a, nullptr); }
 """
-# Each with the shared memory a block may have (20000: keys are streamed; 101376: four warps share a tile's keys) and the number of
-# multiprocessors (1: several windows a block).
-TRIALS = [(Case((9, 11), missing=(3, 4), shift=(4, 5), weight="table", post=True, dropout=0.2), 232448, 1),
-          (Case((12, 12), (2, 2), heads=1, shift=(6, 6), cosine=True, weight="table", scale=3.0), 101376, 1),
-          (Case((8, 13), (3, 2), heads=1, weight="table", post=True), 20000, 1),
-          (Case((4, 18), (1, 1), heads=1, cosine=True, shift=(2, 0), missing=(0, 1)), 232448, 132)]
+# Each with the shared memory a block may have (20000: keys are streamed; 101376: four warps share a
+# tile's keys) and the number of multiprocessors (1: several windows a block).
+TRIALS = [
+    (
+        Case((9, 11), missing=(3, 4), shift=(4, 5), weight="table", post=True, dropout=0.2),
+        232448,
+        1,
+    ),
+    (
+        Case((12, 12), (2, 2), heads=1, shift=(6, 6), cosine=True, weight="table", scale=3.0),
+        101376,
+        1,
+    ),
+    (Case((8, 13), (3, 2), heads=1, weight="table", post=True), 20000, 1),
+    (Case((4, 18), (1, 1), heads=1, cosine=True, shift=(2, 0), missing=(0, 1)), 232448, 132),
+]
 
 # name: (file, what stands there, what a slip would have written)
 MUTANTS = {
-    "the forward does not wait for its keys": (FORWARD, "            cp_wait<0>();\n            arrived(", "            arrived("),
-    "the forward reads keys that other warps bring": (FORWARD, "        __syncthreads();\n        for (int pass", "        for (int pass"),
-    "the forward starts a window before the last is done": (FORWARD, "__syncthreads();  // the tables are there, the last", "// the last"),
-    "a window's tokens are read before they are worked out": (FORWARD, "fill_window<Mode>(shared, p, window);\n        __syncthreads();\n",
-                                                              "fill_window<Mode>(shared, p, window);\n"),
-    "a block of keys is overwritten while it is read": (FORWARD, "                if (!p.resident) __syncthreads();\n", ""),
+    "the forward does not wait for its keys": (
+        FORWARD,
+        "            cp_wait<0>();\n            arrived(",
+        "            arrived(",
+    ),
+    "the forward reads keys that other warps bring": (
+        FORWARD,
+        "        __syncthreads();\n        for (int pass",
+        "        for (int pass",
+    ),
+    "the forward starts a window before the last is done": (
+        FORWARD,
+        "__syncthreads();  // the tables are there, the last",
+        "// the last",
+    ),
+    "a window's tokens are read before they are worked out": (
+        FORWARD,
+        "fill_window<Mode>(shared, p, window);\n        __syncthreads();\n",
+        "fill_window<Mode>(shared, p, window);\n",
+    ),
+    "a block of keys is overwritten while it is read": (
+        FORWARD,
+        "                if (!p.resident) __syncthreads();\n",
+        "",
+    ),
     "the two blocks of keys are one": (FORWARD, "first / p.block % 2 * p.block", "0"),
-    "output is stored before the warp has written it": (FORWARD, "__syncwarp();\n            write_rows", "write_rows"),
+    "output is stored before the warp has written it": (
+        FORWARD,
+        "__syncwarp();\n            write_rows",
+        "write_rows",
+    ),
     "the sum keeps its old unit": (FORWARD, "            sum[r] *= factor;\n", ""),
-    "the output keeps its old unit": (FORWARD, "o[n][2 * r + 1] *= factor;", "o[n][2 * r + 1] *= 1.f;"),
+    "the output keeps its old unit": (
+        FORWARD,
+        "o[n][2 * r + 1] *= factor;",
+        "o[n][2 * r + 1] *= 1.f;",
+    ),
     "padding is a key": (FORWARD, "if (key & kOutside) x = -INFINITY;", ""),
-    "the row sum is taken after dropout": (FORWARD, "? x[n][e] * p.keep_factor : 0.f", "? x[n][e] : 0.f"),
-    "the shift has the wrong sign": (WINDOW, "y0 = down * a.window[0] + a.shift[0];",
-                                     "y0 = (down * a.window[0] - a.shift[0] + p.padded[0]) % p.padded[0];"),
-    "the second region begins a column late": (WINDOW, "x >= p.a.window[1] - p.a.shift[1]", "x > p.a.window[1] - p.a.shift[1]"),
-    "the table's row length is that of the other side": (WINDOW, "int word = (y * (2 * p.a.window[1] - 1) + x) * bytes;",
-                                                         "int word = (y * (2 * p.a.window[0] - 1) + x) * bytes;"),
+    "the row sum is taken after dropout": (
+        FORWARD,
+        "? x[n][e] * p.keep_factor : 0.f",
+        "? x[n][e] : 0.f",
+    ),
+    "the shift has the wrong sign": (
+        WINDOW,
+        "y0 = down * a.window[0] + a.shift[0];",
+        "y0 = (down * a.window[0] - a.shift[0] + p.padded[0]) % p.padded[0];",
+    ),
+    "the second region begins a column late": (
+        WINDOW,
+        "x >= p.a.window[1] - p.a.shift[1]",
+        "x > p.a.window[1] - p.a.shift[1]",
+    ),
+    "the table's row length is that of the other side": (
+        WINDOW,
+        "int word = (y * (2 * p.a.window[1] - 1) + x) * bytes;",
+        "int word = (y * (2 * p.a.window[0] - 1) + x) * bytes;",
+    ),
     "padding is written": (WINDOW, "x >= p.a.width ? -1", "x > p.a.width ? -1"),
-    "values are read without the permutation of chunks": (TILE, "ldsm4t(b, rows + (at.plain ^ n << 5));",
-                                                          "ldsm4t(b, rows + (at.lane & 15) * 2 * D + (n * 2 + (at.lane >> 4)) * 16);"),
-    "the norm's gradient lacks its second term": (TILE, "along = factor < 0.99e12f ? along : 0.f;", "along = 0.f;"),
-    "half a warp skips a shuffle": (TILE, "    x += __shfl_xor_sync(0xffffffffu, x, 1);",
-                                    "    if (threadIdx.x % 32 < 16) x += __shfl_xor_sync(0xffffffffu, x, 1);"),
-    "the mask is forgotten in the backward": (PAIRS, "masked ? s + mask : s", "masked ? s + 0.f * mask : s"),
-    "sums of the tables are not cleared": (QUERIES, "shared.sums[table][i] = make_float4(0.f, 0.f, 0.f, 0.f);", ";"),
-    "delta leaves out the dropout": (QUERIES, "x.map[n][e] * x.kept[n][e] * x.grad[n][e];", "x.map[n][e] * x.grad[n][e];"),
-    "delta of one group alone": (QUERIES, "for (int other = 0; other < p.groups; ++other)", "for (int other = 0; other < 1; ++other)"),
-    "dq of one group alone": (QUERIES, "for (int other = 1; other < p.groups; ++other)", "for (int other = 2; other < p.groups; ++other)"),
-    "parts of dq overwrite keys that are still read": (QUERIES, "if (p.resident) __syncthreads();", ""),
-    "a table's last query is left out": (QUERIES, "i + first >= last) continue;", "i + first >= last - 1) continue;"),
-    "dq lacks the weight": (QUERIES, "of_product[e] = of_bias[e] * x.weight[n][e];", "of_product[e] = of_bias[e];"),
-    "gradients of the post weight ignore the dropout": (QUERIES, "of_post[e] = keep ?", "of_post[e] = keep || e < 4 ?"),
-    "dk lacks delta": (KEYS, "(kept * x.grad[n][e] - delta)", "(kept * x.grad[n][e] - 0.f * delta)"),
-    "the backward's dropout mask is another": (KEYS, "first_row + i + (e & 1), first_key", "first_row + i, first_key"),
-    "the keys start a window before the last is done": (KEYS, "__syncthreads();  // the tables are there, the last", "// the last"),
-    "dk and dv are stored before the warp has written them": (KEYS, "__syncwarp();\n            write_rows", "write_rows"),
+    "values are read without the permutation of chunks": (
+        TILE,
+        "ldsm4t(b, rows + (at.plain ^ n << 5));",
+        "ldsm4t(b, rows + (at.lane & 15) * 2 * D + (n * 2 + (at.lane >> 4)) * 16);",
+    ),
+    "the norm's gradient lacks its second term": (
+        TILE,
+        "along = factor < 0.99e12f ? along : 0.f;",
+        "along = 0.f;",
+    ),
+    "half a warp skips a shuffle": (
+        TILE,
+        "    x += __shfl_xor_sync(0xffffffffu, x, 1);",
+        "    if (threadIdx.x % 32 < 16) x += __shfl_xor_sync(0xffffffffu, x, 1);",
+    ),
+    "the mask is forgotten in the backward": (
+        PAIRS,
+        "masked ? s + mask : s",
+        "masked ? s + 0.f * mask : s",
+    ),
+    "sums of the tables are not cleared": (
+        QUERIES,
+        "shared.sums[table][i] = make_float4(0.f, 0.f, 0.f, 0.f);",
+        ";",
+    ),
+    "delta leaves out the dropout": (
+        QUERIES,
+        "x.map[n][e] * x.kept[n][e] * x.grad[n][e];",
+        "x.map[n][e] * x.grad[n][e];",
+    ),
+    "delta of one group alone": (
+        QUERIES,
+        "for (int other = 0; other < p.groups; ++other)",
+        "for (int other = 0; other < 1; ++other)",
+    ),
+    "dq of one group alone": (
+        QUERIES,
+        "for (int other = 1; other < p.groups; ++other)",
+        "for (int other = 2; other < p.groups; ++other)",
+    ),
+    "parts of dq overwrite keys that are still read": (
+        QUERIES,
+        "if (p.resident) __syncthreads();",
+        "",
+    ),
+    "a table's last query is left out": (
+        QUERIES,
+        "i + first >= last) continue;",
+        "i + first >= last - 1) continue;",
+    ),
+    "dq lacks the weight": (
+        QUERIES,
+        "of_product[e] = of_bias[e] * x.weight[n][e];",
+        "of_product[e] = of_bias[e];",
+    ),
+    "gradients of the post weight ignore the dropout": (
+        QUERIES,
+        "of_post[e] = keep ?",
+        "of_post[e] = keep || e < 4 ?",
+    ),
+    "dk lacks delta": (
+        KEYS,
+        "(kept * x.grad[n][e] - delta)",
+        "(kept * x.grad[n][e] - 0.f * delta)",
+    ),
+    "the backward's dropout mask is another": (
+        KEYS,
+        "first_row + i + (e & 1), first_key",
+        "first_row + i, first_key",
+    ),
+    "the keys start a window before the last is done": (
+        KEYS,
+        "__syncthreads();  // the tables are there, the last",
+        "// the last",
+    ),
+    "dk and dv are stored before the warp has written them": (
+        KEYS,
+        "__syncwarp();\n            write_rows",
+        "write_rows",
+    ),
 }
 
 
@@ -93,11 +212,19 @@ def verdict(library: Path) -> str:
 
 
 def judge(csrc: Path) -> str:
-    """Builds the one instance from these sources and says what is wrong; in a process of its own, since a bug may end it."""
+    """Builds the one instance from these sources and says what is wrong; in a process of its own,
+    since a bug may end it.
+    """
     (csrc / "cuda" / "tiled_one.cu").write_text(ONE)
     library = build(["cuda/tiled_one.cu", "emulator/emulator.cpp"], csrc=csrc)
-    done = subprocess.run([sys.executable, "-m", __spec__.name, str(library)], cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", __spec__.name, str(library)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     return done.stdout.strip() or (f"ended with {done.returncode}" if done.returncode else "")
 
 

@@ -1,4 +1,6 @@
-"""The check that stands before the first use on a GPU, here with kernels that are right and wrong."""
+"""The check that stands before the first use on a GPU, here with kernels that are right and
+wrong.
+"""
 
 import pytest
 

@@ -4,23 +4,54 @@ import itertools
 
 import torch
 
-from models import CaiT, PiT, RefinedViT, SwinMLP, SwinTransformer, SwinTransformerV2, T2TViT, VisionTransformer, timm_model
+from models import (
+    CaiT,
+    PiT,
+    RefinedViT,
+    SwinMLP,
+    SwinTransformer,
+    SwinTransformerV2,
+    T2TViT,
+    VisionTransformer,
+    timm_model,
+)
 from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS, WeightModifier
 
-FAMILIES = {"swin": SwinTransformer, "swinv2": SwinTransformerV2, "swin_mlp": SwinMLP, "vit": VisionTransformer, "cait": CaiT, "pit": PiT,
-            "t2t": T2TViT, "refined_vit": RefinedViT, "timm": timm_model}
+FAMILIES = {
+    "swin": SwinTransformer,
+    "swinv2": SwinTransformerV2,
+    "swin_mlp": SwinMLP,
+    "vit": VisionTransformer,
+    "cait": CaiT,
+    "pit": PiT,
+    "t2t": T2TViT,
+    "refined_vit": RefinedViT,
+    "timm": timm_model,
+}
 WINDOW_FAMILIES = ("swin", "swinv2")
 GLOBAL_FAMILIES = ("vit", "cait", "pit", "t2t", "refined_vit", "timm")
 ATTENTION_FAMILIES = WINDOW_FAMILIES + GLOBAL_FAMILIES
-PYRAMID = dict(patch_size=2, embed_dim=8, depths=(2, 1), num_heads=(2, 4), window_size=4, mlp_ratio=2.0)
+PYRAMID = dict(
+    patch_size=2, embed_dim=8, depths=(2, 1), num_heads=(2, 4), window_size=4, mlp_ratio=2.0
+)
 GLOBAL = dict(embed_dim=8, depth=2, num_heads=2, mlp_ratio=2.0)
-OPTIONS = {"swin": PYRAMID, "swinv2": dict(PYRAMID, pretrained_window_sizes=(0, 0)), "swin_mlp": PYRAMID, "vit": dict(GLOBAL, patch_size=4),
-           "cait": dict(GLOBAL, patch_size=4, class_depth=1, layer_scale=0.1, mixing_bias=False),
-           "pit": dict(patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 4), mlp_ratio=2.0), "t2t": dict(GLOBAL, token_dim=8),
-           "refined_vit": dict(GLOBAL, patch_size=4, mlp_gain=0.1),
-           "timm": dict(text="vit_tiny_patch16_224(patch_size=4, embed_dim=8, depth=2, num_heads=2, qk_norm=True, class_token=False, "
-                             "global_pool='avg')")}
+OPTIONS = {
+    "swin": PYRAMID,
+    "swinv2": dict(PYRAMID, pretrained_window_sizes=(0, 0)),
+    "swin_mlp": PYRAMID,
+    "vit": dict(GLOBAL, patch_size=4),
+    "cait": dict(GLOBAL, patch_size=4, class_depth=1, layer_scale=0.1, mixing_bias=False),
+    "pit": dict(patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 4), mlp_ratio=2.0),
+    "t2t": dict(GLOBAL, token_dim=8),
+    "refined_vit": dict(GLOBAL, patch_size=4, mlp_gain=0.1),
+    "timm": dict(
+        text=(
+            "vit_tiny_patch16_224(patch_size=4, embed_dim=8, depth=2, num_heads=2, qk_norm=True,"
+            " class_token=False, global_pool='avg')"
+        )
+    ),
+}
 GRID = list(itertools.product((False, True), repeat=3))
 
 
@@ -31,24 +62,38 @@ def identity_options(qk_residual: bool, crpw: bool, pre_mlp: bool) -> dict:
 
 
 def small(family: str, **changes) -> torch.nn.Module:
-    """10 classes, 16 x 16 pixels; windows of 4 in two stages on 8 x 8 and 4 x 4 tokens, or two blocks of global attention from 4 x 4 on."""
-    return FAMILIES[family](**{"img_size": 16, "num_classes": 10, "drop_path_rate": 0.0, **OPTIONS[family], **changes})
+    """10 classes, 16 x 16 pixels; windows of 4 in two stages on 8 x 8 and 4 x 4 tokens, or two
+    blocks of global attention from 4 x 4 on.
+    """
+    return FAMILIES[family](
+        **{"img_size": 16, "num_classes": 10, "drop_path_rate": 0.0, **OPTIONS[family], **changes}
+    )
 
 
-# Term modifiers leave the pairs of a class token alone, and the head reads nothing else: those of the last block have no effect.
+# Term modifiers leave the pairs of a class token alone, and the head reads nothing else: those of
+# the last block have no effect.
 LAST_BLOCK = {"vit": "blocks.1.attn.modifiers.", "pit": "transformers.1.blocks.0.attn.modifiers."}
-NO_GRADIENT = {(family, name): place for family, place in LAST_BLOCK.items()
-               for name in ("crpw", "elementwise_mask", "gaussian_mixture_mask")}
+NO_GRADIENT = {
+    (family, name): place
+    for family, place in LAST_BLOCK.items()
+    for name in ("crpw", "elementwise_mask", "gaussian_mixture_mask")
+}
 
 
 def modified(family: str, name: str) -> torch.nn.Module:
-    """`small` with one modifier. T2T's token transformers refuse what adds x to q and k of another width; its blocks take it."""
+    """`small` with one modifier. T2T's token transformers refuse what adds x to q and k of another
+    width; its blocks take it.
+    """
     blocks_alone = family == "t2t" and issubclass(MODIFIERS[name], WeightModifier)
-    return small(family, attention=AttentionSpec((name,)), **({"modified": "blocks"} if blocks_alone else {}))
+    return small(
+        family, attention=AttentionSpec((name,)), **({"modified": "blocks"} if blocks_alone else {})
+    )
 
 
 def randomise(model: torch.nn.Module, std: float = 0.3, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter random values, so that a wrong sign, order or missing term shows; returns the model."""
+    """Gives every parameter random values, so that a wrong sign, order or missing term shows;
+    returns the model.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,9 +1,16 @@
-"""Additive and separable attention against their formulas, and the properties that follow from pooling one vector."""
+"""Additive and separable attention against their formulas, and the properties that follow from
+pooling one vector.
+"""
 
 import pytest
 import torch
 
-from models.attention.additive import POOL_NORMS, EfficientAdditiveAttention, SeparableAttention, unit
+from models.attention.additive import (
+    POOL_NORMS,
+    EfficientAdditiveAttention,
+    SeparableAttention,
+    unit,
+)
 from tests.helpers import golden, subtree
 from tests.models.builders import randomise
 
@@ -33,10 +40,20 @@ def compare(output, leaves, tensors):
 def test_additive_attention_is_the_original_s(name):
     meta, tensors = golden(name)
     config = meta["config"]
-    module = EfficientAdditiveAttention(config["in_dims"], out_dim=config["token_dim"], widen=config["num_heads"])
-    module.load_state_dict({key.replace("Proj", "proj"): value for key, value in subtree(tensors, "state_dict").items()})
+    module = EfficientAdditiveAttention(
+        config["in_dims"], out_dim=config["token_dim"], widen=config["num_heads"]
+    )
+    module.load_state_dict(
+        {
+            key.replace("Proj", "proj"): value
+            for key, value in subtree(tensors, "state_dict").items()
+        }
+    )
     x = tensors["input"].clone().requires_grad_()
-    leaves = {f"grad/{key.replace('proj', 'Proj')}": parameter for key, parameter in module.named_parameters()}
+    leaves = {
+        f"grad/{key.replace('proj', 'Proj')}": parameter
+        for key, parameter in module.named_parameters()
+    }
     compare(module(x), {"input_grad": x, **leaves}, tensors)
 
 
@@ -44,11 +61,19 @@ def test_additive_attention_is_the_original_s(name):
 def test_separable_attention_is_the_original_s(name):
     meta, tensors = golden(name)
     module = SeparableAttention(meta["config"]["embed_dim"])
-    module.load_state_dict({key.replace(".block.conv", ""): value.squeeze() for key, value in subtree(tensors, "state_dict").items()})
+    module.load_state_dict(
+        {
+            key.replace(".block.conv", ""): value.squeeze()
+            for key, value in subtree(tensors, "state_dict").items()
+        }
+    )
     x = tensors["input"].clone().requires_grad_()  # (B, C, pixels of a patch, patches)
     context = tensors["previous"].permute(0, 2, 3, 1) if "previous" in tensors else None
     y = module(x.permute(0, 2, 3, 1), context=context).permute(0, 3, 1, 2)
-    leaves = {f"grad/{key.replace('proj', 'proj.block.conv')}": parameter for key, parameter in module.named_parameters()}
+    leaves = {
+        f"grad/{key.replace('proj', 'proj.block.conv')}": parameter
+        for key, parameter in module.named_parameters()
+    }
     compare(y, {"input_grad": x, **leaves}, tensors)
 
 
@@ -58,17 +83,25 @@ def additive_by_hand(module, x, pool_norm):
     k = [module.to_key(token) for token in x]
     q, k = ([vector / vector.square().sum().sqrt() for vector in vectors] for vectors in (q, k))
     scores = torch.stack([q_n @ module.w_g[:, 0] / module.final.out_features**0.5 for q_n in q])
-    a = {"l2": scores / scores.square().sum().sqrt(), "softmax": scores.exp() / scores.exp().sum(), "none": scores,
-         "ones": torch.ones_like(scores)}[pool_norm]
+    a = {
+        "l2": scores / scores.square().sum().sqrt(),
+        "softmax": scores.exp() / scores.exp().sum(),
+        "none": scores,
+        "ones": torch.ones_like(scores),
+    }[pool_norm]
     pooled = sum(a_n * q_n for a_n, q_n in zip(a, q, strict=True))
-    return torch.stack([module.final(module.proj(pooled * k_n) + q_n) for q_n, k_n in zip(q, k, strict=True)])
+    return torch.stack(
+        [module.final(module.proj(pooled * k_n) + q_n) for q_n, k_n in zip(q, k, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("pool_norm", POOL_NORMS)
 def test_additive_attention_is_its_formula(pool_norm):
     module = layer(pool_norm=pool_norm, out_dim=4, widen=3).double()
     x = tokens().double()
-    torch.testing.assert_close(module(x), torch.stack([additive_by_hand(module, image, pool_norm) for image in x]))
+    torch.testing.assert_close(
+        module(x), torch.stack([additive_by_hand(module, image, pool_norm) for image in x])
+    )
 
 
 def test_separable_attention_is_its_formula():
@@ -77,7 +110,9 @@ def test_separable_attention_is_its_formula():
         s, k, v = zip(*(module.qkv_proj(token).split([1, 8, 8]) for token in image), strict=True)
         weights = torch.cat(s).exp() / torch.cat(s).exp().sum()
         pooled = sum(weight * key for weight, key in zip(weights, k, strict=True))
-        torch.testing.assert_close(ours, torch.stack([module.out_proj(value.clamp(min=0) * pooled) for value in v]))
+        torch.testing.assert_close(
+            ours, torch.stack([module.out_proj(value.clamp(min=0) * pooled) for value in v])
+        )
 
 
 @pytest.mark.parametrize("kind", [*POOL_NORMS, "separable"])
@@ -87,7 +122,10 @@ def test_permuted_tokens_give_permuted_results(kind):
     torch.testing.assert_close(module(x[:, order]), module(x)[:, order], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("pool_norm", "independent"), [("l2", True), ("ones", True), ("softmax", False), ("none", False)])
+@pytest.mark.parametrize(
+    ("pool_norm", "independent"),
+    [("l2", True), ("ones", True), ("softmax", False), ("none", False)],
+)
 def test_the_scale_cancels_under_l2_alone(pool_norm, independent):
     module, x = layer(pool_norm=pool_norm), tokens()
     before = module(x)
@@ -104,7 +142,11 @@ def test_the_score_vector_learns_except_where_all_weights_are_one(pool_norm):
 
 
 @pytest.mark.parametrize("pool_norm", POOL_NORMS)
-@pytest.mark.parametrize("x", [tokens(1), torch.zeros(2, 1, 8), torch.zeros(2, 5, 8)], ids=["one token", "one zero", "zeros"])
+@pytest.mark.parametrize(
+    "x",
+    [tokens(1), torch.zeros(2, 1, 8), torch.zeros(2, 5, 8)],
+    ids=["one token", "one zero", "zeros"],
+)
 def test_values_and_gradients_are_finite_where_norms_degenerate(pool_norm, x):
     module = EfficientAdditiveAttention(8, pool_norm=pool_norm)  # biases 0: a zero token has q = 0
     x = x.clone().requires_grad_()
@@ -134,7 +176,10 @@ def test_tokens_meet_only_through_the_pooled_vector(kind):
 def test_options_take_their_part_of_the_formula_away():
     x, plain = tokens(), layer()
     without = layer(residual="none")
-    torch.testing.assert_close(plain(x) - without(x), torch.nn.functional.normalize(plain.to_query(x), dim=-1) @ plain.final.weight.T)
+    torch.testing.assert_close(
+        plain(x) - without(x),
+        torch.nn.functional.normalize(plain.to_query(x), dim=-1) @ plain.final.weight.T,
+    )
     fixed = layer(w_g=False)
     fixed.load_state_dict({key: value for key, value in plain.state_dict().items() if key != "w_g"})
     with torch.no_grad():
@@ -146,7 +191,10 @@ def test_options_take_their_part_of_the_formula_away():
 
 @pytest.mark.parametrize("dim", [3, 16])
 def test_parameter_counts_are_the_closed_forms(dim):
-    count = [sum(p.numel() for p in kind(dim).parameters()) for kind in (EfficientAdditiveAttention, SeparableAttention)]
+    count = [
+        sum(p.numel() for p in kind(dim).parameters())
+        for kind in (EfficientAdditiveAttention, SeparableAttention)
+    ]
     assert count == [4 * dim**2 + 5 * dim, 3 * dim**2 + 4 * dim + 1]
 
 
@@ -154,9 +202,12 @@ def test_parameter_counts_are_the_closed_forms(dim):
 def test_what_the_backward_keeps_grows_with_the_tokens_not_with_their_square(kind):
     def kept(count):
         sizes, module, x = [], layer(kind), tokens(count)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        ):
             module(x)
         return sum(sizes)
+
     assert kept(400) - kept(200) == 2 * (kept(200) - kept(100))
 
 
@@ -166,7 +217,10 @@ def test_float16_norms_survive_a_zero_token():
 
 
 def test_an_unknown_word_is_named_with_what_is_allowed():
-    with pytest.raises(ValueError, match="pool_norm is 'soft'; allowed are l2, softmax, none, ones; did you mean 'softmax'"):
+    with pytest.raises(
+        ValueError,
+        match="pool_norm is 'soft'; allowed are l2, softmax, none, ones; did you mean 'softmax'",
+    ):
         EfficientAdditiveAttention(8, pool_norm="soft")
     with pytest.raises(ValueError, match="residual is 'k'; allowed are q, none"):
         EfficientAdditiveAttention(8, residual="k")

@@ -19,22 +19,46 @@ def built(monkeypatch):
 
 def reasons(**options):
     found = why_not_fused(small("swin", **options))
-    assert list(found) == ["layers.0.blocks.0.attn", "layers.0.blocks.1.attn", "layers.1.blocks.0.attn"]
+    assert list(found) == [
+        "layers.0.blocks.0.attn",
+        "layers.0.blocks.1.attn",
+        "layers.1.blocks.0.attn",
+    ]
     return set(found.values())
 
 
-@pytest.mark.parametrize("modifiers", [(), ("qk_residual",), ("crpw",), ("qk_residual", "crpw"), ("gaussian_mixture_mask",),
-                                       ("gaussian_mixture_mask(position=post)",)])
+@pytest.mark.parametrize(
+    "modifiers",
+    [
+        (),
+        ("qk_residual",),
+        ("crpw",),
+        ("qk_residual", "crpw"),
+        ("gaussian_mixture_mask",),
+        ("gaussian_mixture_mask(position=post)",),
+    ],
+)
 def test_plain_attention_and_modified_tables_run_fused(built, modifiers):
     assert reasons(attention=AttentionSpec(modifiers), **WIDE) == {None}
 
 
-@pytest.mark.parametrize(("options", "reason"), [
-    ({}, "head_dim 4 is not compiled"),
-    ({"attention": AttentionSpec(("talking_heads",)), **WIDE}, "needs the N x N matrix"),
-    ({"attention": AttentionSpec(("gaussian_mixture_mask(position=post, renormalise=True)",)), **WIDE}, "renormalised"),
-    ({"attention": AttentionSpec(backend="eager"), **WIDE}, "set to eager"),
-])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "head_dim 4 is not compiled"),
+        ({"attention": AttentionSpec(("talking_heads",)), **WIDE}, "needs the N x N matrix"),
+        (
+            {
+                "attention": AttentionSpec(
+                    ("gaussian_mixture_mask(position=post, renormalise=True)",)
+                ),
+                **WIDE,
+            },
+            "renormalised",
+        ),
+        ({"attention": AttentionSpec(backend="eager"), **WIDE}, "set to eager"),
+    ],
+)
 def test_the_reason_is_given_where_it_does_not(built, options, reason):
     assert all(reason in found for found in reasons(**options))
 
@@ -47,7 +71,9 @@ def test_a_kernel_that_is_not_there_is_the_reason(monkeypatch):
 def test_a_hook_on_the_map_and_the_environment_are_reasons(built, monkeypatch):
     model = small("swinv2", **WIDE)
     model.layers[0].blocks[1].attn.map_tap.register_forward_hook(lambda *_: None)
-    assert [name for name, reason in why_not_fused(model).items() if reason] == ["layers.0.blocks.1.attn"]
+    assert [name for name, reason in why_not_fused(model).items() if reason] == [
+        "layers.0.blocks.1.attn"
+    ]
     monkeypatch.setenv("WINDOW_ATTENTION_BACKEND", "reference")
     assert set(why_not_fused(model).values()) == {"the backend is set to reference"}
 
@@ -61,7 +87,13 @@ def test_double_precision_is_not_compiled_and_autocast_to_16_bits_is(built):
 
 
 def test_the_log_line_counts_and_gives_the_reason(built):
-    assert describe_attention(small("swin", **WIDE)) == "attention: 3 of 3 modules run as the fused kernel"
+    assert (
+        describe_attention(small("swin", **WIDE))
+        == "attention: 3 of 3 modules run as the fused kernel"
+    )
     line = describe_attention(small("swin", attention=AttentionSpec(("talking_heads",)), **WIDE))
-    assert line.startswith("attention: 0 of 3 modules run as the fused kernel; 3 not: ") and "N x N" in line
+    assert (
+        line.startswith("attention: 0 of 3 modules run as the fused kernel; 3 not: ")
+        and "N x N" in line
+    )
     assert describe_attention(small("swin_mlp")) == "attention: the model has none"

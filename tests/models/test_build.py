@@ -11,18 +11,48 @@ from models.swiftformer import SwiftFormer
 from optimizer import BlockTree
 from tests.models.builders import FAMILIES, small
 
-VIT = ["MODEL.TYPE", "vit", "DATA.IMG_SIZE", 32, "MODEL.VIT.DEPTH", 2, "MODEL.VIT.EMBED_DIM", 12, "MODEL.VIT.NUM_HEADS", 2]
+VIT = [
+    "MODEL.TYPE",
+    "vit",
+    "DATA.IMG_SIZE",
+    32,
+    "MODEL.VIT.DEPTH",
+    2,
+    "MODEL.VIT.EMBED_DIM",
+    12,
+    "MODEL.VIT.NUM_HEADS",
+    2,
+]
 
 
 def test_one_momentum_reaches_every_batch_norm():
-    plain, slow = (build_model(load_config(None, [*VIT, "MODEL.ATTENTION.MODIFIERS", ["re_attention"], "MODEL.BN_MOMENTUM", momentum]))
-                   for momentum in (None, 1e-4))
-    own, set_ = ([module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)] for model in (plain, slow))
+    plain, slow = (
+        build_model(
+            load_config(
+                None,
+                [
+                    *VIT,
+                    "MODEL.ATTENTION.MODIFIERS",
+                    ["re_attention"],
+                    "MODEL.BN_MOMENTUM",
+                    momentum,
+                ],
+            )
+        )
+        for momentum in (None, 1e-4)
+    )
+    own, set_ = (
+        [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for model in (plain, slow)
+    )
     assert own == [0.1, 0.1] and set_ == [1e-4, 1e-4]
 
 
 def test_a_momentum_without_batch_norm_is_refused():
-    with pytest.raises(ModelError, match="MODEL.BN_MOMENTUM 0.1: VisionTransformer has no BatchNorm; set it to None"):
+    with pytest.raises(
+        ModelError,
+        match="MODEL.BN_MOMENTUM 0.1: VisionTransformer has no BatchNorm; set it to None",
+    ):
         build_model(load_config(None, [*VIT, "MODEL.BN_MOMENTUM", 0.1]))
 
 

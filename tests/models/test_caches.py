@@ -20,7 +20,9 @@ def sharpened(family):
 def test_tables_are_built_once_in_evaluation_and_each_step_in_training(family):
     model = sharpened(family)
     calls = []
-    model.layers[0].blocks[0].attn.modifiers["crpw"].register_forward_hook(lambda *_: calls.append(1))
+    model.layers[0].blocks[0].attn.modifiers["crpw"].register_forward_hook(
+        lambda *_: calls.append(1)
+    )
     with torch.no_grad():
         for _ in range(3):
             model(IMAGES)
@@ -37,8 +39,12 @@ def change_in_place(model):
 
 
 def change_by_loading(model):
-    model.load_state_dict({name: value * 1.1 if value.is_floating_point() and "mask" not in name else value
-                           for name, value in model.state_dict().items()})
+    model.load_state_dict(
+        {
+            name: value * 1.1 if value.is_floating_point() and "mask" not in name else value
+            for name, value in model.state_dict().items()
+        }
+    )
 
 
 def change_by_training(model):
@@ -54,7 +60,9 @@ def change_by_replacing(model):
 
 
 @pytest.mark.parametrize("family", WINDOW_FAMILIES)
-@pytest.mark.parametrize("change", [change_in_place, change_by_loading, change_by_training, change_by_replacing])
+@pytest.mark.parametrize(
+    "change", [change_in_place, change_by_loading, change_by_training, change_by_replacing]
+)
 def test_a_changed_weight_is_seen_at_once(family, change):
     model = sharpened(family)
     with torch.no_grad():
@@ -80,7 +88,9 @@ def test_inference_mode_dtype_and_copies_use_their_own_values(family):
         assert (twin(IMAGES) - first).abs().max() > 1e-4
         torch.testing.assert_close(model(IMAGES), first)
         torch.testing.assert_close(pickle.loads(pickle.dumps(model))(IMAGES), first)
-        torch.testing.assert_close(model.double()(IMAGES.double()).float(), first, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            model.double()(IMAGES.double()).float(), first, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_gradients_flow_in_evaluation_mode_too():

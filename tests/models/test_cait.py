@@ -1,4 +1,6 @@
-"""CaiT: exact sizes, timm's weights, talking heads among the modifiers, the two kinds of class attention, vectors of the original."""
+"""CaiT: exact sizes, timm's weights, talking heads among the modifiers, the two kinds of class
+attention, vectors of the original.
+"""
 
 import pytest
 import timm
@@ -11,18 +13,29 @@ from tests.models.builders import randomise, size, small
 from tests.models.originals import MASK, assert_same_as_original, patches, renamed, trained
 
 GMM = "gaussian_mixture_mask"
-SMALL_FORM = dict(qkv_bias=False, mixing="normal", mixing_bias=False, class_context="patches", class_mixing=True, layer_scale="depth",
-                  norm_eps=1e-5)
+SMALL_FORM = dict(
+    qkv_bias=False,
+    mixing="normal",
+    mixing_bias=False,
+    class_context="patches",
+    class_mixing=True,
+    layer_scale="depth",
+    norm_eps=1e-5,
+)
 PAPER = dict(SMALL_FORM, img_size=32, patch_size=4, num_heads=4, head_dim=64)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize(("options", "parameters"), [
-    (dict(embed_dim=108, mlp_ratio=384 / 108, num_classes=10), 5_078_834),
-    (dict(embed_dim=108, mlp_ratio=384 / 108, num_classes=100), 5_088_644),
-    (dict(embed_dim=192, mlp_ratio=2.0, num_classes=10), 9_020_618),
-    (dict(embed_dim=192, mlp_ratio=2.0, num_classes=100), 9_037_988),
-    (dict(embed_dim=192, mlp_ratio=2.0, num_classes=200, img_size=64, patch_size=8), 9_084_936)])
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        (dict(embed_dim=108, mlp_ratio=384 / 108, num_classes=10), 5_078_834),
+        (dict(embed_dim=108, mlp_ratio=384 / 108, num_classes=100), 5_088_644),
+        (dict(embed_dim=192, mlp_ratio=2.0, num_classes=10), 9_020_618),
+        (dict(embed_dim=192, mlp_ratio=2.0, num_classes=100), 9_037_988),
+        (dict(embed_dim=192, mlp_ratio=2.0, num_classes=200, img_size=64, patch_size=8), 9_084_936),
+    ],
+)
 def test_the_paper_s_cait_has_its_exact_size(options, parameters):
     assert size(CaiT, **{**PAPER, **options}) == parameters
     assert size(CaiT, **{**PAPER, **options}, attention=AttentionSpec((GMM,))) == parameters + 960
@@ -43,20 +56,31 @@ def test_layer_scale_falls_with_the_depth_of_the_block():
     model = CaiT(**{**PAPER, "embed_dim": 8, "head_dim": 4, "depth": 26})
     gammas = [block.gamma_1[0].item() for block in model.blocks]
     assert gammas == pytest.approx([0.1] * 18 + [1e-5] * 6 + [1e-6] * 2)
-    assert [block.gamma_2[0].item() for block in model.blocks_token_only] == pytest.approx([0.1, 0.1])
+    assert [block.gamma_2[0].item() for block in model.blocks_token_only] == pytest.approx(
+        [0.1, 0.1]
+    )
 
 
 def test_the_mask_multiplies_before_the_heads_mix():
-    model = randomise(small("cait", mixing_bias=True, attention=AttentionSpec((f"{GMM}(num_kernels=1)",))))
+    model = randomise(
+        small("cait", mixing_bias=True, attention=AttentionSpec((f"{GMM}(num_kernels=1)",)))
+    )
     attention, seen = model.blocks[0].attn, {}
-    attention.proj_l.register_forward_hook(lambda _module, inputs, _result: seen.update(before=inputs[0]))
-    attention.logit_tap.register_forward_hook(lambda _module, _inputs, logits: seen.update(after=logits))
+    attention.proj_l.register_forward_hook(
+        lambda _module, inputs, _result: seen.update(before=inputs[0])
+    )
+    attention.logit_tap.register_forward_hook(
+        lambda _module, _inputs, logits: seen.update(after=logits)
+    )
     model(IMAGES)
     x = model.blocks[0].norm1(model.patch_embed(IMAGES) + model.pos_embed)
     q, k, _ = attention.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
     masked = (q @ k.mT) * attention.terms().dense("weight")
     torch.testing.assert_close(seen["before"], masked)
-    mixed = torch.einsum("gh,bhij->bgij", attention.proj_l.weight, masked) + attention.proj_l.bias[:, None, None]
+    mixed = (
+        torch.einsum("gh,bhij->bgij", attention.proj_l.weight, masked)
+        + attention.proj_l.bias[:, None, None]
+    )
     torch.testing.assert_close(seen["after"], mixed)
 
 
@@ -77,7 +101,9 @@ def test_identical_mixings_are_a_plain_transformer_of_patches():
 def test_the_class_token_sees_itself_only_in_the_released_form(context):
     model = randomise(small("cait", class_context=context))
     block, sizes = model.blocks_token_only[0], []
-    block.attn.map_tap.register_forward_hook(lambda _module, _inputs, attn: sizes.append(attn.shape[-1]))
+    block.attn.map_tap.register_forward_hook(
+        lambda _module, _inputs, attn: sizes.append(attn.shape[-1])
+    )
     model(IMAGES)
     assert sizes == [17 if context == "all" else 16]
 
@@ -89,10 +115,21 @@ def test_every_modifier_reaches_the_patch_blocks_alone(name):
     assert not any(name in key for key in model.state_dict() if "blocks_token_only" in key)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(attention=AttentionSpec(mixer="separable")), "set MODEL.ATTENTION.MIXER softmax, or take MODEL.TYPE vit"),
-    (dict(mixing="zeros"), "mixing"), (dict(class_context="none"), "class_context"),
-    (dict(attention=AttentionSpec(("qk_residual",)), head_dim=5), "x can be added to q and k only where both agree")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(attention=AttentionSpec(mixer="separable")),
+            "set MODEL.ATTENTION.MIXER softmax, or take MODEL.TYPE vit",
+        ),
+        (dict(mixing="zeros"), "mixing"),
+        (dict(class_context="none"), "class_context"),
+        (
+            dict(attention=AttentionSpec(("qk_residual",)), head_dim=5),
+            "x can be added to q and k only where both agree",
+        ),
+    ],
+)
 def test_what_cannot_be_is_refused_with_the_reason(options, message):
     with pytest.raises(ValueError, match=message):
         small("cait", **options)
@@ -108,16 +145,32 @@ def test_multiply_accumulates_follow_from_the_widths():
 
 # ---- vectors of the original
 
-KEYS = {"to_patch_embedding.1": "patch_embed.proj", "pos_embedding": "pos_embed", "patch_transformer.layers": "blocks",
-        "cls_transformer.layers": "blocks_token_only", ".0.scale": ".gamma_1", ".1.scale": ".gamma_2", ".0.fn.norm.": ".norm1.",
-        ".1.fn.norm.": ".norm2.", ".0.fn.fn.to_q.": ".attn.q.", ".0.fn.fn.to_out.0": ".attn.proj", ".1.fn.fn.net.0": ".mlp.fc1",
-        ".1.fn.fn.net.3": ".mlp.fc2", ".0.fn.fn.mix_heads_pre_attn": ".attn.proj_l.weight",
-        ".0.fn.fn.mix_heads_post_attn": ".attn.proj_w.weight", ".0.fn.fn.mask.": f".attn.{MASK}", ".0.fn.fn.to_kv.": ".attn.kv.",
-        "mlp_head.0": "norm", "mlp_head.1": "head"}
+KEYS = {
+    "to_patch_embedding.1": "patch_embed.proj",
+    "pos_embedding": "pos_embed",
+    "patch_transformer.layers": "blocks",
+    "cls_transformer.layers": "blocks_token_only",
+    ".0.scale": ".gamma_1",
+    ".1.scale": ".gamma_2",
+    ".0.fn.norm.": ".norm1.",
+    ".1.fn.norm.": ".norm2.",
+    ".0.fn.fn.to_q.": ".attn.q.",
+    ".0.fn.fn.to_out.0": ".attn.proj",
+    ".1.fn.fn.net.0": ".mlp.fc1",
+    ".1.fn.fn.net.3": ".mlp.fc2",
+    ".0.fn.fn.mix_heads_pre_attn": ".attn.proj_l.weight",
+    ".0.fn.fn.mix_heads_post_attn": ".attn.proj_w.weight",
+    ".0.fn.fn.mask.": f".attn.{MASK}",
+    ".0.fn.fn.to_kv.": ".attn.kv.",
+    "mlp_head.0": "norm",
+    "mlp_head.1": "head",
+}
 
 
 def convert(state):
-    """Class layers keep q apart and split k from v, patch layers join all three; mixings are [from, to] in the original."""
+    """Class layers keep q apart and split k from v, patch layers join all three; mixings are [from,
+    to] in the original.
+    """
     state, result = {renamed(key, KEYS): value for key, value in state.items()}, {}
     for key, value in state.items():
         if ".attn.kv." in key:
@@ -125,19 +178,54 @@ def convert(state):
             if key.startswith("blocks."):
                 result[place + "qkv.weight"] = torch.cat([query, value])
             else:
-                result |= dict(zip((place + "q.weight", place + "k.weight", place + "v.weight"), (query, *value.chunk(2)), strict=True))
+                result |= dict(
+                    zip(
+                        (place + "q.weight", place + "k.weight", place + "v.weight"),
+                        (query, *value.chunk(2)),
+                        strict=True,
+                    )
+                )
         elif ".attn.q." not in key:
-            result[key] = (patches(value, 3) if key == "patch_embed.proj.weight" else value.t() if ".proj_l." in key or ".proj_w." in key
-                           else value.flatten() if "gamma" in key else value.flatten(1) if MASK in key else value)
+            result[key] = (
+                patches(value, 3)
+                if key == "patch_embed.proj.weight"
+                else (
+                    value.t()
+                    if ".proj_l." in key or ".proj_w." in key
+                    else (
+                        value.flatten()
+                        if "gamma" in key
+                        else value.flatten(1)
+                        if MASK in key
+                        else value
+                    )
+                )
+            )
     return result
 
 
 @pytest.mark.parametrize(("name", "modifiers"), [("gmm_cait", (GMM,)), ("gmm_cait_plain", ())])
 def test_the_original_gives_the_same_logits_and_gradients(name, modifiers):
     config = trained(name, "state_dict")[0]["config"]
-    model = CaiT(config["img_size"], config["patch_size"], num_classes=config["num_classes"], embed_dim=config["dim"],
-                 depth=config["depth"], num_heads=config["heads"], head_dim=config["dim_head"], class_depth=config["cls_depth"],
-                 mlp_ratio=config["mlp_dim"] / config["dim"], **SMALL_FORM, attention=AttentionSpec(modifiers))
-    features = {f"blocks.{block}.attn": f"patch_transformer.layers.{block}.0.fn.fn" for block in range(config["depth"])}
-    features |= {f"blocks_token_only.{block}.attn": f"cls_transformer.layers.{block}.0.fn.fn" for block in range(config["cls_depth"])}
+    model = CaiT(
+        config["img_size"],
+        config["patch_size"],
+        num_classes=config["num_classes"],
+        embed_dim=config["dim"],
+        depth=config["depth"],
+        num_heads=config["heads"],
+        head_dim=config["dim_head"],
+        class_depth=config["cls_depth"],
+        mlp_ratio=config["mlp_dim"] / config["dim"],
+        **SMALL_FORM,
+        attention=AttentionSpec(modifiers),
+    )
+    features = {
+        f"blocks.{block}.attn": f"patch_transformer.layers.{block}.0.fn.fn"
+        for block in range(config["depth"])
+    }
+    features |= {
+        f"blocks_token_only.{block}.attn": f"cls_transformer.layers.{block}.0.fn.fn"
+        for block in range(config["cls_depth"])
+    }
     assert_same_as_original(name, model, convert, features)

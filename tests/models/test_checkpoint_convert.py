@@ -31,12 +31,18 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-            parameter.copy_(noise * scale + ("norm" in name and name.endswith("weight")) + 2.0 * name.endswith("logit_scale"))
+            parameter.copy_(
+                noise * scale
+                + ("norm" in name and name.endswith("weight"))
+                + 2.0 * name.endswith("logit_scale")
+            )
     return model.eval()
 
 
 def difference(theirs: torch.nn.Module, ours: torch.nn.Module, size: int, batch: int = 2) -> float:
-    """Largest difference of logits after loading their weights into our model, relative to the largest logit if that is above 1."""
+    """Largest difference of logits after loading their weights into our model, relative to the
+    largest logit if that is above 1.
+    """
     report = load_weights(ours, theirs.state_dict(), rule="exact")
     assert report.coverage == 1 and not report.missing and not report.unexpected
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -50,6 +56,7 @@ def timm_model(version: int, **options):
     pytest.importorskip("timm")
     from timm.models.swin_transformer import SwinTransformer as V1
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as V2
+
     return randomise((V1 if version == 1 else V2)(**options))
 
 
@@ -61,45 +68,84 @@ def test_timm_swin_computes_the_same(size, window):
 
 @pytest.mark.parametrize("size, window, pretrained", [(32, 4, 0), (48, 6, 4)])
 def test_timm_swinv2_computes_the_same(size, window, pretrained):
-    options = dict(img_size=size, window_size=window, pretrained_window_sizes=(pretrained,) * 2, **SMALL)
+    options = dict(
+        img_size=size, window_size=window, pretrained_window_sizes=(pretrained,) * 2, **SMALL
+    )
     assert difference(timm_model(2, **options), SwinTransformerV2(**options), size) <= 1e-4
 
 
-@pytest.mark.parametrize("name, ours, size, window", [
-    ("swin_tiny_patch4_window7_224", SwinTransformer, 224, 7), ("swinv2_tiny_window8_256", SwinTransformerV2, 256, 8),
-    ("swinv2_tiny_window16_256", SwinTransformerV2, 256, 16),
-])
+@pytest.mark.parametrize(
+    "name, ours, size, window",
+    [
+        ("swin_tiny_patch4_window7_224", SwinTransformer, 224, 7),
+        ("swinv2_tiny_window8_256", SwinTransformerV2, 256, 8),
+        ("swinv2_tiny_window16_256", SwinTransformerV2, 256, 16),
+    ],
+)
 def test_timms_full_size_models_compute_the_same(name, ours, size, window):
     timm = pytest.importorskip("timm")
     theirs = randomise(timm.create_model(name, pretrained=False))
-    model = ours(img_size=size, window_size=window, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+    model = ours(
+        img_size=size,
+        window_size=window,
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+    )
     assert difference(theirs, model, size, batch=1) <= 1e-4
 
 
 def torchvision_model(version: int, size: int, window: int, **options):
     swin = pytest.importorskip("torchvision.models.swin_transformer")
-    v2 = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2} if version == 2 else {}
-    return randomise(swin.SwinTransformer(patch_size=[4, 4], window_size=[window, window], embed_dim=options["embed_dim"],
-                                          depths=list(options["depths"]), num_heads=list(options["num_heads"]),
-                                          num_classes=options["num_classes"], **v2))
+    v2 = (
+        {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+        if version == 2
+        else {}
+    )
+    return randomise(
+        swin.SwinTransformer(
+            patch_size=[4, 4],
+            window_size=[window, window],
+            embed_dim=options["embed_dim"],
+            depths=list(options["depths"]),
+            num_heads=list(options["num_heads"]),
+            num_classes=options["num_classes"],
+            **v2,
+        )
+    )
 
 
-@pytest.mark.parametrize("version, ours", [(1, SwinTransformer), (2, SwinTransformerV2)], ids=["v1", "v2"])
+@pytest.mark.parametrize(
+    "version, ours", [(1, SwinTransformer), (2, SwinTransformerV2)], ids=["v1", "v2"]
+)
 @pytest.mark.parametrize("size, window", [(32, 4), (48, 3)])
 def test_torchvision_computes_the_same(version, ours, size, window):
     theirs = torchvision_model(version, size, window, **SMALL)
     assert difference(theirs, ours(img_size=size, window_size=window, **SMALL), size) <= 1e-4
 
 
-@pytest.mark.parametrize("name, ours, size, window", [("swin_t", SwinTransformer, 224, 7), ("swin_v2_t", SwinTransformerV2, 256, 8)])
+@pytest.mark.parametrize(
+    "name, ours, size, window",
+    [("swin_t", SwinTransformer, 224, 7), ("swin_v2_t", SwinTransformerV2, 256, 8)],
+)
 def test_torchvisions_full_size_models_compute_the_same(name, ours, size, window):
     zoo = pytest.importorskip("torchvision.models")
-    model = ours(img_size=size, window_size=window, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+    model = ours(
+        img_size=size,
+        window_size=window,
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+    )
     assert difference(randomise(getattr(zoo, name)()), model, size, batch=1) <= 1e-4
 
 
 def test_a_headless_timm_file_is_still_recognised():
-    state = {key: value for key, value in timm_model(1, img_size=32, window_size=4, **SMALL).state_dict().items() if "head" not in key}
+    state = {
+        key: value
+        for key, value in timm_model(1, img_size=32, window_size=4, **SMALL).state_dict().items()
+        if "head" not in key
+    }
     assert detect(state)[0] == "timm"
     report = load_weights(SwinTransformer(img_size=32, window_size=4, **SMALL), state)
     assert report.fresh == ["head.weight", "head.bias"] and report.coverage == 1
@@ -110,12 +156,20 @@ def plain() -> dict:
     return dict(SwinTransformer(img_size=32, window_size=4, **SMALL).state_dict())
 
 
-@pytest.mark.parametrize("convert, old", [(from_timm, timm_model), (from_torchvision, None)], ids=["timm", "torchvision"])
+@pytest.mark.parametrize(
+    "convert, old", [(from_timm, timm_model), (from_torchvision, None)], ids=["timm", "torchvision"]
+)
 def test_converters_give_exactly_the_references_keys_and_leave_their_input_alone(convert, old):
-    theirs = timm_model(1, img_size=32, window_size=4, **SMALL) if old else torchvision_model(1, 32, 4, **SMALL)
+    theirs = (
+        timm_model(1, img_size=32, window_size=4, **SMALL)
+        if old
+        else torchvision_model(1, 32, 4, **SMALL)
+    )
     state = theirs.state_dict()
     before = list(state)
-    assert set(convert(state)) == {key for key in plain() if "index" not in key and "attn_mask" not in key}
+    assert set(convert(state)) == {
+        key for key in plain() if "index" not in key and "attn_mask" not in key
+    }
     assert list(state) == before
 
 
@@ -125,7 +179,10 @@ def test_the_references_own_names_pass_unchanged():
 
 
 def test_unknown_names_are_called_unknown():
-    assert detect({"stem.conv.weight": torch.ones(1)}) == ("unknown", "no key of a Swin model, e.g. 'stem.conv.weight'")
+    assert detect({"stem.conv.weight": torch.ones(1)}) == (
+        "unknown",
+        "no key of a Swin model, e.g. 'stem.conv.weight'",
+    )
 
 
 def test_two_keys_that_become_one_are_refused():
@@ -138,10 +195,14 @@ def identity_model(meta: dict) -> torch.nn.Module:
     config = dict(meta["config"])
     if meta["family"] == "swin":
         spec = AttentionSpec(modifiers=("qk_residual", "crpw(source=table)"))
-        return SwinTransformer(**config, attention=spec, pre_mlp="stem", pre_mlp_ratio=config.get("mlp_ratio", 4.0))
+        return SwinTransformer(
+            **config, attention=spec, pre_mlp="stem", pre_mlp_ratio=config.get("mlp_ratio", 4.0)
+        )
     where = "stage" if config.pop("pre_mlp", False) else "off"
     spec = AttentionSpec(modifiers=("qk_residual", "crpw"), bias_sigmoid=False)
-    return SwinTransformerV2(**config, attention=spec, pre_mlp=where, pre_mlp_ratio=config.get("mlp_ratio", 4.0))
+    return SwinTransformerV2(
+        **config, attention=spec, pre_mlp=where, pre_mlp_ratio=config.get("mlp_ratio", 4.0)
+    )
 
 
 @pytest.mark.parametrize("rule", ["exact", "finetune"])

@@ -1,4 +1,6 @@
-"""Reading weights files: every layout in use, and one clear line for everything that is not a weights file."""
+"""Reading weights files: every layout in use, and one clear line for everything that is not a
+weights file.
+"""
 
 import argparse
 import hashlib
@@ -16,8 +18,11 @@ from models.checkpoint import CheckpointError, read_weights, save_weights
 from models.checkpoint import read as reading
 from tests.helpers import GOLDEN, golden
 
-STATE = {"patch_embed.proj.weight": torch.arange(12.0).reshape(3, 4), "layers.0.blocks.0.norm1.weight": torch.ones(2),
-         "norm.bias": torch.zeros(5)}
+STATE = {
+    "patch_embed.proj.weight": torch.arange(12.0).reshape(3, 4),
+    "layers.0.blocks.0.norm1.weight": torch.ones(2),
+    "norm.bias": torch.zeros(5),
+}
 
 
 def same(left, right) -> bool:
@@ -33,10 +38,18 @@ def refusal(path) -> str:
     return message
 
 
-@pytest.mark.parametrize("wrapped, entry", [
-    (STATE, None), ({"model": STATE}, "model"), ({"state_dict": STATE, "epoch": 3}, "state_dict"), ({"model_ema": STATE}, "model_ema"),
-    ({"model": {"state_dict": STATE}}, "model.state_dict"), ({"epoch": 3, "model": STATE, "model_ema": {"x": torch.ones(1)}}, "model"),
-], ids=["bare", "model", "state_dict", "ema", "nested", "both"])
+@pytest.mark.parametrize(
+    "wrapped, entry",
+    [
+        (STATE, None),
+        ({"model": STATE}, "model"),
+        ({"state_dict": STATE, "epoch": 3}, "state_dict"),
+        ({"model_ema": STATE}, "model_ema"),
+        ({"model": {"state_dict": STATE}}, "model.state_dict"),
+        ({"epoch": 3, "model": STATE, "model_ema": {"x": torch.ones(1)}}, "model"),
+    ],
+    ids=["bare", "model", "state_dict", "ema", "nested", "both"],
+)
 def test_bare_and_wrapped_dicts_give_the_same_tensors(tmp_path, wrapped, entry):
     torch.save(wrapped, tmp_path / "weights.pth")
     weights = read_weights(tmp_path / "weights.pth")
@@ -44,21 +57,38 @@ def test_bare_and_wrapped_dicts_give_the_same_tensors(tmp_path, wrapped, entry):
 
 
 def test_the_entry_can_be_chosen(tmp_path):
-    torch.save({"model": STATE, "model_ema": {key: value + 1 for key, value in STATE.items()}}, tmp_path / "weights.pth")
-    assert torch.equal(read_weights(tmp_path / "weights.pth", "model_ema")["norm.bias"], torch.ones(5))
+    torch.save(
+        {"model": STATE, "model_ema": {key: value + 1 for key, value in STATE.items()}},
+        tmp_path / "weights.pth",
+    )
+    assert torch.equal(
+        read_weights(tmp_path / "weights.pth", "model_ema")["norm.bias"], torch.ones(5)
+    )
     with pytest.raises(CheckpointError, match="no entry 'ema'; it holds model, model_ema"):
         read_weights(tmp_path / "weights.pth", "ema")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."]
+)
 def test_wrappers_prefixes_are_removed(tmp_path, prefix):
-    torch.save({"model": {prefix + key: value for key, value in STATE.items()}}, tmp_path / "weights.pth")
+    torch.save(
+        {"model": {prefix + key: value for key, value in STATE.items()}}, tmp_path / "weights.pth"
+    )
     assert same(read_weights(tmp_path / "weights.pth"), STATE)
 
 
 def test_prefixes_inside_keys_and_average_counters_are_removed(tmp_path):
-    inside = {key.replace("layers.0.", "layers.0._orig_mod."): value for key, value in STATE.items()}
-    torch.save({"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in inside.items()}}, tmp_path / "weights.pth")
+    inside = {
+        key.replace("layers.0.", "layers.0._orig_mod."): value for key, value in STATE.items()
+    }
+    torch.save(
+        {
+            "n_averaged": torch.tensor(3),
+            **{f"module.{key}": value for key, value in inside.items()},
+        },
+        tmp_path / "weights.pth",
+    )
     assert same(read_weights(tmp_path / "weights.pth"), STATE)
 
 
@@ -73,7 +103,10 @@ def test_the_content_decides_the_format_not_the_name(tmp_path, name):
 def test_saved_weights_keep_their_metadata(tmp_path, name):
     save_weights(tmp_path / name, STATE, {"qk_residual": "k"})
     weights = read_weights(tmp_path / name)
-    assert same(weights, STATE) and reading.decode(weights.metadata.get("metadata", weights.metadata))["qk_residual"] == "k"
+    assert (
+        same(weights, STATE)
+        and reading.decode(weights.metadata.get("metadata", weights.metadata))["qk_residual"] == "k"
+    )
     assert os.listdir(tmp_path) == [name]
 
 
@@ -84,12 +117,26 @@ def test_saving_in_another_format_is_refused_and_leaves_nothing(tmp_path):
 
 
 def reference_checkpoint(path):
-    """The reference's seven entries, with the yacs node that makes torch.load's default refuse the file."""
+    """The reference's seven entries, with the yacs node that makes torch.load's default refuse the
+    file.
+    """
     node = pytest.importorskip("yacs.config").CfgNode
-    config = node({"MODEL": node({"TYPE": "swin", "NUM_HEADS": [3, 6]}), "AUG": node({"CUTMIX_MINMAX": None})})
+    config = node(
+        {"MODEL": node({"TYPE": "swin", "NUM_HEADS": [3, 6]}), "AUG": node({"CUTMIX_MINMAX": None})}
+    )
     config.freeze()
-    torch.save({"model": STATE, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]}, "lr_scheduler": {"t": 1},
-                "max_accuracy": 81.2, "scaler": {"scale": 65536.0}, "epoch": 299, "config": config}, path)
+    torch.save(
+        {
+            "model": STATE,
+            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]},
+            "lr_scheduler": {"t": 1},
+            "max_accuracy": 81.2,
+            "scaler": {"scale": 65536.0},
+            "epoch": 299,
+            "config": config,
+        },
+        path,
+    )
 
 
 def test_the_references_own_seven_entry_files_load_and_keep_their_config_as_plain_data(tmp_path):
@@ -127,7 +174,11 @@ class Touch:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("place", ["model", "config"])
 def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, zipped, place):
-    torch.save({"model": STATE, place: Touch(tmp_path / "executed")}, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": STATE, place: Touch(tmp_path / "executed")},
+        tmp_path / "bad.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     assert "could run code" in refusal(tmp_path / "bad.pth")
     assert not (tmp_path / "executed").exists()
 
@@ -168,12 +219,18 @@ def test_a_flipped_bit_in_a_pth_is_found_by_its_checksum(tmp_path):
     assert "checksum" in refusal(path)
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"<!DOCTYPE html><html>Sign in</html>", "web page"), (b"\n <html>", "web page"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs"), (b"not weights at all", "not a weights file"),
-    (bytes(range(256)) * 4, "not a weights file"), (b"PK\x03\x04 broken zip", "truncated or corrupt"),
-    (b"\xff\x00\x00\x00\x00\x00\x00\x00{no json}", "damaged safetensors"),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
+        (b"\n <html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs"),
+        (b"not weights at all", "not a weights file"),
+        (bytes(range(256)) * 4, "not a weights file"),
+        (b"PK\x03\x04 broken zip", "truncated or corrupt"),
+        (b"\xff\x00\x00\x00\x00\x00\x00\x00{no json}", "damaged safetensors"),
+    ],
+)
 def test_other_files_are_told_apart(tmp_path, content, says):
     (tmp_path / "file.pth").write_bytes(content)
     assert says in refusal(tmp_path / "file.pth")
@@ -197,8 +254,15 @@ def test_a_wrong_path_names_what_is_there(tmp_path):
     assert f"nearest existing folder is {tmp_path}" in refusal(tmp_path / "none" / "wrong.pth")
 
 
-@pytest.mark.parametrize("content, says", [
-    ({"epoch": 3}, "holds epoch"), ([1, 2], "holds a list"), ({}, "holds nothing"), (torch.ones(2), "Tensor")])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ({"epoch": 3}, "holds epoch"),
+        ([1, 2], "holds a list"),
+        ({}, "holds nothing"),
+        (torch.ones(2), "Tensor"),
+    ],
+)
 def test_a_file_without_weights_says_what_it_holds(tmp_path, content, says):
     torch.save(content, tmp_path / "a.pth")
     assert says in refusal(tmp_path / "a.pth")

@@ -1,4 +1,6 @@
-"""Plain weights and those of a model with qk_residual turn into each other, and are never mistaken silently."""
+"""Plain weights and those of a model with qk_residual turn into each other, and are never mistaken
+silently.
+"""
 
 import subprocess
 import sys
@@ -24,13 +26,23 @@ from models.swin_transformer_v2 import SwinTransformerV2
 from tests.helpers import ROOT
 from tests.models.test_checkpoint_convert import SMALL, randomise
 
-FAMILIES = pytest.mark.parametrize("family", [SwinTransformer, SwinTransformerV2], ids=["swin", "swinv2"])
+FAMILIES = pytest.mark.parametrize(
+    "family", [SwinTransformer, SwinTransformerV2], ids=["swin", "swinv2"]
+)
 SIDES = pytest.mark.parametrize("which", ["both", "q", "k"])
 BARE = pytest.mark.parametrize("rule", ["finetune", "exact"])
 
 
 def build(family=SwinTransformer, *modifiers: str, **options):
-    return randomise(family(img_size=32, window_size=4, **SMALL, attention=AttentionSpec(modifiers=modifiers), **options))
+    return randomise(
+        family(
+            img_size=32,
+            window_size=4,
+            **SMALL,
+            attention=AttentionSpec(modifiers=modifiers),
+            **options,
+        )
+    )
 
 
 def logits(model) -> torch.Tensor:
@@ -58,7 +70,9 @@ def test_residual_weights_load_into_a_plain_model_as_the_same_function(family, w
     plain, residual = build(family), build(family, f"qk_residual(which={which})")
     expected = logits(residual)
     report = load_weights(plain, stripped(residual), source_residual=which)
-    assert torch.allclose(logits(plain), expected, rtol=0, atol=1e-5) and any("W + I" in note for note in report.notes)
+    assert torch.allclose(logits(plain), expected, rtol=0, atol=1e-5) and any(
+        "W + I" in note for note in report.notes
+    )
 
 
 @SIDES
@@ -66,20 +80,30 @@ def test_there_and_back_is_the_identity(which):
     state = stripped(build())
     back = from_qk_residual(to_qk_residual(state, which), which)
     assert all(torch.allclose(back[key], state[key], rtol=0, atol=1e-7) for key in state)
-    changed = [key for key in state if not torch.equal(to_qk_residual(state, which)[key], state[key])]
+    changed = [
+        key for key in state if not torch.equal(to_qk_residual(state, which)[key], state[key])
+    ]
     assert changed and all(key.endswith("attn.qkv.weight") for key in changed)
 
 
 def test_only_the_named_rows_change_and_half_precision_is_widened():
     key = "layers.0.blocks.0.attn.qkv.weight"
-    state = {key: torch.zeros(6, 2, dtype=torch.float16), "head.weight": torch.zeros(2, 2, dtype=torch.float16)}
+    state = {
+        key: torch.zeros(6, 2, dtype=torch.float16),
+        "head.weight": torch.zeros(2, 2, dtype=torch.float16),
+    }
     converted = to_qk_residual(state, "k")
-    assert torch.equal(converted[key], torch.tensor([[0.0, 0], [0, 0], [-1, 0], [0, -1], [0, 0], [0, 0]]))
+    assert torch.equal(
+        converted[key], torch.tensor([[0.0, 0], [0, 0], [-1, 0], [0, -1], [0, 0], [0, 0]])
+    )
     assert converted["head.weight"].dtype == torch.float16 and not state[key].any()
 
 
 def test_one_sided_residuals_turn_into_each_other():
-    source, target = build(SwinTransformer, "qk_residual(which=q)"), build(SwinTransformer, "qk_residual(which=k)")
+    source, target = (
+        build(SwinTransformer, "qk_residual(which=q)"),
+        build(SwinTransformer, "qk_residual(which=k)"),
+    )
     expected = logits(source)
     load_weights(target, stripped(source), source_residual="q")
     assert torch.allclose(logits(target), expected, rtol=0, atol=1e-5)
@@ -93,12 +117,17 @@ def test_weights_of_a_residual_model_are_never_converted_twice(tmp_path, way, ru
     if way == "state_dict":
         weights = model.state_dict()
     elif way == "config":
-        weights = {"model": stripped(model), "config": {"MODEL": {"ATTENTION": {"MODIFIERS": ["qk_residual", "crpw"]}}}}
+        weights = {
+            "model": stripped(model),
+            "config": {"MODEL": {"ATTENTION": {"MODIFIERS": ["qk_residual", "crpw"]}}},
+        }
     elif way == "bare pth":
         torch.save(model.state_dict(), tmp_path / "a.pth")
         weights = read_weights(tmp_path / "a.pth")
     else:
-        weights = read_weights(save_weights(tmp_path / f"a.{way}", stripped(model), weights_metadata(model)))
+        weights = read_weights(
+            save_weights(tmp_path / f"a.{way}", stripped(model), weights_metadata(model))
+        )
     randomise(again, 5)
     report = load_weights(again, weights, rule=rule)
     assert torch.equal(logits(again), expected) and not any("W " in note for note in report.notes)
@@ -115,10 +144,14 @@ def test_recorded_names_turn_residual_weights_into_plain_ones(rule):
 def test_unmarked_released_weights_are_taken_as_plain_for_fine_tuning_and_said_so():
     model, plain = build(SwinTransformer, "qk_residual"), build()
     report = load_weights(model, stripped(plain))
-    assert any("does not say" in note for note in report.notes) and torch.allclose(logits(model), logits(plain), rtol=0, atol=1e-5)
+    assert any("does not say" in note for note in report.notes) and torch.allclose(
+        logits(model), logits(plain), rtol=0, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("rule, modifiers", [("exact", ["qk_residual"]), ("finetune", ["qk_residual", "crpw"])])
+@pytest.mark.parametrize(
+    "rule, modifiers", [("exact", ["qk_residual"]), ("finetune", ["qk_residual", "crpw"])]
+)
 def test_where_a_guess_could_be_wrong_the_loader_asks(rule, modifiers):
     model = build(SwinTransformer, *modifiers)
     before = stripped(model)
@@ -129,10 +162,18 @@ def test_where_a_guess_could_be_wrong_the_loader_asks(rule, modifiers):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("modifiers, side", [
-    ([], "none"), (["crpw"], "none"), (["qk_residual"], "both"), (["qk_residual(which=q)"], "q"), (["crpw", "qk_residual(which='k')"], "k"),
-    (["qk_residual(which=qk, drop_bias=True)"], "both"), (["init_identity"], "none"),
-])
+@pytest.mark.parametrize(
+    "modifiers, side",
+    [
+        ([], "none"),
+        (["crpw"], "none"),
+        (["qk_residual"], "both"),
+        (["qk_residual(which=q)"], "q"),
+        (["crpw", "qk_residual(which='k')"], "k"),
+        (["qk_residual(which=qk, drop_bias=True)"], "both"),
+        (["init_identity"], "none"),
+    ],
+)
 def test_the_stored_config_tells_the_side(modifiers, side):
     assert modifiers_residual(modifiers) == side
     if modifiers:
@@ -146,7 +187,9 @@ def test_the_references_own_config_means_plain():
 
 
 def test_dropped_biases_are_reported_as_a_change_of_function():
-    report = load_weights(build(SwinTransformer, "qk_residual(drop_bias=True)"), build().state_dict())
+    report = load_weights(
+        build(SwinTransformer, "qk_residual(drop_bias=True)"), build().state_dict()
+    )
     assert any("not the same" in note for note in report.notes)
 
 
@@ -173,9 +216,22 @@ def test_the_command_line_tool_converts_and_refuses_to_overwrite(tmp_path):
 
 def test_the_tool_turns_its_own_output_back_without_being_told(tmp_path):
     from tools.convert_checkpoint import main
+
     state = stripped(build())
     save_weights(tmp_path / "a.pth", state)
-    assert main([str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "qk_residual", "--which", "q"]) == 0
+    assert (
+        main(
+            [
+                str(tmp_path / "a.pth"),
+                str(tmp_path / "b.pth"),
+                "--to",
+                "qk_residual",
+                "--which",
+                "q",
+            ]
+        )
+        == 0
+    )
     assert main([str(tmp_path / "b.pth"), str(tmp_path / "c.safetensors"), "--to", "plain"]) == 0
     back = read_weights(tmp_path / "c.safetensors")
     assert all(torch.allclose(back[key], value, rtol=0, atol=1e-7) for key, value in state.items())

@@ -1,4 +1,6 @@
-"""The free mask: its size, its neutral values, and its company with modifiers that are tables over offsets."""
+"""The free mask: its size, its neutral values, and its company with modifiers that are tables over
+offsets.
+"""
 
 import pytest
 import torch
@@ -42,17 +44,28 @@ def test_without_a_bias_zeros_are_uniform_attention():
     torch.testing.assert_close(maps[0], torch.full_like(maps[0], 1 / 16))
 
 
-@pytest.mark.parametrize("crpw", [f"crpw(source=table, {options})" for options in
-                                  ("mode=add_to_scale", "mode=one_plus", "mode=sigmoid16", "apply=probs")])
+@pytest.mark.parametrize(
+    "crpw",
+    [
+        f"crpw(source=table, {options})"
+        for options in ("mode=add_to_scale", "mode=one_plus", "mode=sigmoid16", "apply=probs")
+    ],
+)
 def test_a_table_of_offsets_joins_it_in_the_order_of_the_config(crpw):
     for order in (("elementwise_mask", crpw), (crpw, "elementwise_mask")):
         attention = randomise(with_modifiers("swin", *order)).layers[0].blocks[0].attn
-        mask, table = attention.modifiers["elementwise_mask"].mask, attention.modifiers["crpw"].table
+        mask, table = (
+            attention.modifiers["elementwise_mask"].mask,
+            attention.modifiers["crpw"].table,
+        )
         w = table[attention.relative_position_index].permute(2, 0, 1)  # (heads, N, N)
         steps = {"mask": lambda weight, mask=mask: weight * mask}
-        steps["crpw"] = {"add_to_scale": lambda weight, w=w: weight + w, "one_plus": lambda weight, w=w: weight * (1 + w),
-                         "sigmoid16": lambda weight, w=w: weight + 16 * torch.sigmoid(w),
-                         "probs": lambda weight: weight}[crpw.rpartition("=")[2].strip(")")]
+        steps["crpw"] = {
+            "add_to_scale": lambda weight, w=w: weight + w,
+            "one_plus": lambda weight, w=w: weight * (1 + w),
+            "sigmoid16": lambda weight, w=w: weight + 16 * torch.sigmoid(w),
+            "probs": lambda weight: weight,
+        }[crpw.rpartition("=")[2].strip(")")]
         expected = torch.full((2, 16, 16), attention.scale)
         for name in order:
             expected = steps["mask" if name == "elementwise_mask" else "crpw"](expected)
@@ -62,10 +75,15 @@ def test_a_table_of_offsets_joins_it_in_the_order_of_the_config(crpw):
             torch.testing.assert_close(terms.dense("post"), 1 + w)
 
 
-@pytest.mark.parametrize("first", ["elementwise_mask", "crpw(source=table)", "gaussian_mixture_mask"])
+@pytest.mark.parametrize(
+    "first", ["elementwise_mask", "crpw(source=table)", "gaussian_mixture_mask"]
+)
 def test_class_tokens_keep_the_scale_alone(first):
     geometry = Geometry(8, 2, (3, 3), prefix=1)
-    texts = sorted({"elementwise_mask", "crpw(source=table)", "gaussian_mixture_mask"}, key=lambda text: text != first)
+    texts = sorted(
+        {"elementwise_mask", "crpw(source=table)", "gaussian_mixture_mask"},
+        key=lambda text: text != first,
+    )
     terms = OffsetTerms((3, 3), torch.full((1, 2), 0.25), torch.randn(25, 2), prefix=1)
     for text in texts:
         terms = randomise(MODIFIERS.create(text, geometry))(terms)
@@ -89,7 +107,9 @@ def test_fast_and_open_paths_agree(family):
 def test_sdpa_refuses_a_dense_weight_even_of_one_head():
     terms = OffsetTerms((2, 2), torch.rand(1, 4, 4))
     with pytest.raises(ValueError, match="use backend 'eager'"):
-        window_attention(torch.randn(1, 2, 2, 12), terms, window_layout((2, 2), (2, 2)), 1, backend="sdpa")
+        window_attention(
+            torch.randn(1, 2, 2, 12), terms, window_layout((2, 2), (2, 2)), 1, backend="sdpa"
+        )
 
 
 def test_another_start_is_refused():

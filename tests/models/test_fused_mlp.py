@@ -29,18 +29,24 @@ def choose(kernel: bool, dtype: torch.dtype, monkeypatch) -> None:
 
 def gradients(module, x, weight):
     y = module(x)
-    return [y.detach(), *torch.autograd.grad((y.to(weight.dtype) * weight).sum(), [x, *module.parameters()])]
+    return [
+        y.detach(),
+        *torch.autograd.grad((y.to(weight.dtype) * weight).sum(), [x, *module.parameters()]),
+    ]
 
 
 def plain(mlp):
     """The same parameters, called as two layers and a GELU."""
+
     class Plain(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.fc1, self.fc2 = mlp.fc1, mlp.fc2
 
         def forward(self, x):
-            return F.linear(F.gelu(F.linear(x, self.fc1.weight, self.fc1.bias)), self.fc2.weight, self.fc2.bias)
+            return F.linear(
+                F.gelu(F.linear(x, self.fc1.weight, self.fc1.bias)), self.fc2.weight, self.fc2.bias
+            )
 
     return Plain()
 
@@ -64,12 +70,21 @@ def test_values_and_gradients_equal_the_plain_layers(tokens, frozen):
 
 @with_and_without_the_kernel
 @pytest.mark.parametrize("tokens", [1, 64, 500])
-@pytest.mark.parametrize("autocast, widened", [(None, False), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)])
-def test_it_errs_no_more_than_the_plain_layers_in_the_same_dtype(tokens, autocast, widened, kernel, monkeypatch):
+@pytest.mark.parametrize(
+    "autocast, widened",
+    [(None, False), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)],
+)
+def test_it_errs_no_more_than_the_plain_layers_in_the_same_dtype(
+    tokens, autocast, widened, kernel, monkeypatch
+):
     choose(kernel, torch.float32 if widened or autocast is None else autocast, monkeypatch)
     monkeypatch.setattr(products, "WIDENED", frozenset([autocast] if widened else []))
     torch.manual_seed(0)
-    mlp, x, weight = Mlp(24, 50), torch.randn(2, tokens, 24, requires_grad=True), torch.randn(2, tokens, 24)
+    mlp, x, weight = (
+        Mlp(24, 50),
+        torch.randn(2, tokens, 24, requires_grad=True),
+        torch.randn(2, tokens, 24),
+    )
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         ours, theirs = gradients(mlp, x, weight), gradients(plain(mlp), x, weight)
     exact = gradients(plain(mlp.double()), x.detach().double().requires_grad_(), weight.double())
@@ -83,7 +98,9 @@ def test_it_errs_no_more_than_the_plain_layers_in_the_same_dtype(tokens, autocas
 def test_only_the_activation_before_the_gelu_is_kept(kernel, monkeypatch):
     choose(kernel, torch.float32, monkeypatch)
     mlp, kept = Mlp(8, 32), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         mlp(torch.randn(500, 8, requires_grad=True))
     assert sum(kept) <= 500 * (8 + 32) + 2 * 8 * 32 + 32
 

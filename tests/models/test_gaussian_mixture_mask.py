@@ -1,4 +1,6 @@
-"""The Gaussian mixture mask: its profile, its place in the formula, the models of its paper, and vectors of the original."""
+"""The Gaussian mixture mask: its profile, its place in the formula, the models of its paper, and
+vectors of the original.
+"""
 
 from pathlib import Path
 
@@ -28,14 +30,20 @@ def mask(window=(4, 4), heads=2, prefix=0, **options):
 
 def set_to(modifier, alpha, sigma):
     with torch.no_grad():
-        modifier.alpha.copy_(torch.as_tensor(alpha, dtype=torch.float32).view(len(modifier.alpha), -1))
-        modifier.sigma.copy_(torch.as_tensor(sigma, dtype=torch.float32).view(len(modifier.sigma), -1))
+        modifier.alpha.copy_(
+            torch.as_tensor(alpha, dtype=torch.float32).view(len(modifier.alpha), -1)
+        )
+        modifier.sigma.copy_(
+            torch.as_tensor(sigma, dtype=torch.float32).view(len(modifier.sigma), -1)
+        )
     return modifier
 
 
 def plain_terms(modifier, weight=1.0):
     geometry = modifier.geometry
-    return OffsetTerms(geometry.window, torch.full((1, geometry.num_heads), weight), prefix=geometry.prefix)
+    return OffsetTerms(
+        geometry.window, torch.full((1, geometry.num_heads), weight), prefix=geometry.prefix
+    )
 
 
 def modifiers_of(model):
@@ -48,7 +56,16 @@ def count(model):
 
 def test_locality_minus_extroversion_has_the_published_profile():
     modifier = set_to(mask((5, 5), 1, num_kernels=2), [0.6, -0.8], [2.0, 0.2])
-    profile = {0: -0.2, 1: 0.5295, 2: 0.4673, 4: 0.3639, 5: 0.3212, 8: 0.2207, 9: 0.1948, 16: 0.0812}
+    profile = {
+        0: -0.2,
+        1: 0.5295,
+        2: 0.4673,
+        4: 0.3639,
+        5: 0.3212,
+        8: 0.2207,
+        9: 0.1948,
+        16: 0.0812,
+    }
     distance, values = squared_distances(modifier.geometry), modifier.mixture()[:, 0]
     for squared, expected in profile.items():
         assert (values[distance == squared] - expected).abs().max() <= 6e-5, squared
@@ -56,7 +73,11 @@ def test_locality_minus_extroversion_has_the_published_profile():
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pairs_get_the_mixture_of_their_squared_distance(legacy):
-    modifier = set_to(mask((3, 4), 2, num_kernels=2, legacy_pow=legacy), [[0.5, -1.0], [2.0, 0.3]], [[1.0, -2.0], [0.4, 3.0]])
+    modifier = set_to(
+        mask((3, 4), 2, num_kernels=2, legacy_pow=legacy),
+        [[0.5, -1.0], [2.0, 0.3]],
+        [[1.0, -2.0], [0.4, 3.0]],
+    )
     weight = modifier(plain_terms(modifier, 0.5)).dense("weight")
     for i, j in ((0, 0), (0, 11), (5, 2), (7, 10)):
         squared = (i // 4 - j // 4) ** 2 + (i % 4 - j % 4) ** 2
@@ -66,7 +87,10 @@ def test_pairs_get_the_mixture_of_their_squared_distance(legacy):
             assert weight[head, i, j].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("options", "sizes"), [({}, (5, 3)), ({"num_kernels": 2}, (2, 3)), ({"share_heads": True}, (5, 1))])
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({}, (5, 3)), ({"num_kernels": 2}, (2, 3)), ({"share_heads": True}, (5, 1))],
+)
 def test_it_works_on_the_offsets_and_has_two_numbers_per_kernel_and_head(options, sizes):
     modifier = mask((16, 16), 3, **options)
     assert modifier.alpha.shape == modifier.sigma.shape == sizes
@@ -81,12 +105,19 @@ def test_it_works_on_the_offsets_and_has_two_numbers_per_kernel_and_head(options
 @pytest.mark.parametrize("position", ["pre", "post"])
 def test_one_wide_gaussian_of_height_1_is_the_plain_model(family, position):
     plain = randomise(small(family))
-    for option in ("num_kernels=1", "init=identity", "init=identity, num_kernels=1", "init=identity, share_heads=True"):
+    for option in (
+        "num_kernels=1",
+        "init=identity",
+        "init=identity, num_kernels=1",
+        "init=identity, share_heads=True",
+    ):
         model = small(family, attention=AttentionSpec((f"{NAME}({option}, position={position})",)))
         model.load_state_dict({**model.state_dict(), **plain.state_dict()})
         if option == "num_kernels=1":
             for modifier in modifiers_of(model):
-                set_to(modifier, torch.ones_like(modifier.alpha), torch.full_like(modifier.sigma, 1e4))
+                set_to(
+                    modifier, torch.ones_like(modifier.alpha), torch.full_like(modifier.sigma, 1e4)
+                )
         torch.testing.assert_close(model(IMAGES), plain(IMAGES), rtol=0, atol=1e-5)
 
 
@@ -107,7 +138,7 @@ def test_far_pairs_keep_their_weight_and_gradient_unlike_in_the_original():
         modifier = set_to(mask((16, 16), 1, num_kernels=1, legacy_pow=legacy), [[1.0]], [[30.0]])
         far = squared_distances(modifier.geometry) >= 104
         values = modifier.mixture()[far]
-        gradient, = torch.autograd.grad(values.sum(), modifier.sigma)
+        (gradient,) = torch.autograd.grad(values.sum(), modifier.sigma)
         if legacy:
             assert not values.any()
             assert not gradient.any()
@@ -121,15 +152,17 @@ def test_far_pairs_keep_their_weight_and_gradient_unlike_in_the_original():
 def test_a_height_of_zero_leaves_the_bias_and_the_mask_alone(family):
     model = randomise(small(family, attention=AttentionSpec((NAME,))))
     without = randomise(small(family))
-    without.load_state_dict({name: value for name, value in model.state_dict().items() if name in without.state_dict()})
+    without.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if name in without.state_dict()}
+    )
     with torch.no_grad():
         for modifier in modifiers_of(model):
             modifier.alpha.zero_()
         for block in (block for layer in without.layers for block in layer.blocks):
-            block.attn.qkv.weight[:2 * block.dim] = 0
+            block.attn.qkv.weight[: 2 * block.dim] = 0
             for bias in (block.attn.qkv.bias, getattr(block.attn, "q_bias", None)):
                 if bias is not None:
-                    bias[:2 * block.dim] = 0
+                    bias[: 2 * block.dim] = 0
     torch.testing.assert_close(model(IMAGES), without(IMAGES), rtol=0, atol=1e-5)
 
 
@@ -162,7 +195,9 @@ def test_after_the_softmax_it_multiplies_the_map(renormalise):
     torch.testing.assert_close(maps[0], expected)
 
 
-@pytest.mark.parametrize(("position", "name", "neutral"), [("pre", "weight", 0.25), ("post", "post", 1.0)])
+@pytest.mark.parametrize(
+    ("position", "name", "neutral"), [("pre", "weight", 0.25), ("post", "post", 1.0)]
+)
 def test_class_tokens_keep_factor_1(position, name, neutral):
     modifier, bare = mask(prefix=1, position=position), mask(position=position)
     bare.load_state_dict(modifier.state_dict())
@@ -195,23 +230,39 @@ def test_the_paper_s_initial_values_have_its_mean_and_spread():
 
 def test_weight_decay_reaches_it_as_in_the_original():
     model = small("swin", attention=AttentionSpec((NAME,)))
-    mine = {name for name, parameter in model.named_parameters() if NAME in name and parameter.ndim > 1}
+    mine = {
+        name for name, parameter in model.named_parameters() if NAME in name and parameter.ndim > 1
+    }
     assert len(mine) == 2 * 3
     assert not mine & model.no_weight_decay()
     assert not any(word in name for name in mine for word in model.no_weight_decay_keywords())
 
 
-@pytest.mark.parametrize(("dataset", "parameters"), [
-    ("cifar10", 7_073_188), ("cifar100", 7_107_838), ("svhn", 7_073_188), ("tiny_imagenet", 7_149_794)])
+@pytest.mark.parametrize(
+    ("dataset", "parameters"),
+    [
+        ("cifar10", 7_073_188),
+        ("cifar100", 7_107_838),
+        ("svhn", 7_073_188),
+        ("tiny_imagenet", 7_149_794),
+    ],
+)
 def test_the_paper_s_swin_has_its_exact_size(dataset, parameters):
     for suffix, extra in (("", 0), ("_gmm", 900), ("_elm", 12 * 256)):
         model = build_model(load_config(CONFIGS / f"gmm/swin_{dataset}{suffix}.yaml"))
         assert count(model) == parameters + extra, suffix
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("position=middle", "allowed are pre, post"), ("init=zeros", "allowed are paper, identity"), ("num_kernels=0", "at least 1"),
-    ("renormalise=True", "needs position=post"), ("kernels=3", "kernels")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("position=middle", "allowed are pre, post"),
+        ("init=zeros", "allowed are paper, identity"),
+        ("num_kernels=0", "at least 1"),
+        ("renormalise=True", "needs position=post"),
+        ("kernels=3", "kernels"),
+    ],
+)
 def test_what_cannot_be_is_refused_with_what_can(text, message):
     with pytest.raises(ValueError, match=message):
         MODIFIERS.create(f"{NAME}({text})", Geometry(8, 2, (4, 4)))
@@ -229,12 +280,19 @@ def test_the_multiplier_and_its_gradients_are_the_original_s(name):
     meta, tensors = golden(name)
     options, state = meta["config"], subtree(tensors, "state_dict")
     side = options["grid"]
-    modifier = mask((side, side), options["num_heads"], num_kernels=options["num_kernals"], legacy_pow=True)
+    modifier = mask(
+        (side, side), options["num_heads"], num_kernels=options["num_kernals"], legacy_pow=True
+    )
     set_to(modifier, state["alpha"].flatten(1), state["sigma"].flatten(1))
     matrices = tensors["input"].clone().requires_grad_()
-    output = modifier(plain_terms(modifier)).dense("weight")[:, options.get("rows", slice(None))] * matrices
+    output = (
+        modifier(plain_terms(modifier)).dense("weight")[:, options.get("rows", slice(None))]
+        * matrices
+    )
     (output * tensors["loss_weight"]).sum().backward()
-    assert (output - tensors["output"]).abs().max() <= 1e-5 * tensors["output"].abs().max().clamp(min=1)
+    assert (output - tensors["output"]).abs().max() <= 1e-5 * tensors["output"].abs().max().clamp(
+        min=1
+    )
     assert relative(matrices.grad, tensors["input_grad"]) <= 2e-5
     assert relative(modifier.alpha.grad, tensors["grad/alpha"].flatten(1)) <= 5e-5
     assert relative(modifier.sigma.grad, tensors["grad/sigma"].flatten(1)) <= 5e-5
@@ -249,12 +307,22 @@ def renamed(key):
 def test_the_original_s_swin_gives_the_same_logits_and_gradients(legacy):
     """Windows of 4 x 4 tokens are free of underflow, so the formula itself agrees as well."""
     meta, tensors = golden("gmm_swin")
-    options = {name: value for name, value in meta["config"].items() if name not in ("is_GMM", "num_kernals")}
+    options = {
+        name: value
+        for name, value in meta["config"].items()
+        if name not in ("is_GMM", "num_kernals")
+    }
     text = f"{NAME}(num_kernels={meta['config']['num_kernals']}, legacy_pow={legacy})"
     model = SwinTransformer(**options, ape=True, attention=AttentionSpec((text,))).eval()
-    state = {renamed(key): value for key, value in subtree(tensors, "state_dict").items() if not key.endswith("mask")}
+    state = {
+        renamed(key): value
+        for key, value in subtree(tensors, "state_dict").items()
+        if not key.endswith("mask")
+    }
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    missing, unexpected = model.load_state_dict({key: value.view(shapes[key]) for key, value in state.items()}, strict=False)
+    missing, unexpected = model.load_state_dict(
+        {key: value.view(shapes[key]) for key, value in state.items()}, strict=False
+    )
     assert not unexpected
     assert all(key.endswith("attn_mask") for key in missing)
     assert count(model) == meta["num_trainable"]
@@ -262,7 +330,9 @@ def test_the_original_s_swin_gives_the_same_logits_and_gradients(legacy):
     images = tensors["input"].clone().requires_grad_()
     logits = model(images)
     (logits * tensors["loss_weight"]).sum().backward()
-    assert (logits - tensors["logits"]).abs().max() <= 1e-5 * tensors["logits"].abs().max().clamp(min=1)
+    assert (logits - tensors["logits"]).abs().max() <= 1e-5 * tensors["logits"].abs().max().clamp(
+        min=1
+    )
     assert relative(images.grad, tensors["input_grad"]) <= 2e-5
     gradients = {renamed(key): value for key, value in subtree(tensors, "grad").items()}
     for key, parameter in model.named_parameters():

@@ -1,4 +1,6 @@
-"""The models against vectors of the reference implementation and of the original identity-sharpened models."""
+"""The models against vectors of the reference implementation and of the original identity-sharpened
+models.
+"""
 
 import hashlib
 import re
@@ -15,7 +17,11 @@ from tests.models.builders import FAMILIES
 
 CASES = [name for pattern in ("v1_*", "v2_*", "mlp_*") for name in golden_names(pattern)]
 # logits (absolute), features, input gradient, parameter gradients (relative to the largest entry)
-TOLERANCE = {"swin": (1e-5, 1e-5, 2e-5, 5e-5), "swin_mlp": (1e-5, 1e-5, 2e-5, 5e-5), "swinv2": (5e-5, 4e-4, 3e-3, 4e-3)}
+TOLERANCE = {
+    "swin": (1e-5, 1e-5, 2e-5, 5e-5),
+    "swin_mlp": (1e-5, 1e-5, 2e-5, 5e-5),
+    "swinv2": (5e-5, 4e-4, 3e-3, 4e-3),
+}
 
 
 def relative(ours, theirs):
@@ -27,7 +33,11 @@ def record_features(model, names):
     for name in names:
         if name != "pooled":
             module = model.get_submodule(name)
-            handles.append(module.register_forward_hook(lambda _m, _i, out, name=name: features.__setitem__(name, out.detach())))
+            handles.append(
+                module.register_forward_hook(
+                    lambda _m, _i, out, name=name: features.__setitem__(name, out.detach())
+                )
+            )
     return features, handles
 
 
@@ -38,7 +48,9 @@ def test_forward_and_backward_are_the_reference_s(name):
     assert list(model.state_dict()) == meta["state_dict_keys"]
     model.load_state_dict(subtree(tensors, "state_dict"), strict=True)
     model.train(meta["mode"] == "train")
-    logits_tolerance, feature_tolerance, input_tolerance, gradient_tolerance = TOLERANCE[meta["family"]]
+    logits_tolerance, feature_tolerance, input_tolerance, gradient_tolerance = TOLERANCE[
+        meta["family"]
+    ]
 
     expected = subtree(tensors, "feature")
     features, handles = record_features(model, expected)
@@ -65,10 +77,23 @@ def test_counts_blocks_and_rates_are_the_reference_s(name):
     model = FAMILIES[meta["family"]](**meta["config"])
     assert sum(p.numel() for p in model.parameters()) == meta["num_params"]
     assert model.flops() == meta["flops"]
-    blocks = [[{"input_resolution": list(b.input_resolution), "window_size": b.window_size, "shift_size": b.shift_size}
-               for b in layer.blocks] for layer in model.layers]
+    blocks = [
+        [
+            {
+                "input_resolution": list(b.input_resolution),
+                "window_size": b.window_size,
+                "shift_size": b.shift_size,
+            }
+            for b in layer.blocks
+        ]
+        for layer in model.layers
+    ]
     assert blocks == meta["blocks"]
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for layer in model.layers for block in layer.blocks]
+    rates = [
+        getattr(block.drop_path, "drop_prob", 0.0)
+        for layer in model.layers
+        for block in layer.blocks
+    ]
     assert rates == pytest.approx(meta["drop_path_rates"], rel=1e-6)
     assert model.no_weight_decay() == set(meta["no_weight_decay"])
     assert model.no_weight_decay_keywords() == set(meta["no_weight_decay_keywords"])
@@ -99,11 +124,14 @@ def test_default_initial_values_are_the_reference_s():
         for name, value in parameters.items():
             expected = entry["parameters"][name]
             if "constant" in expected:
-                assert torch.allclose(value, torch.full_like(value, expected["constant"]), atol=1e-6), name
+                assert torch.allclose(
+                    value, torch.full_like(value, expected["constant"]), atol=1e-6
+                ), name
             elif expected["n"] >= 64:
                 assert value.std().item() == pytest.approx(expected["std"], rel=0.35), name
-                assert abs(value.mean().item()) <= 5 * expected["std"] / expected["n"] ** 0.5 + 1e-6, name
-
+                assert (
+                    abs(value.mean().item()) <= 5 * expected["std"] / expected["n"] ** 0.5 + 1e-6
+                ), name
 
 
 def key_line(name, tensor):
@@ -139,11 +167,19 @@ def test_the_original_identity_sharpened_models_give_the_same_logits_and_gradien
     options = dict(meta["config"])
     pre_mlp, family = options.pop("pre_mlp", False), meta["family"]
     if family == "swin":
-        model = SwinTransformer(**options, attention=AttentionSpec(("qk_residual", "crpw(source=table)")), pre_mlp="stem",
-                                pre_mlp_ratio=options.get("mlp_ratio", 4.0))
+        model = SwinTransformer(
+            **options,
+            attention=AttentionSpec(("qk_residual", "crpw(source=table)")),
+            pre_mlp="stem",
+            pre_mlp_ratio=options.get("mlp_ratio", 4.0),
+        )
     else:
-        model = SwinTransformerV2(**options, attention=AttentionSpec(("qk_residual", "crpw"), bias_sigmoid=False),
-                                  pre_mlp="stage" if pre_mlp else "off", pre_mlp_ratio=options.get("mlp_ratio", 4.0))
+        model = SwinTransformerV2(
+            **options,
+            attention=AttentionSpec(("qk_residual", "crpw"), bias_sigmoid=False),
+            pre_mlp="stage" if pre_mlp else "off",
+            pre_mlp_ratio=options.get("mlp_ratio", 4.0),
+        )
     load_weights(model, subtree(tensors, "state_dict"), rule="exact")
     model.eval()
     images = tensors["input"].clone().requires_grad_()
@@ -151,7 +187,9 @@ def test_the_original_identity_sharpened_models_give_the_same_logits_and_gradien
     (logits * tensors["loss_weight"]).sum().backward()
     assert (logits - tensors["logits"]).abs().max() <= 1e-5
     assert relative(images.grad, tensors["input_grad"]) <= 5e-5
-    theirs = {key: value for key, value in subtree(tensors, "grad").items() if value.abs().max() > 1e-6}
+    theirs = {
+        key: value for key, value in subtree(tensors, "grad").items() if value.abs().max() > 1e-6
+    }
     ours = {key: p.grad for key, p in model.named_parameters()}
     for key, value in theirs.items():
         mine = ours.get(key, ours.get(renamed(key, family)))
@@ -161,6 +199,8 @@ def test_the_original_identity_sharpened_models_give_the_same_logits_and_gradien
 
 def renamed(key, family):
     key = key.replace("attn.rp_affine.relative_position_weight_table", "attn.modifiers.crpw.table")
-    key = key.replace("attn.rp_affine.relative_position_bias_table", "attn.relative_position_bias_table")
+    key = key.replace(
+        "attn.rp_affine.relative_position_bias_table", "attn.relative_position_bias_table"
+    )
     key = key.replace("attn.cpw_mlp", "attn.modifiers.crpw.mlp")
     return re.sub(r"(^|\.)pre_(norm|mlp)\.", lambda m: f"{m[1]}pre_mlp.{m[2]}.", key)

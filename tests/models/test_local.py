@@ -1,4 +1,6 @@
-"""Local attention and its stem against their formulas pixel by pixel, their special cases, and what they keep in memory."""
+"""Local attention and its stem against their formulas pixel by pixel, their special cases, and what
+they keep in memory.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,9 @@ from tests.models.builders import randomise
 
 
 def maps(dim=8, height=6, width=7, batch=2, seed=1, dtype=torch.float64):
-    return torch.randn(batch, dim, height, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(
+        batch, dim, height, width, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 def layer(dim=8, heads=2, **options):
@@ -35,7 +39,9 @@ def pixel_by_hand(module, q, k, v, i, j, head):
             logit = q[:, i, j] @ k[:, a, b] if inside else q.new_zeros(())
             if module.rel_row is not None:
                 own = head if module.rel == "per_head" else 0
-                logit = logit + q[:, i, j] @ torch.cat([module.rel_row[own, a - i + half], module.rel_col[own, b - j + half]])
+                logit = logit + q[:, i, j] @ torch.cat(
+                    [module.rel_row[own, a - i + half], module.rel_col[own, b - j + half]]
+                )
             logits.append(logit)
             values.append(v[:, a, b] if inside else torch.zeros_like(v[:, 0, 0]))
     weights = torch.stack(logits).softmax(0)
@@ -43,18 +49,47 @@ def pixel_by_hand(module, q, k, v, i, j, head):
 
 
 def attention_by_hand(module, x):
-    q, k, v = (F.conv2d(x, conv.weight, groups=conv.groups).unflatten(1, (module.num_heads, -1))
-               for conv in (module.query, module.key, module.value))
+    q, k, v = (
+        F.conv2d(x, conv.weight, groups=conv.groups).unflatten(1, (module.num_heads, -1))
+        for conv in (module.query, module.key, module.value)
+    )
     q = q * module.scale
     heads = range(module.num_heads)
-    return torch.stack([torch.stack([torch.stack([torch.cat([pixel_by_hand(module, q[b, h], k[b, h], v[b, h], i, j, h) for h in heads])
-                                                  for j in range(x.shape[3])], -1) for i in range(x.shape[2])], -2)
-                        for b in range(len(x))])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.stack(
+                        [
+                            torch.cat(
+                                [
+                                    pixel_by_hand(module, q[b, h], k[b, h], v[b, h], i, j, h)
+                                    for h in heads
+                                ]
+                            )
+                            for j in range(x.shape[3])
+                        ],
+                        -1,
+                    )
+                    for i in range(x.shape[2])
+                ],
+                -2,
+            )
+            for b in range(len(x))
+        ]
+    )
 
 
-CASES = [dict(kernel_size=3), dict(kernel_size=5, rel="per_head"), dict(kernel_size=3, pad="zero"), dict(kernel_size=3, rel="none"),
-         dict(kernel_size=5, rel="none", pad="zero"), dict(kernel_size=7, scale="sqrt_d"), dict(kernel_size=1),
-         dict(kernel_size=3, grouped=True, out_dim=12)]
+CASES = [
+    dict(kernel_size=3),
+    dict(kernel_size=5, rel="per_head"),
+    dict(kernel_size=3, pad="zero"),
+    dict(kernel_size=3, rel="none"),
+    dict(kernel_size=5, rel="none", pad="zero"),
+    dict(kernel_size=7, scale="sqrt_d"),
+    dict(kernel_size=1),
+    dict(kernel_size=3, grouped=True, out_dim=12),
+]
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
@@ -65,7 +100,10 @@ def test_values_and_gradients_are_the_formula_s(options, size):
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn_like(theirs)
     leaves = [x, *module.parameters()]
-    gradients = [torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True, materialize_grads=True) for y in (ours, theirs)]
+    gradients = [
+        torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
+        for y in (ours, theirs)
+    ]
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other)
 
@@ -79,7 +117,10 @@ def test_a_neighbourhood_of_one_pixel_is_the_value_projection(rel):
 @pytest.mark.parametrize("size", [(4, 6), (5, 5)], ids=str)
 def test_a_neighbourhood_of_the_whole_image_is_full_attention(size):
     module, x = layer(kernel_size=2 * max(size) - 1, rel="none"), maps(8, *size)
-    q, k, v = (conv(x).unflatten(1, (2, -1)).flatten(3).mT for conv in (module.query, module.key, module.value))
+    q, k, v = (
+        conv(x).unflatten(1, (2, -1)).flatten(3).mT
+        for conv in (module.query, module.key, module.value)
+    )
     full = F.scaled_dot_product_attention(q, k, v, scale=1.0).mT.flatten(1, 2).unflatten(2, size)
     torch.testing.assert_close(module(x), full)
 
@@ -128,15 +169,24 @@ def test_stride_pools_what_attention_gives_at_full_resolution(size):
     x, full, strided = maps(8, *size), layer(kernel_size=3), layer(kernel_size=3, stride=2)
     y, pooled = full(x), strided(x)
     rows, cols = pooled.shape[-2:]
-    assert (rows, cols) == F.conv2d(x, torch.ones(1, 8, 3, 3).double(), stride=2, padding=1).shape[-2:]
+    assert (rows, cols) == F.conv2d(x, torch.ones(1, 8, 3, 3).double(), stride=2, padding=1).shape[
+        -2:
+    ]
     torch.testing.assert_close(pooled[..., 0, 0], y[..., :2, :2].mean((2, 3)))
-    torch.testing.assert_close(pooled[..., -1, -1], y[..., 2 * (rows - 1):, 2 * (cols - 1):].mean((2, 3)))
+    torch.testing.assert_close(
+        pooled[..., -1, -1], y[..., 2 * (rows - 1) :, 2 * (cols - 1) :].mean((2, 3))
+    )
 
 
-@pytest.mark.parametrize(("rel", "positions"), [("none", 0), ("shared", 7 * 8), ("per_head", 7 * 64)])
+@pytest.mark.parametrize(
+    ("rel", "positions"), [("none", 0), ("shared", 7 * 8), ("per_head", 7 * 64)]
+)
 @pytest.mark.parametrize(("grouped", "projections"), [(False, 3 * 64 * 64), (True, 3 * 64 * 8)])
 def test_parameter_counts_are_the_closed_forms(rel, positions, grouped, projections):
-    assert sum(p.numel() for p in LocalAttention(64, 8, rel=rel, grouped=grouped).parameters()) == projections + positions
+    assert (
+        sum(p.numel() for p in LocalAttention(64, 8, rel=rel, grouped=grouped).parameters())
+        == projections + positions
+    )
 
 
 def kept_bytes(module, x):
@@ -146,6 +196,7 @@ def kept_bytes(module, x):
     def pack(tensor):
         kept[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
         return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         module(x)
     return sum(kept.values())
@@ -155,8 +206,12 @@ def kept_bytes(module, x):
 def test_what_the_backward_keeps_does_not_grow_with_the_neighbourhood(pad):
     x = maps(32, 16, 16, batch=4, dtype=torch.float32).requires_grad_()
     image = x.numel() * 4
-    small, large = (kept_bytes(LocalAttention(32, 4, kernel_size=size, pad=pad), x) for size in (3, 11))
-    assert small <= 5.5 * image and large <= 5.5 * image  # x, q, k, v and a little; an unfold would keep 2 * 121 images
+    small, large = (
+        kept_bytes(LocalAttention(32, 4, kernel_size=size, pad=pad), x) for size in (3, 11)
+    )
+    assert (
+        small <= 5.5 * image and large <= 5.5 * image
+    )  # x, q, k, v and a little; an unfold would keep 2 * 121 images
 
 
 class LargestTensor(TorchDispatchMode):
@@ -173,7 +228,9 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_of_forward_or_backward_is_larger_than_the_input_or_a_chunk(monkeypatch):
     monkeypatch.setitem(neighbourhood.CHUNK_BYTES, "cpu", 1 << 20)
-    x = maps(64, 16, 16, batch=32, dtype=torch.float32).requires_grad_()  # 2 MiB; logits of all heads would be 26 MiB
+    x = maps(
+        64, 16, 16, batch=32, dtype=torch.float32
+    ).requires_grad_()  # 2 MiB; logits of all heads would be 26 MiB
     module = LocalAttention(64, 8)
     with LargestTensor() as largest:
         module(x).sum().backward()
@@ -191,11 +248,22 @@ print(peak() - start)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux alone"
+)
 def test_a_training_step_on_small_images_takes_the_memory_of_a_few_inputs():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
-    assert float(run.stdout) < 16 * 16  # MiB; the input has 16, an unfold of keys and values would have 2 * 121 * 16
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert (
+        float(run.stdout) < 16 * 16
+    )  # MiB; the input has 16, an unfold of keys and values would have 2 * 121 * 16
 
 
 @pytest.mark.parametrize("budget", [1, 20_000, 1 << 30])
@@ -203,7 +271,9 @@ def test_the_size_of_the_chunks_changes_nothing(budget, monkeypatch):
     module, x = layer(kernel_size=3, rel="per_head"), maps().requires_grad_()
     whole = module(x), torch.autograd.grad(module(x).square().sum(), x)[0]
     monkeypatch.setitem(neighbourhood.CHUNK_BYTES, "cpu", budget)
-    torch.testing.assert_close((module(x), torch.autograd.grad(module(x).square().sum(), x)[0]), whole)
+    torch.testing.assert_close(
+        (module(x), torch.autograd.grad(module(x).square().sum(), x)[0]), whole
+    )
 
 
 @pytest.mark.parametrize("learning", ["query.weight", "value.weight", "rel_row"])
@@ -211,6 +281,7 @@ def test_a_parameter_learns_the_same_where_all_others_are_frozen(learning):
     def gradient(module):
         module(maps()).square().sum().backward()
         return module.get_parameter(learning).grad
+
     frozen = layer(kernel_size=3).requires_grad_(False)
     frozen.get_parameter(learning).requires_grad_()
     torch.testing.assert_close(gradient(frozen), gradient(layer(kernel_size=3)))
@@ -227,7 +298,9 @@ def test_the_size_of_the_tiles_changes_nothing(tile, monkeypatch):
 def test_recording_a_gradient_does_not_change_the_result():
     module, x = layer(), maps()
     with torch.no_grad():
-        torch.testing.assert_close(module(x), module(x.clone().requires_grad_()).detach(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            module(x), module(x.clone().requires_grad_()).detach(), rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -250,11 +323,19 @@ def test_tokens_give_what_the_map_gives_and_a_class_token_is_refused():
         tokens(torch.zeros(1, 43, 8).double(), (6, 7))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(kernel_size=4), "kernel_size is 4; it must be odd"), (dict(num_heads=3), "8 -> 8 channels cannot be split into 3 heads"),
-    (dict(num_heads=8), "1 channels a head cannot be halved"), (dict(stride=0), "stride is 0"),
-    (dict(rel="perhead"), "did you mean 'per_head'"), (dict(pad="reflect"), "pad is 'reflect'; allowed are mask, zero"),
-    (dict(scale="d"), "allowed are none, sqrt_d")], ids=str)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(kernel_size=4), "kernel_size is 4; it must be odd"),
+        (dict(num_heads=3), "8 -> 8 channels cannot be split into 3 heads"),
+        (dict(num_heads=8), "1 channels a head cannot be halved"),
+        (dict(stride=0), "stride is 0"),
+        (dict(rel="perhead"), "did you mean 'per_head'"),
+        (dict(pad="reflect"), "pad is 'reflect'; allowed are mask, zero"),
+        (dict(scale="d"), "allowed are none, sqrt_d"),
+    ],
+    ids=str,
+)
 def test_sizes_and_words_that_cannot_be_are_refused_with_the_reason(options, message):
     with pytest.raises(ValueError, match=message):
         LocalAttention(8, **{"num_heads": 2, **options})
@@ -273,9 +354,14 @@ def stem_by_hand(module, x):
         mixture = ((module.row[a] + module.col[b]) @ module.nu.T).softmax(0)
         q.append(module.query(x[0, :, a, b]))
         k.append(module.key(x[0, :, a, b]))
-        v.append(sum(weight * matrix for weight, matrix in zip(mixture, module.value, strict=True)) @ x[0, :, a, b])
+        v.append(
+            sum(weight * matrix for weight, matrix in zip(mixture, module.value, strict=True))
+            @ x[0, :, a, b]
+        )
     q, k, v = (torch.stack(each).unflatten(1, (2, -1)) for each in (q, k, v))
-    return torch.cat([(q[:, head] @ k[:, head].mT).softmax(-1) @ v[:, head] for head in range(2)], 1)
+    return torch.cat(
+        [(q[:, head] @ k[:, head].mT).softmax(-1) @ v[:, head] for head in range(2)], 1
+    )
 
 
 def test_the_stem_is_its_formula():
@@ -289,7 +375,9 @@ def test_the_stem_works_block_by_block_and_pools_each():
     y = module(x)
     assert y.shape == (2, 8, 2, 3)
     torch.testing.assert_close(y[..., 1:2, 2:], module(x[..., 4:, 8:]))
-    torch.testing.assert_close(y, module.norm(module.attend(x)).unflatten(3, (3, 4)).unflatten(2, (2, 4)).amax((3, 5)))
+    torch.testing.assert_close(
+        y, module.norm(module.attend(x)).unflatten(3, (3, 4)).unflatten(2, (2, 4)).amax((3, 5))
+    )
 
 
 def test_the_stem_s_values_vary_with_the_place_only_through_the_mixture():

@@ -22,7 +22,9 @@ def test_no_registered_mixer_is_missing_here():
 
 
 def test_an_unknown_mixer_or_option_is_named():
-    with pytest.raises(ValueError, match="there is no attention mixer 'locale'; .* did you mean 'local'"):
+    with pytest.raises(
+        ValueError, match="there is no attention mixer 'locale'; .* did you mean 'local'"
+    ):
         MIXERS.create("locale", 8, 2)
     with pytest.raises(ValueError, match="kernel"):
         MIXERS.create("local(kernel=3)", 8, 2)
@@ -41,7 +43,9 @@ class TestEveryMixer:
         y = mixer(tokens(), GRID)
         assert y.shape == tokens().shape
         y.square().sum().backward()
-        assert {key for key, p in mixer.named_parameters() if p.grad is None or p.grad.abs().max() == 0} == EXPECTED[name]
+        assert {
+            key for key, p in mixer.named_parameters() if p.grad is None or p.grad.abs().max() == 0
+        } == EXPECTED[name]
 
     def test_is_close_in_bfloat16_autocast(self, name):
         mixer = randomise(MIXERS.create(name, 8, 2))
@@ -65,9 +69,15 @@ class TestEveryMixer:
 
     def test_images_do_not_see_each_other(self, name):
         mixer = randomise(MIXERS.create(name, 8, 2))
-        torch.testing.assert_close(mixer(tokens(), GRID)[:1], mixer(tokens()[:1], GRID), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            mixer(tokens(), GRID)[:1], mixer(tokens()[:1], GRID), rtol=1e-5, atol=1e-6
+        )
 
     def test_counts_at_least_its_layers(self, name):
         mixer = MIXERS.create(name, 8, 2)
-        layers = sum(module.weight.numel() for module in mixer.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)))
+        layers = sum(
+            module.weight.numel()
+            for module in mixer.modules()
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        )
         assert mixer.flops(10) == 10 * mixer.flops(1) >= 10 * layers

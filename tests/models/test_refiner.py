@@ -1,4 +1,6 @@
-"""The Refiner: its identities, the meaning of its convolution, its planes, the mask, and vectors of the original's layer."""
+"""The Refiner: its identities, the meaning of its convolution, its planes, the mask, and vectors of
+the original's layer.
+"""
 
 import pytest
 import torch
@@ -16,11 +18,15 @@ PLANES = ("raster", "key_grid", "query_grid")
 
 
 def refiner(options="", window=(3, 4), heads=2, prefix=0):
-    return MODIFIERS.create(f"refiner({options})", Geometry(12 * heads, heads, window, prefix=prefix))
+    return MODIFIERS.create(
+        f"refiner({options})", Geometry(12 * heads, heads, window, prefix=prefix)
+    )
 
 
 def draw_maps(heads=2, tokens=12, batch=3):
-    return torch.randn(batch, heads, tokens, tokens, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    return torch.randn(
+        batch, heads, tokens, tokens, generator=torch.Generator().manual_seed(1)
+    ).softmax(-1)
 
 
 def relative(ours, theirs):
@@ -29,17 +35,32 @@ def relative(ours, theirs):
 
 def captured_map(attention, x, layout):
     maps = []
-    handle = attention.map_tap.register_forward_hook(lambda _module, _inputs, attn: maps.append(attn))
+    handle = attention.map_tap.register_forward_hook(
+        lambda _module, _inputs, attn: maps.append(attn)
+    )
     attention(x, layout)
     handle.remove()
     return maps[0]
 
 
 @pytest.mark.parametrize("family", WINDOW_FAMILIES)
-@pytest.mark.parametrize("options", ["", "expand=1", "expand=2, kernel=4", "reduce=False, expand=2", "reduce=False, expand=1",
-                                     "residual=True", "residual=True, reduce=False, expand=1", "act=relu6", "renorm=row",
-                                     "geometry=key_grid", "geometry=query_grid",
-                                     "preset=release, bn=False, init=identity"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "expand=1",
+        "expand=2, kernel=4",
+        "reduce=False, expand=2",
+        "reduce=False, expand=1",
+        "residual=True",
+        "residual=True, reduce=False, expand=1",
+        "act=relu6",
+        "renorm=row",
+        "geometry=key_grid",
+        "geometry=query_grid",
+        "preset=release, bn=False, init=identity",
+    ],
+)
 def test_a_fresh_one_is_the_plain_model(family, options):
     plain = randomise(small(family))
     model = small(family, attention=AttentionSpec((f"refiner({options})",)))
@@ -58,16 +79,24 @@ def test_the_convolution_aggregates_values_locally_for_neighbouring_queries(side
             for j in range(12):
                 for b in (b for b in range(-before, side - before) if 0 <= j - b < 12):
                     w = modifier.kernel[:, 0, a + before, b + before]
-                    expected[:, :, i] += maps[:, :, i + a, j, None] * w[:, None] * values[:, :, j - b]
+                    expected[:, :, i] += (
+                        maps[:, :, i + a, j, None] * w[:, None] * values[:, :, j - b]
+                    )
     torch.testing.assert_close(modifier(maps) @ values, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_expansion_and_reduction_act_on_the_heads_and_have_the_stated_sizes():
     modifier = randomise(refiner("expand=3, kernel=1"))
-    expanded = torch.einsum("gh,bhij->bgij", modifier.expansion, draw_maps()) * modifier.kernel.view(-1, 1, 1)
-    torch.testing.assert_close(modifier(draw_maps()), torch.einsum("hg,bgij->bhij", modifier.reduction, expanded))
+    expanded = torch.einsum(
+        "gh,bhij->bgij", modifier.expansion, draw_maps()
+    ) * modifier.kernel.view(-1, 1, 1)
+    torch.testing.assert_close(
+        modifier(draw_maps()), torch.einsum("hg,bgij->bhij", modifier.reduction, expanded)
+    )
     for heads, ratio, side in ((12, 3, 3), (4, 2, 5)):
-        counted = sum(p.numel() for p in refiner(f"expand={ratio}, kernel={side}", heads=heads).parameters())
+        counted = sum(
+            p.numel() for p in refiner(f"expand={ratio}, kernel={side}", heads=heads).parameters()
+        )
         assert counted == ratio * heads * heads + ratio * heads * side**2 + heads * ratio * heads
     counted = sum(p.numel() for p in refiner("preset=release", heads=12).parameters())
     assert counted == (12 * 36 + 72 + 36 * 9 + 72 + 36 * 12 + 24) + 24
@@ -77,12 +106,16 @@ def test_the_release_has_a_norm_after_each_step_two_activations_and_the_map_adde
     modifier, maps = randomise(refiner("preset=release, expand=2"), std=1.0), draw_maps()
 
     def norm(name, x):
-        return F.batch_norm(x, None, None, modifier.norms[name].weight, modifier.norms[name].bias, training=True)
+        return F.batch_norm(
+            x, None, None, modifier.norms[name].weight, modifier.norms[name].bias, training=True
+        )
 
     local = F.relu6(norm("expanded", torch.einsum("gh,bhij->bgij", modifier.expansion, maps)))
     local = F.relu6(norm("local", F.conv2d(local, modifier.kernel, padding=1, groups=4)))
     reduced = norm("reduced", torch.einsum("hg,bgij->bhij", modifier.reduction, local))
-    torch.testing.assert_close(modifier(maps), norm("refined", reduced + maps), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        modifier(maps), norm("refined", reduced + maps), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("plane", PLANES)
@@ -94,19 +127,26 @@ def test_each_plane_has_its_own_neighbours(plane):
     point = torch.zeros(1, 2, 12, 12)
     point[..., query, key] = 1
     reached = {tuple(pair) for pair in modifier(point)[0, 0].nonzero().tolist()}
-    neighbours = {"key_grid": {(query, j) for j in (2, 3, 6, 7)},
-                  "query_grid": {(i, key) for i in (1, 2, 3, 5, 6, 7, 9, 10, 11)},
-                  "raster": {(i, j) for i in (5, 6, 7) for j in (2, 3, 4)}}  # 4 begins the next row of keys
+    neighbours = {
+        "key_grid": {(query, j) for j in (2, 3, 6, 7)},
+        "query_grid": {(i, key) for i in (1, 2, 3, 5, 6, 7, 9, 10, 11)},
+        "raster": {(i, j) for i in (5, 6, 7) for j in (2, 3, 4)},
+    }  # 4 begins the next row of keys
     assert reached == neighbours[plane]
 
 
 @pytest.mark.parametrize("plane", PLANES)
 def test_excluded_class_tokens_pass_the_convolution_and_change_nobody_s(plane):
     options = f"expand=1, reduce=False, geometry={plane}"
-    modifier, without = randomise(refiner(f"{options}, cls=exclude", prefix=1)), randomise(refiner(options))
+    modifier, without = (
+        randomise(refiner(f"{options}, cls=exclude", prefix=1)),
+        randomise(refiner(options)),
+    )
     maps = draw_maps(tokens=13)
     refined = modifier(maps)
-    torch.testing.assert_close(refined[..., 1:, 1:], without(maps[..., 1:, 1:]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        refined[..., 1:, 1:], without(maps[..., 1:, 1:]), rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(refined[..., 0, :], maps[..., 0, :])
     assert torch.equal(refined[..., 0], maps[..., 0])
 
@@ -119,10 +159,17 @@ def test_an_included_class_token_is_the_neighbour_of_the_first_patch():
     assert modifier(point)[0, 0, 1, 1] == 1
 
 
-@pytest.mark.parametrize("options", ["", "preset=release", "geometry=key_grid", "renorm=row", "reduce=False, expand=2"])
+@pytest.mark.parametrize(
+    "options", ["", "preset=release", "geometry=key_grid", "renorm=row", "reduce=False, expand=2"]
+)
 @pytest.mark.parametrize("family", WINDOW_FAMILIES)
 def test_masked_pairs_are_exactly_zero_in_shifted_windows(options, family):
-    attention = randomise(small(family, attention=AttentionSpec((f"refiner({options})",)))).layers[0].blocks[1].attn
+    attention = (
+        randomise(small(family, attention=AttentionSpec((f"refiner({options})",))))
+        .layers[0]
+        .blocks[1]
+        .attn
+    )
     layout = window_layout((8, 8), (4, 4), (2, 2))
     attn = captured_map(attention, torch.randn(3, 8, 8, 8), layout)
     forbidden = (layout.mask != 0)[None, :, None].expand(3, -1, attn.shape[1], -1, -1).flatten(0, 1)
@@ -132,7 +179,9 @@ def test_masked_pairs_are_exactly_zero_in_shifted_windows(options, family):
 
 
 def test_normalised_rows_sum_to_1_within_the_mask_too():
-    attention = small("swin", attention=AttentionSpec(("refiner(renorm=row)",))).layers[0].blocks[1].attn
+    attention = (
+        small("swin", attention=AttentionSpec(("refiner(renorm=row)",))).layers[0].blocks[1].attn
+    )
     with torch.no_grad():
         for parameter in attention.modifiers["refiner"].parameters():
             parameter.uniform_(0.1, 1)
@@ -151,7 +200,12 @@ def test_rescaling_multiplies_by_the_scale_of_the_logits():
 
 
 def test_without_a_reduction_values_are_cut_into_as_many_heads_as_maps():
-    attention = randomise(small("swin", attention=AttentionSpec(("refiner(reduce=False, expand=2)",)))).layers[0].blocks[0].attn
+    attention = (
+        randomise(small("swin", attention=AttentionSpec(("refiner(reduce=False, expand=2)",))))
+        .layers[0]
+        .blocks[0]
+        .attn
+    )
     x, layout = torch.randn(1, 4, 4, 8), window_layout((4, 4), (4, 4))
     attn = captured_map(attention, x, layout)
     assert attn.shape == (1, 4, 16, 16)
@@ -160,11 +214,19 @@ def test_without_a_reduction_values_are_cut_into_as_many_heads_as_maps():
     torch.testing.assert_close(attention(x, layout), attention.proj(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ("preset=draft", "allowed are paper, release"), ("act=gelu", "allowed are none, relu6"),
-    ("geometry=disc", "allowed are raster, key_grid"), ("expand=0", "at least 1"), ("kernel=0", "at least 1"),
-    ("expand=5, reduce=False", "choose expand"),
-    ("expand=2, reduce=False, residual=True", "fewer heads"), ("geometry=key_grid", "add cls=exclude")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("preset=draft", "allowed are paper, release"),
+        ("act=gelu", "allowed are none, relu6"),
+        ("geometry=disc", "allowed are raster, key_grid"),
+        ("expand=0", "at least 1"),
+        ("kernel=0", "at least 1"),
+        ("expand=5, reduce=False", "choose expand"),
+        ("expand=2, reduce=False, residual=True", "fewer heads"),
+        ("geometry=key_grid", "add cls=exclude"),
+    ],
+)
 def test_what_cannot_be_is_refused_with_the_reason(options, message):
     with pytest.raises(ValueError, match=message):
         refiner(options, prefix=1)
@@ -172,8 +234,14 @@ def test_what_cannot_be_is_refused_with_the_reason(options, message):
 
 # ---- vectors of the original
 
-NAMES = {"conv_exp.weight": "expansion", "depth_sep_conv.weight": "kernel", "conv_pro.weight": "reduction",
-         "bn1": "norms.expanded", "bn2": "norms.local", "bn3": "norms.reduced"}
+NAMES = {
+    "conv_exp.weight": "expansion",
+    "depth_sep_conv.weight": "kernel",
+    "conv_pro.weight": "reduction",
+    "bn1": "norms.expanded",
+    "bn2": "norms.local",
+    "bn3": "norms.reduced",
+}
 
 
 def renamed(key):
@@ -185,7 +253,9 @@ def compare(modifier, tensors, gradients):
     maps = tensors["input"].clone().requires_grad_()
     output = modifier(maps)
     (output * tensors["loss_weight"]).sum().backward()
-    assert (output - tensors["output"]).abs().max() <= 1e-5 * tensors["output"].abs().max().clamp(min=1)
+    assert (output - tensors["output"]).abs().max() <= 1e-5 * tensors["output"].abs().max().clamp(
+        min=1
+    )
     assert relative(maps.grad, tensors["input_grad"]) <= 2e-5
     for key, (ours, theirs) in gradients(modifier).items():
         assert relative(ours, theirs.view(ours.shape)) <= 5e-5, key
@@ -196,24 +266,39 @@ def test_the_released_layer_has_the_original_s_outputs_gradients_and_statistics(
     """Without the release's last norm, which stands outside this layer."""
     meta, tensors = golden(name)
     options = meta["config"]
-    modifier = refiner(f"preset=release, expand={options['expand_ratio']}, kernel={options['kernel_size']}", heads=options["inp"])
+    modifier = refiner(
+        f"preset=release, expand={options['expand_ratio']}, kernel={options['kernel_size']}",
+        heads=options["inp"],
+    )
     del modifier.norms["refined"]
     state = {renamed(key): value for key, value in subtree(tensors, "state_dict").items()}
-    modifier.load_state_dict({key: state[key].view(value.shape) for key, value in modifier.state_dict().items()})
+    modifier.load_state_dict(
+        {key: state[key].view(value.shape) for key, value in modifier.state_dict().items()}
+    )
     modifier.train(meta["mode"] == "train")
     theirs = {renamed(key): value for key, value in subtree(tensors, "grad").items()}
-    compare(modifier, tensors, lambda m: {key: (p.grad, theirs[key]) for key, p in m.named_parameters()})
+    compare(
+        modifier, tensors, lambda m: {key: (p.grad, theirs[key]) for key, p in m.named_parameters()}
+    )
     assert sum(p.numel() for p in modifier.parameters()) == meta["num_trainable"]
     for key, value in subtree(tensors, "after").items():
         torch.testing.assert_close(modifier.state_dict()[renamed(key)], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_dense_convolution_over_heads_is_an_expansion_by_their_number():
-    """Expanded head (o, i) is head i, its kernel that from i to o, and the reduction sums over i."""
+    """Expanded head (o, i) is head i, its kernel that from i to o, and the reduction sums over
+    i.
+    """
     meta, tensors = golden("refiner_dla_dense")
     modifier = dense(tensors["state_dict/conv.weight"])
     heads = meta["config"]["inp"]
-    compare(modifier, tensors, lambda m: {"conv.weight": (m.kernel.grad.view(heads, heads, 3, 3), tensors["grad/conv.weight"])})
+    compare(
+        modifier,
+        tensors,
+        lambda m: {
+            "conv.weight": (m.kernel.grad.view(heads, heads, 3, 3), tensors["grad/conv.weight"])
+        },
+    )
 
 
 def dense(weight):
@@ -228,4 +313,6 @@ def dense(weight):
 
 def test_the_dense_convolution_is_pytorch_s():
     weight = torch.randn(2, 2, 3, 3)
-    torch.testing.assert_close(dense(weight)(draw_maps()), F.conv2d(draw_maps(), weight, padding=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        dense(weight)(draw_maps()), F.conv2d(draw_maps(), weight, padding=1), rtol=1e-4, atol=1e-5
+    )

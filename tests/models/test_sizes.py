@@ -1,4 +1,6 @@
-"""Sizes: images, windows and maps that the window does not divide, and feature maps for dense tasks."""
+"""Sizes: images, windows and maps that the window does not divide, and feature maps for dense
+tasks.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ def test_a_model_for_any_size_equals_one_built_for_that_size(family):
     fixed = randomise(small(family, img_size=(24, 16)))
     dynamic = small(family, img_size=16, dynamic_img_size=True)
     masks = {name: value for name, value in dynamic.state_dict().items() if "attn_mask" in name}
-    dynamic.load_state_dict({**fixed.state_dict(), **masks})  # the masks are those of the size it was built for
+    dynamic.load_state_dict(
+        {**fixed.state_dict(), **masks}
+    )  # the masks are those of the size it was built for
     assert fixed.layers[0].blocks[1].shift == (2, 2)
     tokens = torch.randn(1, 96, 8)
     torch.testing.assert_close(dynamic.layers[0](tokens, (12, 8)), fixed.layers[0](tokens))
@@ -59,8 +63,16 @@ def test_stage_maps_have_the_strides_of_a_pyramid_and_end_in_the_pooled_features
 @pytest.mark.parametrize("size", [4, 8])
 def test_swinv2_with_a_window_of_one_token_is_finite(size):
     """The coordinate of the only offset of a side of one token is 0, not 0 / 0."""
-    model = SwinTransformerV2(size, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 4), num_classes=3, window_size=8,
-                              pretrained_window_sizes=(0, 0))
+    model = SwinTransformerV2(
+        size,
+        patch_size=4,
+        embed_dim=8,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        num_classes=3,
+        window_size=8,
+        pretrained_window_sizes=(0, 0),
+    )
     logits = randomise(model)(torch.randn(2, 3, size, size))
     assert logits.isfinite().all()
     logits.sum().backward()
@@ -69,7 +81,12 @@ def test_swinv2_with_a_window_of_one_token_is_finite(size):
 
 def test_a_224_model_takes_384_pixels_where_the_reference_stops():
     model = SwinTransformer(384, depths=(1, 1, 1, 1))
-    assert [layer.input_resolution for layer in model.layers] == [(96, 96), (48, 48), (24, 24), (12, 12)]
+    assert [layer.input_resolution for layer in model.layers] == [
+        (96, 96),
+        (48, 48),
+        (24, 24),
+        (12, 12),
+    ]
     assert model.eval()(torch.randn(1, 3, 384, 384)).isfinite().all()
 
 
@@ -92,14 +109,17 @@ def test_activation_checkpointing_gives_the_same_gradients(family):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(embed_dim=10, num_heads=(3, 6)), "10 channels cannot be split into 3 heads"),
-    (dict(depths=(2, 2, 2)), "one entry per stage"),
-    (dict(pre_mlp="everywhere"), "allowed are off, stem, stage"),
-    (dict(sw_mlp="roll"), "allowed are off, token_mix, shift"),
-    (dict(window_size=0), "at least 1"),
-    (dict(img_size=1), "smaller than one patch"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(embed_dim=10, num_heads=(3, 6)), "10 channels cannot be split into 3 heads"),
+        (dict(depths=(2, 2, 2)), "one entry per stage"),
+        (dict(pre_mlp="everywhere"), "allowed are off, stem, stage"),
+        (dict(sw_mlp="roll"), "allowed are off, token_mix, shift"),
+        (dict(window_size=0), "at least 1"),
+        (dict(img_size=1), "smaller than one patch"),
+    ],
+)
 def test_impossible_arguments_are_refused_with_the_reason(options, message):
     with pytest.raises(ValueError, match=message):
         small("swin", **options)

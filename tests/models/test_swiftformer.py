@@ -17,8 +17,12 @@ from tests.models.builders import randomise
 
 SMALL = dict(num_classes=5, embed_dims=(8, 8, 12), depths=(2, 1, 2))
 # parameters with and without the distillation head, 10^9 multiply-accumulates at 224 pixels
-PUBLISHED = {"xs": (3_475_360, 3_254_360, 0.6024), "s": (6_092_128, 5_867_128, 0.9846), "l1": (12_057_920, 11_672_920, 1.5960),
-             "l3": (28_494_736, 27_981_736, 4.0084)}
+PUBLISHED = {
+    "xs": (3_475_360, 3_254_360, 0.6024),
+    "s": (6_092_128, 5_867_128, 0.9846),
+    "l1": (12_057_920, 11_672_920, 1.5960),
+    "l3": (28_494_736, 27_981_736, 4.0084),
+}
 
 
 def small(**options):
@@ -52,19 +56,27 @@ def test_parameters_are_exact_and_macs_agree_to_the_printed_digits(size):
 def test_state_dict_has_timm_s_names_and_shapes(size):
     with torch.device("meta"):
         ours, theirs = swiftformer(size), timm.create_model(f"swiftformer_{size}")
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("size", [64, 70])
 def test_timm_s_weights_give_timm_s_logits(size):
     torch.manual_seed(0)
-    theirs = timm.create_model("swiftformer_xs", num_classes=7, layers=[2, 1, 2, 1], embed_dims=[8, 12, 16, 20])
+    theirs = timm.create_model(
+        "swiftformer_xs", num_classes=7, layers=[2, 1, 2, 1], embed_dims=[8, 12, 16, 20]
+    )
     random_statistics(theirs).eval()
     ours = SwiftFormer(num_classes=7, depths=(2, 1, 2, 1), embed_dims=(8, 12, 16, 20)).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = images(size)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
-    for mine, other in zip(ours.forward_features(x, return_stages=True), theirs.forward_intermediates(x, norm=True)[1], strict=True):
+    for mine, other in zip(
+        ours.forward_features(x, return_stages=True),
+        theirs.forward_intermediates(x, norm=True)[1],
+        strict=True,
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
@@ -76,7 +88,12 @@ def own_name(key):
 def test_released_weights_load_by_their_own_names():
     meta, tensors = golden("swiftformer_model")
     config = meta["config"]
-    model = SwiftFormer(24, num_classes=config["num_classes"], embed_dims=config["embed_dims"], depths=config["layers"]).eval()
+    model = SwiftFormer(
+        24,
+        num_classes=config["num_classes"],
+        embed_dims=config["embed_dims"],
+        depths=config["layers"],
+    ).eval()
     report = load_weights(model, {"model": subtree(tensors, "state_dict")}, rule="exact")
     assert report.format == "swiftformer" and report.coverage == 1 and not report.missing
     torch.testing.assert_close(model(tensors["input"]), tensors["logits"], rtol=0, atol=1e-5)
@@ -89,22 +106,39 @@ def configured(*opts, cfg="configs/digits/digits_swiftformer.yaml"):
 def test_the_published_sizes_are_built_from_their_yamls():
     for size, (with_head, without, _) in PUBLISHED.items():
         with torch.device("meta"):
-            models = [configured(cfg=f"configs/swiftformer/swiftformer_{size}{tail}.yaml") for tail in ("", "_no_teacher")]
-        assert [sum(p.numel() for p in model.parameters()) for model in models] == [with_head, without]
+            models = [
+                configured(cfg=f"configs/swiftformer/swiftformer_{size}{tail}.yaml")
+                for tail in ("", "_no_teacher")
+            ]
+        assert [sum(p.numel() for p in model.parameters()) for model in models] == [
+            with_head,
+            without,
+        ]
 
 
 def test_another_mixer_is_taken_from_the_one_place_for_all_families():
-    model = configured("MODEL.ATTENTION.MIXER", "local(kernel_size=3)", "MODEL.SWIFTFORMER.NUM_HEADS", "[2, 4]")
+    model = configured(
+        "MODEL.ATTENTION.MIXER", "local(kernel_size=3)", "MODEL.SWIFTFORMER.NUM_HEADS", "[2, 4]"
+    )
     assert [stage.blocks[-1].attn.num_heads for stage in model.stages] == [2, 4]
     assert isinstance(configured().stages[0].blocks[-1].attn, EfficientAdditiveAttention)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("MODEL.ATTENTION.MIXER", "softmax", "too many tokens for N x N maps; leave it at auto"),
-    ("MODEL.ATTENTION.MODIFIERS", "[qk_residual]", "which mixer efficient_additive does not form"),
-    ("MODEL.ATTENTION.DROP", "0.1", "MODEL.ATTENTION.DROP: only softmax attention has that"),
-    ("MODEL.SWIFTFORMER.NUM_HEADS", "[2, 2]", "which has no heads; leave it out"),
-    ("MODEL.PRE_MLP.WHERE", "stem", "swiftformer has no such part"), ("TRAIN.USE_CHECKPOINT", "True", "running statistics")])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.ATTENTION.MIXER", "softmax", "too many tokens for N x N maps; leave it at auto"),
+        (
+            "MODEL.ATTENTION.MODIFIERS",
+            "[qk_residual]",
+            "which mixer efficient_additive does not form",
+        ),
+        ("MODEL.ATTENTION.DROP", "0.1", "MODEL.ATTENTION.DROP: only softmax attention has that"),
+        ("MODEL.SWIFTFORMER.NUM_HEADS", "[2, 2]", "which has no heads; leave it out"),
+        ("MODEL.PRE_MLP.WHERE", "stem", "swiftformer has no such part"),
+        ("TRAIN.USE_CHECKPOINT", "True", "running statistics"),
+    ],
+)
 def test_keys_without_a_meaning_are_refused_with_the_reason(key, value, message):
     with pytest.raises(ModelError, match=message):
         configured(key, value)
@@ -113,20 +147,38 @@ def test_keys_without_a_meaning_are_refused_with_the_reason(key, value, message)
 def test_logits_features_and_gradients_are_the_original_s():
     meta, tensors = golden("swiftformer_model")
     config = meta["config"]
-    model = SwiftFormer(24, num_classes=config["num_classes"], embed_dims=config["embed_dims"], depths=config["layers"]).eval()
+    model = SwiftFormer(
+        24,
+        num_classes=config["num_classes"],
+        embed_dims=config["embed_dims"],
+        depths=config["layers"],
+    ).eval()
     assert sum(p.numel() for p in model.parameters()) == meta["num_trainable"]
-    model.load_state_dict({own_name(key): value for key, value in subtree(tensors, "state_dict").items()}, strict=True)
-    features, expected = {}, {re.sub(r"\.$", "", own_name(f"{key}.")): value for key, value in subtree(tensors, "feature").items()}
+    model.load_state_dict(
+        {own_name(key): value for key, value in subtree(tensors, "state_dict").items()}, strict=True
+    )
+    features, expected = (
+        {},
+        {
+            re.sub(r"\.$", "", own_name(f"{key}.")): value
+            for key, value in subtree(tensors, "feature").items()
+        },
+    )
     for name in expected:
-        model.get_submodule(name).register_forward_hook(lambda _m, _i, y, name=name: features.__setitem__(name, y.detach()))
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _i, y, name=name: features.__setitem__(name, y.detach())
+        )
     x = tensors["input"].clone().requires_grad_()
     logits = model(x)
     (logits * tensors["loss_weight"]).sum().backward()
 
     def error(ours, theirs):
         return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
     assert (logits - tensors["logits"]).abs().max() <= 1e-5
-    assert max(error(features[name], value) for name, value in expected.items()) <= 1e-5 and expected
+    assert (
+        max(error(features[name], value) for name, value in expected.items()) <= 1e-5 and expected
+    )
     assert error(x.grad, tensors["input_grad"]) <= 2e-5
     gradients = {own_name(key): value for key, value in subtree(tensors, "grad").items()}
     assert gradients.keys() == dict(model.named_parameters()).keys()
@@ -152,8 +204,15 @@ def before_a_norm(name):
     return bool(re.search(r"(stem\.[03]|dwconv|downsample\.proj)\.bias$", name))
 
 
-@pytest.mark.parametrize("attention", ["efficient_additive", "efficient_additive(pool_norm=softmax, residual=none)", "separable",
-                                       "local(kernel_size=3)"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "efficient_additive",
+        "efficient_additive(pool_norm=softmax, residual=none)",
+        "separable",
+        "local(kernel_size=3)",
+    ],
+)
 def test_every_parameter_learns_within_three_steps(attention):
     heads = [2, 2, 2] if attention.startswith("local") else None
     model = small(attention=attention, num_heads=heads, drop_rate=0.1, drop_path_rate=0.1)
@@ -171,19 +230,33 @@ def test_every_parameter_learns_within_three_steps(attention):
 
 def test_layer_scale_can_be_left_out_and_zero_leaves_the_convolutions_alone():
     assert not any("layer_scale" in key for key in small(layer_scale=None).state_dict())
-    zero, other = small(layer_scale=0.0).eval(), small(layer_scale=0.0, attention="separable").eval()
-    other.load_state_dict({key: value for key, value in zero.state_dict().items() if ".attn." not in key}, strict=False)
+    zero, other = (
+        small(layer_scale=0.0).eval(),
+        small(layer_scale=0.0, attention="separable").eval(),
+    )
+    other.load_state_dict(
+        {key: value for key, value in zero.state_dict().items() if ".attn." not in key},
+        strict=False,
+    )
     assert torch.equal(zero(images()), other(images()))
 
 
 def test_drop_path_grows_over_the_blocks():
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in small(drop_path_rate=0.4).stages for block in stage.blocks]
+    rates = [
+        getattr(block.drop_path, "drop_prob", 0.0)
+        for stage in small(drop_path_rate=0.4).stages
+        for block in stage.blocks
+    ]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
 def test_attention_stands_in_the_last_blocks_of_each_stage():
     def kinds(vit_num):
-        return [[hasattr(block, "attn") for block in stage.blocks] for stage in small(vit_num=vit_num).stages]
+        return [
+            [hasattr(block, "attn") for block in stage.blocks]
+            for stage in small(vit_num=vit_num).stages
+        ]
+
     assert kinds(1) == [[False, True], [True], [False, True]]
     assert kinds(0) == [[False, False], [False], [False, False]]
     assert kinds(9) == [[True, True], [True], [True, True]]
@@ -200,7 +273,12 @@ def test_bfloat16_autocast_is_close_and_finite():
 
 def test_compiles_to_one_graph_with_the_same_logits():
     model = randomise(small()).eval()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images()), model(images()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(images()),
+        model(images()),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_wrong_lengths_and_sizes_are_refused():

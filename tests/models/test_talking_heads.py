@@ -27,35 +27,69 @@ def test_a_fresh_one_is_the_plain_model(family, where, bias):
 
 @pytest.mark.parametrize("where", WHERE)
 def test_logits_are_mixed_before_the_mask_and_maps_after_the_softmax(where):
-    attention = randomise(small("swin", attention=AttentionSpec((f"{NAME}(where={where}, bias=True)",)))).layers[0].blocks[1].attn
-    mixing, layout, x = attention.modifiers[NAME], window_layout((8, 8), (4, 4), (2, 2)), torch.randn(2, 8, 8, 8)
+    attention = (
+        randomise(small("swin", attention=AttentionSpec((f"{NAME}(where={where}, bias=True)",))))
+        .layers[0]
+        .blocks[1]
+        .attn
+    )
+    mixing, layout, x = (
+        attention.modifiers[NAME],
+        window_layout((8, 8), (4, 4), (2, 2)),
+        torch.randn(2, 8, 8, 8),
+    )
     q, k, v = split_windows(attention.project(x), layout, 2)
     maps = q @ k.mT * attention.scale + attention.terms().dense("bias")
     if where != "post":
-        maps = torch.stack([sum(mixing.pre.weight[g, h] * maps[:, h] for h in (0, 1)) + mixing.pre.bias[g] for g in (0, 1)], 1)
+        maps = torch.stack(
+            [
+                sum(mixing.pre.weight[g, h] * maps[:, h] for h in (0, 1)) + mixing.pre.bias[g]
+                for g in (0, 1)
+            ],
+            1,
+        )
     maps = add_mask(maps, layout.mask).softmax(-1)
     if where != "pre":
-        maps = torch.stack([sum(mixing.post.weight[g, h] * maps[:, h] for h in (0, 1)) + mixing.post.bias[g] for g in (0, 1)], 1)
+        maps = torch.stack(
+            [
+                sum(mixing.post.weight[g, h] * maps[:, h] for h in (0, 1)) + mixing.post.bias[g]
+                for g in (0, 1)
+            ],
+            1,
+        )
     maps = (maps.unflatten(0, (2, -1)) * (layout.mask == 0)[:, None]).flatten(0, 1)
-    torch.testing.assert_close(attention(x, layout), attention.proj(merge_windows(maps @ v, layout)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        attention(x, layout), attention.proj(merge_windows(maps @ v, layout)), rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("where", "matrices"), [
-    ("both", {"pre.weight", "post.weight"}), ("pre", {"pre.weight"}), ("post", {"post.weight"})])
+@pytest.mark.parametrize(
+    ("where", "matrices"),
+    [("both", {"pre.weight", "post.weight"}), ("pre", {"pre.weight"}), ("post", {"post.weight"})],
+)
 def test_each_place_has_its_own_matrix_of_heads(where, matrices):
     modifier = MODIFIERS.create(f"{NAME}(where={where})", Geometry(12, 3, (4, 4)))
-    assert {name: p.shape for name, p in modifier.named_parameters()} == dict.fromkeys(matrices, (3, 3))
+    assert {name: p.shape for name, p in modifier.named_parameters()} == dict.fromkeys(
+        matrices, (3, 3)
+    )
 
 
 def test_normal_matrices_are_drawn_for_each_layer_and_place():
-    model = small("swin", attention=AttentionSpec((f"{NAME}(init=normal)",)), num_heads=(4, 8), embed_dim=16)
+    model = small(
+        "swin", attention=AttentionSpec((f"{NAME}(init=normal)",)), num_heads=(4, 8), embed_dim=16
+    )
     drawn = [p for name, p in model.named_parameters() if NAME in name]
     assert len({p.flatten()[0].item() for p in drawn}) == len(drawn) == 6
     assert torch.cat([p.flatten() for p in drawn]).std().item() == pytest.approx(1, abs=0.25)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("where=middle", "allowed are both, pre, post"), ("init=zeros", "allowed are identity, normal")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("where=middle", "allowed are both, pre, post"),
+        ("init=zeros", "allowed are identity, normal"),
+    ],
+)
 def test_what_cannot_be_is_refused_with_what_can(text, message):
     with pytest.raises(ValueError, match=message):
         MODIFIERS.create(f"{NAME}({text})", Geometry(8, 2, (4, 4)))

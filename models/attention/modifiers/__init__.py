@@ -1,4 +1,6 @@
-"""One modification of attention a file; every file of this folder is imported, and so registers itself."""
+"""One modification of attention a file; every file of this folder is imported, and so registers
+itself.
+"""
 
 import importlib
 import pkgutil

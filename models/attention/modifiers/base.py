@@ -1,4 +1,6 @@
-"""The places at which attention can be modified: A = softmax((q kᵀ) * weight + bias + mask), y = map(A) v."""
+"""The places at which attention can be modified: A = softmax((q kᵀ) * weight + bias + mask), y =
+map(A) v.
+"""
 
 from torch import Tensor, nn
 
@@ -10,17 +12,23 @@ MODIFIERS = Registry("attention modifier")
 
 
 class Modifier(nn.Module):
-    """Built as `cls(geometry, **options)`. Its parameters appear in the state dict under `attn.modifiers.<name>`."""
+    """Built as `cls(geometry, **options)`. Its parameters appear in the state dict under
+    `attn.modifiers.<name>`.
+    """
 
     def __init__(self, geometry: Geometry):
         super().__init__()
         self.geometry = geometry
 
     def initialise(self, attention: nn.Module) -> None:
-        """Called once after the backbone has initialised `attention`, with random numbers of its own."""
+        """Called once after the backbone has initialised `attention`, with random numbers of its
+        own.
+        """
 
     def members(self) -> tuple["Modifier", ...]:
-        """The modifiers it consists of, each of one of the kinds below, in their order; by default itself alone."""
+        """The modifiers it consists of, each of one of the kinds below, in their order; by default
+        itself alone.
+        """
         return (self,)
 
     def no_weight_decay(self) -> set[str]:
@@ -31,15 +39,19 @@ class Modifier(nn.Module):
 class WeightModifier(Modifier):
     """Changes the projections q, k, v = x Wᵀ + b before the head split, in one of two equal ways.
 
-    `fold` works on the weight: no pass over the tokens. `add` works on the projected tokens: exact where the weight would be
-    rounded to 16 bits first. `fold_bias` serves both. Raises ValueError where q and k are not as wide as x.
+    `fold` works on the weight: no pass over the tokens. `add` works on the projected tokens: exact
+    where the weight would be rounded to 16 bits first. `fold_bias` serves both. Raises ValueError
+    where q and k are not as wide as x.
     """
 
     def __init__(self, geometry: Geometry):
         super().__init__(geometry)
         if geometry.inner != geometry.dim:
-            raise ValueError(f"{type(self).__name__}: x has {geometry.dim} channels, q and k have {geometry.inner} "
-                             f"({geometry.num_heads} heads of {geometry.head_channels}); x can be added to q and k only where both agree")
+            raise ValueError(
+                f"{type(self).__name__}: x has {geometry.dim} channels, q and k have"
+                f" {geometry.inner} ({geometry.num_heads} heads of {geometry.head_channels}); x can"
+                " be added to q and k only where both agree"
+            )
 
     def fold(self, weight: Tensor) -> Tensor:
         """(3C, C) -> (3C, C)."""
@@ -50,12 +62,16 @@ class WeightModifier(Modifier):
         return bias
 
     def add(self, x: Tensor, qkv: Tensor) -> Tensor:
-        """x (..., C), qkv (..., 3C) of the unfolded weight -> (..., 3C); may work in place on `qkv`."""
+        """x (..., C), qkv (..., 3C) of the unfolded weight -> (..., 3C); may work in place on
+        `qkv`.
+        """
         return qkv
 
 
 class TermModifier(Modifier):
-    """Changes what multiplies and what is added to the logits: tables over relative offsets, fused kernels included."""
+    """Changes what multiplies and what is added to the logits: tables over relative offsets, fused
+    kernels included.
+    """
 
     def forward(self, terms: OffsetTerms) -> OffsetTerms:
         """terms.weight (T or 1, H), terms.bias (T, H) or None -> the same."""

@@ -12,15 +12,16 @@ from .base import MODIFIERS, TermModifier
 
 @MODIFIERS.register("elementwise_mask")
 class ElementwiseMask(TermModifier):
-    """The control of the Gaussian mixture mask: N^2 free numbers instead of a profile of the distance, shared by the heads.
+    """The control of the Gaussian mixture mask: N^2 free numbers instead of a profile of the
+    distance, shared by the heads.
 
         S = (q kᵀ) * scale * mask + bias
 
     Args:
-        init: "zeros" as in the original (attention starts from the bias alone, so from uniform where there is none), or "ones"
-            (the unmodified function).
-    Shapes: mask (N, N) over the tokens of a window, a matrix that weight decay reaches; terms.weight (T or 1, heads) or dense ->
-        dense (heads, N, N); class tokens keep factor 1.
+        init: "zeros" as in the original (attention starts from the bias alone, so from uniform
+            where there is none), or "ones" (the unmodified function).
+    Shapes: mask (N, N) over the tokens of a window, a matrix that weight decay reaches;
+        terms.weight (T or 1, heads) or dense -> dense (heads, N, N); class tokens keep factor 1.
     Raises: ValueError for another `init`.
     Source: the "ELM" of RetNet Viewed through Convolution, arXiv:2309.05375.
     """

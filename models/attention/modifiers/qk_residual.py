@@ -22,17 +22,20 @@ class QKResidual(WeightModifier):
 
         q = x (W_q + I)ᵀ + b_q,   k = x (W_k + I)ᵀ + b_k,   v = x W_vᵀ + b_v
 
-    Decoupled weight decay shrinks W, so it pulls W + I towards I, and q and k towards x: attention towards the identity.
+    Decoupled weight decay shrinks W, so it pulls W + I towards I, and q and k towards x: attention
+    towards the identity.
 
     Args:
         which: "both" (or "qk"), "q" or "k".
-        drop_bias: leave the biases of the q and k named by `which` out (decay does not reach them); they keep their place in
-            the state dict, without effect.
+        drop_bias: leave the biases of the q and k named by `which` out (decay does not reach them);
+            they keep their place in the state dict, without effect.
     Shapes: weight (3C, C), x (..., C), qkv (..., 3C); no parameter is added.
     Raises: ValueError for another `which`.
-    Source: github.com/AllenHaoHuang/improving-redundancy-in-attention. In 16-bit autocast 1 + w rounds to steps of 0.004 to 0.008 in
-        bfloat16. In training on the CPU x is therefore added to the projected tokens; elsewhere I is added to the float32 weight
-        before it is cast: q and k are rounded as coarsely themselves, and on a GPU another pass over the tokens costs much.
+    Source: github.com/AllenHaoHuang/improving-redundancy-in-attention. In 16-bit autocast 1 + w
+        rounds to steps of 0.004 to 0.008 in bfloat16. In training on the CPU x is therefore added
+        to the projected tokens; elsewhere I is added to the float32 weight
+        before it is cast: q and k are rounded as coarsely themselves, and on a GPU another pass
+            over the tokens costs much.
     """
 
     def __init__(self, geometry: Geometry, which: str = "both", drop_bias: bool = False):
@@ -54,7 +57,9 @@ class QKResidual(WeightModifier):
         return bias * keep.repeat_interleave(self.geometry.dim)
 
     def add(self, x: Tensor, qkv: Tensor) -> Tensor:
-        """x (..., C) is added to the q and k of qkv (..., 3C), in place unless under torch.compile."""
+        """x (..., C) is added to the q and k of qkv (..., 3C), in place unless under
+        torch.compile.
+        """
         places = slice(*{"qk": (0, 2), "q": (0, 1), "k": (1, 2)}[self.parts])
         x = x.to(qkv.dtype)
         if not torch.compiler.is_compiling():
@@ -64,7 +69,9 @@ class QKResidual(WeightModifier):
 
 
 class _AddInPlace(torch.autograd.Function):
-    """qkv (..., 3C), of which the parts in `places` get x (..., C) added; what autograd would do for a view costs two more passes."""
+    """qkv (..., 3C), of which the parts in `places` get x (..., C) added; what autograd would do
+    for a view costs two more passes.
+    """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, x: Tensor, places: slice) -> Tensor:

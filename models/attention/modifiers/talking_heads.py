@@ -27,7 +27,9 @@ class HeadMixing(Modifier):
         self.bias = nn.Parameter(torch.zeros(geometry.num_heads)) if bias else None
 
     def initialise(self, attention: nn.Module) -> None:
-        """The identity stays, or N(0, 1) is drawn, or ("small") N(0, 0.02^2), what the released CaiT starts with."""
+        """The identity stays, or N(0, 1) is drawn, or ("small") N(0, 0.02^2), what the released
+        CaiT starts with.
+        """
         if self.init != "identity":
             nn.init.normal_(self.weight, std=1.0 if self.init == "normal" else 0.02)
 
@@ -53,15 +55,23 @@ class TalkingHeads(Modifier):
     Args:
         where: "both", "pre" (the logits) or "post" (the map).
         init: "identity" (the unmodified function) or "normal", N(0, 1), as in the small-image CaiT.
-        bias: add b and c, as the released CaiT does. b is constant along a row of the softmax, so it has no effect and no gradient.
-    Shapes: logits and map (B*nW, H, N, N) -> the same; `pre.weight` and `post.weight` (H, H) [to, from], `.bias` (H,).
+        bias: add b and c, as the released CaiT does. b is constant along a row of the softmax, so
+            it has no effect and no gradient.
+    Shapes: logits and map (B*nW, H, N, N) -> the same; `pre.weight` and `post.weight` (H, H) [to,
+        from], `.bias` (H,).
     Raises: ValueError for a word that is not one of the above.
-    Source: Talking-Heads Attention, arXiv:2003.02436; CaiT, arXiv:2103.17239. Weight decay applies to the matrices as there.
+    Source: Talking-Heads Attention, arXiv:2003.02436; CaiT, arXiv:2103.17239. Weight decay applies
+        to the matrices as there.
     """
 
-    def __init__(self, geometry: Geometry, where: str = "both", init: str = "identity", bias: bool = False):
+    def __init__(
+        self, geometry: Geometry, where: str = "both", init: str = "identity", bias: bool = False
+    ):
         super().__init__(geometry)
-        for name, value, allowed in (("where", where, ("both", "pre", "post")), ("init", init, ("identity", "normal"))):
+        for name, value, allowed in (
+            ("where", where, ("both", "pre", "post")),
+            ("init", init, ("identity", "normal")),
+        ):
             if value not in allowed:
                 raise ValueError(f"talking_heads({name}={value}): allowed are {', '.join(allowed)}")
         if where != "post":
