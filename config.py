@@ -29,7 +29,6 @@ from config_check import (
     choice,
     either,
     integer,
-    nearest,
     number,
     optional,
     pair,
@@ -40,6 +39,7 @@ from config_check import (
     switch,
     text,
 )
+from registry import nearest
 
 __all__ = [
     "ConfigError",

@@ -10,11 +10,10 @@ ValueError; where a number is meant, strings are read as Python literals, so 1e-
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,6 @@ class Kind:
     allowed: str
     convert: Callable[[Any], Any]
     choices: tuple[str, ...] = ()
-
-
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The closest of `words` to `word`, whatever the case; None if none is close."""
-    folded = {other.lower(): other for other in words}
-    found = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.6)
-    return folded[found[0]] if found else None
 
 
 _SHOW = reprlib.Repr()

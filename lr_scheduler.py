@@ -5,13 +5,14 @@ name arguments differently (T10), and let the warm-up shift the steps of `step`.
 """
 
 import bisect
-import difflib
 import logging
 import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+
+from registry import did_you_mean
 
 _logger = logging.getLogger(__name__)
 
@@ -169,10 +170,9 @@ def build_schedule(config, updates_per_epoch: int, rates: Rates) -> Schedule:
     train, settings = config.TRAIN, config.TRAIN.LR_SCHEDULER
     name = settings.NAME
     if name not in SHAPES:
-        near = difflib.get_close_matches(name, SHAPES, n=1)
         raise ScheduleError(
-            f"TRAIN.LR_SCHEDULER.NAME {name!r} is not"
-            f" known{f' (nearest: {near[0]})' if near else ''}; allowed: {', '.join(SHAPES)}"
+            f"TRAIN.LR_SCHEDULER.NAME {name!r} is not known; allowed: {', '.join(SHAPES)}"
+            + did_you_mean(name, SHAPES)
         )
     schedule = Schedule(
         name=name,

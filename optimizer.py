@@ -2,7 +2,6 @@
 query and key rows.
 """
 
-import difflib
 import logging
 import re
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 import timm.optim
 import torch
 from torch import Tensor, nn
+
+from registry import did_you_mean
 
 _logger = logging.getLogger(__name__)
 
@@ -225,8 +226,8 @@ def _create(
     if name.startswith("timm:"):
         return _create_timm(name.removeprefix("timm:"), groups, lr, betas, eps, momentum)
     raise OptimizerError(
-        f"TRAIN.OPTIMIZER.NAME {name!r} is not known{_nearest(name, NAMES)}; allowed:"
-        f" {', '.join(NAMES)}, timm:<name>"
+        f"TRAIN.OPTIMIZER.NAME {name!r} is not known; allowed: {', '.join(NAMES)}, timm:<name>"
+        + did_you_mean(name, NAMES)
     )
 
 
@@ -244,8 +245,8 @@ def _create_timm(
         )
     if name not in known:
         raise OptimizerError(
-            f"TRAIN.OPTIMIZER.NAME: timm {timm.__version__} has no optimizer"
-            f" {name!r}{_nearest(name, known)}; timm.optim.list_optimizers() lists them"
+            f"TRAIN.OPTIMIZER.NAME: timm {timm.__version__} has no optimizer {name!r};"
+            f" timm.optim.list_optimizers() lists them{did_you_mean(name, known)}"
         )
     info = timm.optim.get_optimizer_info(name)
     if info.second_order:
@@ -297,11 +298,6 @@ def _is_hidden(name: str) -> bool:
         any(part in parts for part in ("layers", "blocks", "blocks_token_only"))
         and "modifiers" not in parts
     )
-
-
-def _nearest(name: str, known) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" (nearest: {found[0]})" if found else ""
 
 
 # ---- weight decay of the query and key rows

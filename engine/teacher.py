@@ -1,10 +1,9 @@
 """A teacher for distillation from timm's collection."""
 
-import difflib
-
 import timm
 from torch import nn
 
+from registry import did_you_mean
 from utils import RunError
 
 
@@ -15,8 +14,7 @@ def timm_teacher(name: str, weights: str, num_classes: int) -> nn.Module:
     Raises: RunError for an unknown name or weights that cannot be had.
     """
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), 1)
-        guess = f"; did you mean {near[0]}?" if near else ""
+        guess = did_you_mean(name, timm.list_models())
         raise RunError(
             f"TRAIN.DISTILL.TEACHER {name}: neither a YAML file nor a model of timm{guess}"
         )

@@ -11,11 +11,11 @@ from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.build import global_attention
 from models.attention.shared_map import MapAttention, SharedMapAttention
-from models.attention.words import check_choice
 from models.layers.conv_stem import patch_embedding
 from models.layers.init import trunc_normal
 from models.layers.map_block import MapBlock, run_map_blocks
 from models.layers.token_transformer import TokenTransformer, drop_path_rates
+from registry import check_choice
 
 
 class RefinedViT(TokenTransformer):

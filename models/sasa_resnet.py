@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from kernels.window_attention.layout import Size, to_pair
 from models.attention.local import LocalAttention
 from models.attention.local_stem import AttentionStem
-from models.attention.words import check_choice
 from models.layers.backbone import Backbone
 from models.layers.bottleneck import EXPANSION, Bottleneck
 from models.layers.token_transformer import drop_path_rates
+from registry import check_choice
 
 DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
 STEMS = ("conv", "attention", "small")

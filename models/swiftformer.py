@@ -8,12 +8,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.attention.mixers import MIXERS
-from models.attention.words import check_choice
 from models.layers.backbone import Backbone
 from models.layers.conv_encoder import ConvEncoder, ConvMlp, ConvNorm, LayerScale2d
 from models.layers.init import trunc_normal
 from models.layers.token_transformer import drop_path_rates
-from models.registry import parse_call
+from registry import check_choice, parse_call
 
 SIZES = {
     "xs": dict(embed_dims=(48, 56, 112, 220), depths=(3, 3, 6, 4)),

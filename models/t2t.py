@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.skip_attention import SkipAttention
-from models.attention.words import check_choice
 from models.layers.token_block import TokenBlock
 from models.layers.token_transformer import TokenTransformer, drop_path_rates
 from models.layers.tokens_to_token import TokensToToken, sinusoid
+from registry import check_choice
 
 
 class T2TViT(TokenTransformer):

@@ -2,7 +2,6 @@
 project's, under the same keys.
 """
 
-import difflib
 from functools import cache
 
 import torch
@@ -12,7 +11,7 @@ from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec
 from models.attention.timm_attention import replacement
 from models.layers.backbone import Backbone
-from models.registry import parse_call
+from registry import did_you_mean, parse_call
 
 from .counting import count_macs
 
@@ -114,11 +113,9 @@ def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.
     name, _, rest = text.partition("(")
     options = parse_call("options(" + rest)[1] if rest else {}
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 1)
         raise ValueError(
-            f"timm {timm.__version__} has no model"
-            f" {name!r}{f'; did you mean {near[0]!r}?' if near else ''} (MODEL.TIMM.MODEL, or"
-            " MODEL.NAME where that is empty)"
+            f"timm {timm.__version__} has no model {name!r} (MODEL.TIMM.MODEL, or MODEL.NAME where"
+            f" that is empty){did_you_mean(name, timm.list_models())}"
         )
     for arguments in (always | transformer, always):
         try:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
-from models.attention.words import check_choice
 from models.layers.init import trunc_normal
 from models.layers.token_transformer import TokenTransformer, drop_path_rates, token_block
+from registry import check_choice
 
 
 class VisionTransformer(TokenTransformer):

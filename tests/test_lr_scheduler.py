@@ -305,7 +305,7 @@ def test_resuming_follows_the_new_config_and_names_what_changed(caplog):
         (
             10,
             {"LR_SCHEDULER__NAME": "cosin"},
-            ["TRAIN.LR_SCHEDULER.NAME", "cosin", "nearest: cosine", "multistep"],
+            ["TRAIN.LR_SCHEDULER.NAME", "cosin", "did you mean 'cosine'", "multistep"],
         ),
         (10, {"WARMUP_EPOCHS": 20, "EPOCHS": 5}, ["TRAIN.WARMUP_EPOCHS 20", "TRAIN.EPOCHS 5"]),
         (10, {"LR_SCHEDULER__NAME": "multistep"}, ["MULTISTEPS is empty"]),

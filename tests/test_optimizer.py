@@ -435,8 +435,8 @@ def test_muons_update_of_a_matrix_is_nearly_orthogonal_and_adamws_share_is_adamw
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("adamww", ["TRAIN.OPTIMIZER.NAME 'adamww'", "nearest: adamw", "timm:<name>"]),
-        ("timm:lamp", ["no optimizer 'lamp'", "nearest: lamb"]),
+        ("adamww", ["TRAIN.OPTIMIZER.NAME 'adamww'", "did you mean 'adamw'", "timm:<name>"]),
+        ("timm:lamp", ["no optimizer 'lamp'", "did you mean 'lamb'"]),
         ("timm:adahessian", ["second derivatives"]),
         ("timm:lookahead_adamw", ["lookahead", "cannot be saved and resumed"]),
     ],

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.init import init_linear_and_norm
-
-from .words import check_choice
+from registry import check_choice
 
 POOL_NORMS = ("l2", "softmax", "none", "ones")
 RESIDUALS = ("q", "none")

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from registry import check_choice
+
 from .neighbourhood import neighbourhood_attention
-from .words import check_choice
 
 
 class LocalAttention(nn.Module):

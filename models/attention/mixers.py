@@ -7,7 +7,7 @@ Every mixer is built as `MIXERS.create("name(option=value)", dim, num_heads)` an
 class token).
 """
 
-from models.registry import Registry
+from registry import Registry
 
 from .additive import EfficientAdditiveAttention, SeparableAttention
 from .local import LocalTokenAttention

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from registry import check_choice
+
 from .geometry import Geometry
 from .global_attention import GlobalAttention
 from .spec import AttentionSpec
-from .words import check_choice
 
 
 class SkipAttention(GlobalAttention):

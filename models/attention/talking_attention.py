@@ -5,11 +5,12 @@ in layers of its own.
 import torch
 from torch import Tensor, nn
 
+from registry import check_choice
+
 from .geometry import Geometry
 from .global_attention import GlobalAttention
 from .modifiers.talking_heads import LogitMixing, MapMixing
 from .spec import AttentionSpec
-from .words import check_choice
 
 MIXINGS = ("small", "normal", "identity")
 

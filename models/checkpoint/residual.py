@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from models.registry import parse_call
+from registry import parse_call
 
 from .errors import CheckpointError
 from .read import Weights, decode

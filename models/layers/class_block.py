@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.attention.words import check_choice
+from registry import check_choice
 
 from .token_block import TokenBlock
 

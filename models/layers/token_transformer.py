@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.build import global_attention
-from models.attention.words import check_choice
+from registry import check_choice
 
 from .backbone import Backbone
 from .patch_embed import PatchEmbed

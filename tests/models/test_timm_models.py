@@ -280,7 +280,7 @@ def test_dropout_of_the_map_is_the_configs_or_timms():
         ),
         (
             "vit_tiny_patch16_2240",
-            "has no model 'vit_tiny_patch16_2240'; did you mean 'vit_tiny_patch16_224'",
+            "has no model 'vit_tiny_patch16_2240'.*did you mean 'vit_tiny_patch16_224'",
         ),
         ("vit_tiny_patch16_224(dept=2)", "timm cannot build vit_tiny_patch16_224.dept=2.: .*dept"),
         ("vit_tiny_patch16_224(depth=)", "cannot read"),

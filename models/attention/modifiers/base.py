@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from kernels.window_attention import OffsetTerms
 from models.attention.geometry import Geometry
-from models.registry import Registry
+from registry import Registry
 
 MODIFIERS = Registry("attention modifier")
 
