@@ -2,6 +2,7 @@
 a user would.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -44,6 +45,17 @@ def subtree(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
         for name, tensor in tensors.items()
         if name.startswith(prefix + "/")
     }
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The top-level packages that a file imports by their full name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def run_main(

@@ -2,15 +2,13 @@
 it.
 """
 
-import ast
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
 
 from models.attention.modifiers import MODIFIERS
-from tests.helpers import ROOT
+from tests.helpers import ROOT, imported_packages
 from tests.models.builders import ATTENTION_FAMILIES, NO_GRADIENT, modified, randomise
 
 # What a package may import of this repository; main.py may import everything, and nothing may
@@ -40,16 +38,6 @@ MODIFIER_NAMES = MODIFIERS.names()  # before any test registers its own
 def library_files():
     modules = [ROOT / f"{name}.py" for name in MAY_IMPORT if (ROOT / f"{name}.py").exists()]
     return modules + [path for name in MAY_IMPORT for path in (ROOT / name).rglob("*.py")]
-
-
-def imported_packages(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names
 
 
 def test_imports_point_one_way():

@@ -23,7 +23,7 @@ import main
 from config import KEYS, SECTIONS, get_config, load_config, parse_args
 from models import build_model
 from models.checkpoint import save_weights
-from tests.helpers import ROOT, run_main
+from tests.helpers import ROOT, imported_packages, run_main
 
 DOCS = sorted(path.name for path in ROOT.glob("*.md"))
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCS}
@@ -595,9 +595,7 @@ def test_every_package_that_is_imported_is_required():
             for found in (ROOT / name).rglob("*.py")
         ),
     ]:
-        for name in re.findall(
-            r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE
-        ):
+        for name in imported_packages(path):
             if name not in sys.stdlib_module_names and name not in own:
                 assert known.get(name, name) in required | optional, f"{path}: {name}"
 

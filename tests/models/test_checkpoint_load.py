@@ -63,10 +63,12 @@ def test_loading_follows_the_references_rules(name):
             else torch.equal(after[key], value)
         ), key
     with torch.no_grad():
-        tolerance = 1e-4 if meta["target_family"] == "swinv2" else 2e-5
-        assert torch.allclose(
-            model(tensors["input"]), tensors["logits_after"], rtol=1e-6, atol=tolerance
-        )  # logits reach 1e4
+        features = model.forward_features(tensors["input"])
+        logits = model.head(features)
+    # The 22k head's weights reach 2e4 and its products cancel, in another order on each processor.
+    rounding = torch.finfo(torch.float32).eps * (features.abs() @ model.head.weight.abs().T)
+    tolerance = (1e-4 if meta["target_family"] == "swinv2" else 2e-5) + rounding
+    assert ((logits - tensors["logits_after"]).abs() <= tolerance).all()
 
 
 def test_the_golden_checkpoint_file_gives_its_logits():
