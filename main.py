@@ -1,12 +1,9 @@
 """Trains, evaluates or times a model.
 
-    python main.py --cfg configs/digits/digits_tiny.yaml                                     one
-    process, on any device torchrun --nproc-per-node=8 main.py --cfg
-    configs/swin/swin_tiny_patch4_window7_224.yaml --data-path DIR
-    python main.py --cfg ... --eval --resume CHECKPOINT
-    evaluate; also --pretrained WEIGHTS
-    python main.py --cfg ... --throughput                                                    time;
-    needs no data
+    python main.py --cfg YAML                               train; one process, on any device
+    torchrun --nproc-per-node=8 main.py --cfg YAML --data-path DIR        the same on eight GPUs
+    python main.py --cfg YAML --eval --resume CHECKPOINT    evaluate; also --pretrained WEIGHTS
+    python main.py --cfg YAML --throughput                  time; needs no data
 
 Run again with the same command, a training goes on where it was. Exit status: 0 done; 2 something
 the user can mend, told in one line on stderr; 143 stopped by SIGTERM (130: by Ctrl-C) with the

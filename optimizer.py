@@ -326,13 +326,11 @@ def decay_query_key_rows(
     """Multiplies the weight decay of rows [0:2C] of each (3C, C) weight by `multiplier`, in every
     later step.
 
-    A step hook that reads each group's present lr and weight_decay, so it holds under schedules and
-    after a resume:
+    A hook before the step that reads each group's present lr and weight_decay, so it holds under
+    schedules and after a resume:
 
-        AdamW, Muon (W <- (1 - lr wd) W - lr u):   W_qk <- W_qk (1 - lr wd m) / (1 - lr wd) before
-        the step
-        SGD (g <- g + wd W, then momentum):        g_qk <- g_qk + wd (m - 1) W_qk           before
-        the step
+        AdamW, Muon (W <- (1 - lr wd) W - lr u):  W_qk <- W_qk (1 - lr wd m) / (1 - lr wd)
+        SGD (g <- g + wd W, then momentum):       g_qk <- g_qk + wd (m - 1) W_qk
 
     Raises: OptimizerError for optimizers that mix the decay into something non-linear, such as
         LAMB's trust ratio.

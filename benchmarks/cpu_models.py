@@ -1,9 +1,8 @@
 """Whole models on the CPU against timm and torchvision, in one interleaved run.
 
     python benchmarks/cpu_models.py --rounds 15 --json benchmarks/results/cpu_models.json
-    python benchmarks/cpu_models.py --dtype bfloat16 --rounds 15 --json
-    benchmarks/results/cpu_models_bf16.json python benchmarks/cpu_models.py --compile --kind
-    inference --rounds 15 --json benchmarks/results/cpu_models_compiled.json
+    python benchmarks/cpu_models.py --rounds 15 --dtype bfloat16 --json FILE
+    python benchmarks/cpu_models.py --rounds 15 --compile --kind inference --json FILE
 
 Every round times each model once, in an order that rotates, so that a busy machine slows all of
 them alike; a ratio is the median over rounds of the ratio within a round. The same random images

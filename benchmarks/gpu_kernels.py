@@ -1,11 +1,9 @@
 """Everything the fused window attention needs a GPU for, in one call of under nine minutes on an
 H200.
 
-    python benchmarks/gpu_kernels.py --json benchmarks/results/gpu_kernels.json       all parts, on
-    the current CUDA device
-    python benchmarks/gpu_kernels.py --parts build correctness sanitizer              some of them
-    python benchmarks/gpu_kernels.py --device cpu --quick                             what can be
-    tried without a GPU
+    python benchmarks/gpu_kernels.py --json FILE                          all, on this CUDA device
+    python benchmarks/gpu_kernels.py --parts build correctness sanitizer  some of them
+    python benchmarks/gpu_kernels.py --device cpu --quick                 what needs no GPU
 
 Parts: build (compiles the kernels for this device), correctness (the shapes of the emulated tests
 and random ones, against float64, and the operation in PyTorch), determinism (bit-equal when run

@@ -3,8 +3,8 @@ run goes on from.
 
     last.pth            after every epoch, and every TRAIN.SAVE_STEPS updates inside one
     ckpt_epoch_{e}.pth  after epoch e, every SAVE_FREQ epochs; the newest TRAIN.KEEP of them stay
-    best.pth            after the epoch with the highest accuracy, and model.safetensors, its
-    weights alone
+    best.pth            after the epoch with the highest accuracy
+    model.safetensors   the weights of best.pth alone
 
 A checkpoint is a dictionary of tensors and plain data that loads under
 `torch.load(..., weights_only=True)`:

@@ -1,9 +1,8 @@
 """Packs root/train and root/val (class folders) into train.zip and val.zip with map files, for
 DATA.ZIP_MODE, and checks them.
 
-python -m tools.make_zip pack  IMAGENET_FOLDER TARGET_FOLDER
-python -m tools.make_zip check TARGET_FOLDER             every member is read, its checksum and its
-image verified
+    python -m tools.make_zip pack  IMAGENET_FOLDER TARGET_FOLDER
+    python -m tools.make_zip check TARGET_FOLDER    reads every member: its checksum, its image
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What stand-alone self-attention costs, counted as its paper counts (arXiv:1906.05909): a
 multiplication and an addition are two FLOPs.
 
-python tools/sasa_cost.py                        the published networks, and one layer against a 3 x
-3 convolution python tools/sasa_cost.py --dim 128 --kernel 19  one layer
+    python tools/sasa_cost.py                          published networks; a layer and a 3 x 3 one
+    python tools/sasa_cost.py --dim 128 --kernel 19    one layer
 """
 
 import argparse

@@ -5,11 +5,11 @@ Uses the standard library alone, so that setup.py can load this file by its path
 after the hash of all it is made from; one with another hash is never loaded. Every csrc/cpu/*.cpp
 and csrc/cuda/*.cu is compiled by itself; comments in its first lines may add flags:
 
-    // build[x86_64]: -mavx2 -mfma      for this kind of processor alone; elsewhere, and where the
-        compiler refuses the flags, the file is
-    //                                  left out. All files see WA_HAVE_<FILE NAME> for each of
-    these that is in.
+    // build[x86_64]: -mavx2 -mfma      for this kind of processor alone
     // build: -fno-math-errno           for all
+
+On another processor, and where the compiler refuses the flags, such a file is left out. All files
+see WA_HAVE_<FILE NAME> for each of these that is in.
 """
 
 import contextlib

@@ -14,8 +14,8 @@ from .neighbourhood import neighbourhood_attention
 class LocalAttention(nn.Module):
     """Local attention with relative rows and columns; no output projection, no bias.
 
-        y_ij = concat_heads sum_ab softmax_ab(q_ij · k_ab + q_ij · r_(a-i, b-j)) v_ab,   r = [row
-        embedding; column embedding]
+        y_ij = concat_heads sum_ab softmax_ab(q_ij · k_ab + q_ij · r_(a-i, b-j)) v_ab
+        r = [row embedding; column embedding]
 
     Args:
         dim: channels of the input. num_heads: heads; each has out_dim / num_heads channels D.

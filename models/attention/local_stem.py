@@ -11,8 +11,8 @@ class AttentionStem(nn.Module):
     """Every pixel attends to the pixels of its block; then a batch norm and max pooling over each
     block.
 
-        y_i = sum_j softmax_j(q_i · k_j) v_j,   v_j = sum_m p_m(j) W_m x_j,   p(j) =
-        softmax_m((row_j + col_j) · nu_m)
+        y_i = sum_j softmax_j(q_i · k_j) v_j
+        v_j = sum_m p_m(j) W_m x_j,   p(j) = softmax_m((row_j + col_j) · nu_m)
 
     A value matrix mixed by the place lets the stem tell edges apart as a convolution does. p is
     shared by the heads; logits have no position term and no scale.

@@ -1,8 +1,7 @@
 """Compiles the CUDA kernels for an architecture without a GPU, and reads what came of it:
 registers, spills, shared memory, instructions.
 
-python -m tests.kernels.nvcc      writes csrc/cuda/budgets.json, what test_nvcc_budget.py holds the
-kernels to
+    python -m tests.kernels.nvcc    writes csrc/cuda/budgets.json, the limits of test_nvcc_budget.py
 """
 
 import concurrent.futures

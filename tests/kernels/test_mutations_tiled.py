@@ -1,8 +1,7 @@
 """Bugs planted in the tiled kernels: the comparison with float64 finds every one, and passes on the
 sources as they are.
 
-python -m tests.kernels.test_mutations_tiled LIBRARY      says what is wrong with a library built
-from them
+    python -m tests.kernels.test_mutations_tiled LIBRARY    what is wrong with a library of them
 """
 
 import shutil

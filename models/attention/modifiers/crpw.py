@@ -22,8 +22,8 @@ class ContinuousRelativePositionWeight(TermModifier):
         mode add_to_scale:  S = (q kᵀ) * (scale + w) + bias
         mode one_plus:      S = (q kᵀ) * scale * (1 + w) + bias
         mode sigmoid16:     S = (q kᵀ) * (scale + 16 sigmoid(w)) + bias
-        apply probs:        A = softmax(S) * (1 + w), whatever the mode; with `renormalise` rows sum
-            to 1 again
+        apply probs:        A = softmax(S) * (1 + w), whatever the mode;
+                            with `renormalise` rows sum to 1 again
 
     Args:
         source: "mlp" (Linear(2, 512) - ReLU - Linear(512, H, no bias)) or "table" (one free number
