@@ -35,13 +35,13 @@ def draw(window, grid, shift, dtype):
     rows = (2 * window[0] - 1) * (2 * window[1] - 1)
     layout = window_layout(grid, window, shift, device=torch.device("cuda"))
     qkv = torch.randn(2, *grid, 3 * 64, device="cuda", dtype=dtype)
-    weight, bias = (torch.randn(rows, 2, device="cuda") * 0.3 for _ in range(2))
-    return layout, [t.requires_grad_() for t in (qkv, weight, bias)]
+    scale, bias = (torch.randn(rows, 2, device="cuda") * 0.3 for _ in range(2))
+    return layout, [t.requires_grad_() for t in (qkv, scale, bias)]
 
 
-def attend(layout, qkv, weight, bias, backend="fused", dropout=0.0):
+def attend(layout, qkv, scale, bias, backend="fused", dropout=0.0):
     return window_attention(
-        qkv, OffsetTerms(layout.window, weight, bias), layout, 2, False, dropout, backend
+        qkv, OffsetTerms(layout.window, scale, bias), layout, 2, False, dropout, backend
     )
 
 
@@ -70,7 +70,7 @@ def test_the_operation_and_its_gradients_are_the_specification_s(window, grid, s
 
     exact = outcome("reference", wide)
     for name, right, plain, ours in zip(
-        ("y", "qkv", "weight", "bias"),
+        ("y", "qkv", "scale", "bias"),
         exact,
         outcome("reference", leaves),
         outcome("fused", leaves),
@@ -81,12 +81,10 @@ def test_the_operation_and_its_gradients_are_the_specification_s(window, grid, s
 
 @pytest.mark.parametrize("window", [(7, 7), (16, 16)])
 def test_pytorch_s_checks_of_an_operation(window):
-    layout, (qkv, weight, bias) = draw(
-        window, (2 * window[0], 2 * window[1]), (0, 0), torch.float16
-    )
+    layout, (qkv, scale, bias) = draw(window, (2 * window[0], 2 * window[1]), (0, 0), torch.float16)
     arguments = (
         qkv,
-        weight,
+        scale,
         bias,
         None,
         None,

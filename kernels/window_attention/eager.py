@@ -4,7 +4,7 @@ memory.
 Same result as `reference.py` up to rounding. What is saved over letting autograd do it:
 - one gather does padding-free shift, partition and split into heads, one more brings the result
   back;
-- images are handled in chunks whose logits stay in the cache; weight, bias and mask are applied to
+- images are handled in chunks whose logits stay in the cache; scale, bias and mask are applied to
   them in one pass, in place;
 - only q, k, v and the softmaxed map are kept for the backward; the logits are formed again where
   their gradient needs them.
@@ -39,18 +39,18 @@ def window_attention_eager(
     """
     if dropout or terms.post is not None:
         raise ValueError(
-            "window_attention: the eager backend has no dropout and no post-softmax weight; use"
-            " backend 'reference'"
+            "window_attention: the eager backend has no dropout and no factor after the softmax;"
+            " use backend 'reference'"
         )
-    weight, bias = terms.dense("weight"), terms.dense("bias")
+    scale, bias = terms.dense("scale"), terms.dense("bias")
     padded = pad_grid(qkv, layout)
     with torch.autocast(qkv.device.type, enabled=False):
         if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (qkv, weight, bias)
+            t is not None and t.requires_grad for t in (qkv, scale, bias)
         ):
-            y = _Attention.apply(padded, weight, bias, layout, num_heads, cosine)
+            y = _Attention.apply(padded, scale, bias, layout, num_heads, cosine)
         else:
-            y = _forward(padded, weight, terms.masked_bias(layout), layout, num_heads, cosine)[0]
+            y = _forward(padded, scale, terms.masked_bias(layout), layout, num_heads, cosine)[0]
     return crop_grid(y, layout)
 
 
@@ -95,7 +95,7 @@ def _normalise(x: Tensor) -> Tensor:
 
 def _forward(
     qkv: Tensor,
-    weight: Tensor,
+    scale: Tensor,
     bias: Tensor | None,
     layout: WindowLayout,
     heads: int,
@@ -119,9 +119,9 @@ def _forward(
         logits = torch.bmm(q, k.mT).to(wide)
         view = logits.view(-1, layout.num_windows, heads, area, area)
         (
-            torch.mul(view, weight, out=view)
+            torch.mul(view, scale, out=view)
             if bias is None
-            else torch.addcmul(bias, view, weight, out=view)
+            else torch.addcmul(bias, view, scale, out=view)
         )
         chunk = (
             attn[start : start + steps.step].view_as(logits)
@@ -140,35 +140,35 @@ def _forward(
 
 
 class _Attention(torch.autograd.Function):
-    """Gradients of qkv, weight (heads, 1 or N, 1 or N) and bias (heads, N, N)."""
+    """Gradients of qkv, scale (heads, 1 or N, 1 or N) and bias (heads, N, N)."""
 
     @staticmethod
     def forward(
         ctx,
         qkv: Tensor,
-        weight: Tensor,
+        scale: Tensor,
         bias: Tensor | None,
         layout: WindowLayout,
         heads: int,
         cosine: bool,
     ) -> Tensor:
-        terms = OffsetTerms(layout.window, weight, bias)
+        terms = OffsetTerms(layout.window, scale, bias)
         y, packed, inverse, attn = _forward(
-            qkv, weight, terms.masked_bias(layout), layout, heads, cosine, keep=True
+            qkv, scale, terms.masked_bias(layout), layout, heads, cosine, keep=True
         )
-        ctx.save_for_backward(packed, inverse, attn, weight)
+        ctx.save_for_backward(packed, inverse, attn, scale)
         ctx.layout, ctx.heads, ctx.bias_shape = layout, heads, None if bias is None else bias.shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        packed, inverse, attn, weight = ctx.saved_tensors
+        packed, inverse, attn, scale = ctx.saved_tensors
         layout, heads = ctx.layout, ctx.heads
         grads = torch.empty_like(packed)
         grad = _split(grad.contiguous(), layout, 1, heads)[0]
         sums = _Sums(
-            weight, ctx.needs_input_grad[1], ctx.bias_shape if ctx.needs_input_grad[2] else None
+            scale, ctx.needs_input_grad[1], ctx.bias_shape if ctx.needs_input_grad[2] else None
         )
         _, batch, windows, area, _ = packed.shape
         steps = _chunks(batch, windows * area * area, grad.device)
@@ -179,7 +179,7 @@ class _Attention(torch.autograd.Function):
                 attn[part].flatten(0, 1),
                 grad[part].flatten(0, 1),
                 grads[:, part].flatten(1, 2),
-                weight,
+                scale,
                 sums,
                 heads,
             )
@@ -187,16 +187,16 @@ class _Attention(torch.autograd.Function):
             unit, through = packed[:2], grads[:2]
             along = (unit * through).sum(-1, keepdim=True)
             through.addcmul_(unit, along, value=-1).mul_(inverse)
-        return _merge(grads, layout, 3, heads), sums.weight, sums.bias, None, None, None
+        return _merge(grads, layout, 3, heads), sums.scale, sums.bias, None, None, None
 
 
 class _Sums:
-    """The gradients of weight and bias, summed over images and windows."""
+    """The gradients of scale and bias, summed over images and windows."""
 
-    def __init__(self, weight: Tensor, weight_needed: bool, bias_shape: torch.Size | None):
-        self.weight = torch.zeros_like(weight) if weight_needed else None
-        self.bias = None if bias_shape is None else weight.new_zeros(bias_shape)
-        self.weight_is_uniform = weight.shape[-1] == 1
+    def __init__(self, scale: Tensor, scale_needed: bool, bias_shape: torch.Size | None):
+        self.scale = torch.zeros_like(scale) if scale_needed else None
+        self.bias = None if bias_shape is None else scale.new_zeros(bias_shape)
+        self.scale_is_uniform = scale.shape[-1] == 1
 
 
 def _backward_chunk(
@@ -204,7 +204,7 @@ def _backward_chunk(
     attn: Tensor,
     grad: Tensor,
     grads: Tensor,
-    weight: Tensor,
+    scale: Tensor,
     sums: _Sums,
     heads: int,
 ) -> None:
@@ -220,18 +220,18 @@ def _backward_chunk(
     by_head = dlogits.view(-1, heads, area, area)
     if sums.bias is not None:
         sums.bias += by_head.sum(0, dtype=sums.bias.dtype)
-    if sums.weight is not None and not sums.weight_is_uniform:
+    if sums.scale is not None and not sums.scale_is_uniform:
         products = torch.bmm(q, k.mT).mul_(dlogits).view(-1, heads, area, area)
-        sums.weight += products.sum(0, dtype=sums.weight.dtype)
-    if not sums.weight_is_uniform:
-        by_head.mul_(weight)
+        sums.scale += products.sum(0, dtype=sums.scale.dtype)
+    if not sums.scale_is_uniform:
+        by_head.mul_(scale)
     torch.bmm(dlogits, k, out=grads[0])
     torch.bmm(dlogits.mT, q, out=grads[1])
-    if sums.weight_is_uniform:
+    if sums.scale_is_uniform:
         dq, dk = grads[0].view(-1, heads, *q.shape[1:]), grads[1].view(-1, heads, *q.shape[1:])
-        if sums.weight is not None:
-            sums.weight += (
-                (q.view_as(dq) * dq).sum((0, 2, 3), dtype=sums.weight.dtype).view_as(sums.weight)
+        if sums.scale is not None:
+            sums.scale += (
+                (q.view_as(dq) * dq).sum((0, 2, 3), dtype=sums.scale.dtype).view_as(sums.scale)
             )
-        dq.mul_(weight)
-        dk.mul_(weight)
+        dq.mul_(scale)
+        dk.mul_(scale)

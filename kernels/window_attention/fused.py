@@ -32,12 +32,12 @@ def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
     if terms.prefix:
         return "class tokens have no place on the grid"
     rows = (2 * terms.window[0] - 1) * (2 * terms.window[1] - 1)
-    for name, allowed in (("weight", (1, rows)), ("bias", (rows,)), ("post", (rows,))):
+    for name, allowed in (("scale", (1, rows)), ("bias", (rows,)), ("post", (rows,))):
         table = getattr(terms, name)
         if table is not None and (table.dim() != 2 or table.shape[0] not in allowed):
             return f"{name} is not given per offset"
     kind = "cpu" if qkv.device.type == "cpu" else "cuda"
-    head_dim, compiled = qkv.shape[-1] // (3 * terms.weight.shape[-1]), HEAD_DIMS[kind]
+    head_dim, compiled = qkv.shape[-1] // (3 * terms.scale.shape[-1]), HEAD_DIMS[kind]
     if head_dim not in compiled:
         allowed = (
             ", ".join(map(str, compiled))
@@ -109,19 +109,19 @@ def window_attention_fused(
     reason = cannot(qkv, terms) or missing(qkv.device.type)
     if reason:
         raise ValueError(f"window_attention: the fused backend does not apply: {reason}")
-    tables = (terms.weight, terms.bias, terms.post)
-    weight, bias, post = (
+    tables = (terms.scale, terms.bias, terms.post)
+    scale, bias, post = (
         None if table is None else table.float().expand(-1, num_heads) for table in tables
     )
     seed = torch.randint(2**63 - 1, (1,), device=qkv.device) if dropout else None
     need_lse = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (qkv, weight, bias, post)
+        t is not None and t.requires_grad for t in (qkv, scale, bias, post)
     )
     transformed = torch._C._are_functorch_transforms_active()  # torch.func.grad, vmap
     operation = Transformable.apply if transformed else torch.ops.idsw.window_attention_forward
     return operation(
         qkv,
-        weight,
+        scale,
         bias,
         post,
         seed,

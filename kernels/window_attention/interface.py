@@ -44,15 +44,15 @@ def explain(qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> tuple[str,
     if terms.post is not None:
         return (
             "reference",
-            f"not fused ({unfused}), and a weight after the softmax needs the softmaxed map",
+            f"not fused ({unfused}), and a factor after the softmax needs the softmaxed map",
         )
-    uniform = terms.weight.dim() == 2 and terms.weight.shape[0] == 1
+    uniform = terms.scale.dim() == 2 and terms.scale.shape[0] == 1
     if qkv.device.type == "cuda" and uniform:
-        return "sdpa", f"not fused ({unfused}); on CUDA, and the weight is one number per head"
+        return "sdpa", f"not fused ({unfused}); on CUDA, and the scale is one number per head"
     if dropout:
         return "reference", f"not fused ({unfused}), and dropout needs the softmaxed map"
     return "eager", f"not fused ({unfused}); SDPA " + (
-        "has no weight per offset" if not uniform else "is slower than eager attention here"
+        "has no scale per offset" if not uniform else "is slower than eager attention here"
     )
 
 

@@ -2,7 +2,7 @@
 autocast.
 
 `torch.ops.idsw.window_attention_forward` returns (out, lse),
-`torch.ops.idsw.window_attention_backward` the gradients of qkv, weight, bias and post. Both are
+`torch.ops.idsw.window_attention_backward` the gradients of qkv, scale, bias and post. Both are
 deterministic, and one node each in a compiled or exported graph.
 """
 
@@ -32,7 +32,7 @@ _keep: list[torch.library.Library] = []
 
 
 def _fake_forward(
-    qkv, weight, bias, post, seed, window, shift, num_heads, cosine, mask_value, dropout, need_lse
+    qkv, scale, bias, post, seed, window, shift, num_heads, cosine, mask_value, dropout, need_lse
 ):
     batch, height, width, channels = qkv.shape
     windows = -(-height // window[0]) * -(-width // window[1])
@@ -46,7 +46,7 @@ def _fake_backward(
     grad_out,
     qkv,
     lse,
-    weight,
+    scale,
     bias,
     post,
     seed,
@@ -56,11 +56,11 @@ def _fake_backward(
     cosine,
     mask_value,
     dropout,
-    need_weight,
+    need_scale,
     need_bias,
     need_post,
 ):
-    tables = [(weight, need_weight), (bias, need_bias), (post, need_post)]
+    tables = [(scale, need_scale), (bias, need_bias), (post, need_post)]
     shapes = [table.shape if needed and table is not None else (0,) for table, needed in tables]
     return qkv.new_empty(qkv.shape), *(
         qkv.new_empty(shape, dtype=torch.float32) for shape in shapes
@@ -82,10 +82,10 @@ def _autocast(device: str):
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, weight, bias, post, seed, *options, _ = inputs
+    qkv, scale, bias, post, seed, *options, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, output[1], weight, bias, post, seed)
+    ctx.save_for_backward(qkv, output[1], scale, bias, post, seed)
     ctx.options = options
 
 
@@ -93,10 +93,10 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 12
-    qkv, lse, weight, bias, post, seed = ctx.saved_tensors
+    qkv, lse, scale, bias, post, seed = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     grads = torch.ops.idsw.window_attention_backward(
-        grad.contiguous(), qkv, lse, weight, bias, post, seed, *ctx.options, *needed[1:]
+        grad.contiguous(), qkv, lse, scale, bias, post, seed, *ctx.options, *needed[1:]
     )
     return (
         *(table if needs else None for table, needs in zip(grads, needed, strict=True)),

@@ -44,7 +44,7 @@ def softmax_attention(
     cosine: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """map(softmax(q kᵀ * weight + bias + mask)) v on windows.
+    """map(softmax(q kᵀ * scale + bias + mask)) v on windows.
 
     q, k, v: (B*nW, heads, N, D). mask: (nW, N, N) or None. cosine: q and k are divided by their
         norms first (at least 1e-12).
@@ -53,7 +53,7 @@ def softmax_attention(
     """
     if cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("weight")
+    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
     bias = terms.dense("bias")
     attn = add_mask(logits if bias is None else logits + bias, mask).softmax(-1)
     if terms.post is not None:
@@ -73,7 +73,7 @@ def window_attention_reference(
     """Attention within the windows of a grid of packed projections: (B, H, W, 3C) -> (B, H, W, C).
 
     The channels of `qkv` are q, then k, then v, each split into heads. Scaling is part of
-    `terms.weight`.
+    `terms.scale`.
     """
     q, k, v = split_windows(qkv, layout, num_heads)
     return merge_windows(softmax_attention(q, k, v, terms, layout.mask, cosine, dropout), layout)

@@ -1,4 +1,4 @@
-"""Window attention through PyTorch's scaled_dot_product_attention: only where the weight is one
+"""Window attention through PyTorch's scaled_dot_product_attention: only where the scale is one
 number per head.
 """
 
@@ -18,18 +18,18 @@ def window_attention_sdpa(
     cosine: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. The weight is folded into
+    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. The scale is folded into
     q.
     """
-    if terms.post is not None or terms.weight.dim() == 3 or terms.weight.shape[0] != 1:
+    if terms.post is not None or terms.scale.dim() == 3 or terms.scale.shape[0] != 1:
         raise ValueError(
-            "window_attention: the sdpa backend takes one weight per head and no post-softmax"
-            " weight; use backend 'eager'"
+            "window_attention: the sdpa backend takes one scale per head and no factor after"
+            " the softmax; use backend 'eager'"
         )
     q, k, v = split_windows(qkv, layout, num_heads)
     if cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    q = (q * terms.dense("weight")).to(v.dtype)
+    q = (q * terms.dense("scale")).to(v.dtype)
     bias = terms.masked_bias(layout)
     if bias is not None:  # (nW or 1, heads, N, N) -> one for every window of every image
         bias = (

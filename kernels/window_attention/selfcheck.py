@@ -24,7 +24,7 @@ def fault(kernel, device: str) -> str | None:
     """What is wrong with `kernel`, called as a backend is, on `device`: "gradient of bias is off by
     ...", or None.
 
-    Output and gradients of a shifted, padded grid with a weight and a bias per offset are compared.
+    Output and gradients of a shifted, padded grid with a scale and a bias per offset are compared.
     Waits for the device.
     """
     for window, shift, dtype in CASES:
@@ -39,7 +39,7 @@ def fault(kernel, device: str) -> str | None:
         found = _outcome(kernel, drawn, layout, device, dtype)
         expected = _outcome(window_attention_reference, drawn, layout, device, torch.float32)
         for name, ours, right in zip(
-            ("output", "gradient of qkv", "gradient of weight", "gradient of bias"),
+            ("output", "gradient of qkv", "gradient of scale", "gradient of bias"),
             found,
             expected,
             strict=True,
@@ -56,11 +56,11 @@ def fault(kernel, device: str) -> str | None:
 def _outcome(
     function, drawn: list[Tensor], layout, device: str, dtype: torch.dtype
 ) -> list[Tensor]:
-    qkv, weight, bias, grad = (tensor.to(device) for tensor in drawn)
+    qkv, scale, bias, grad = (tensor.to(device) for tensor in drawn)
     with torch.enable_grad(), torch.inference_mode(False), torch.autocast(device, enabled=False):
         leaves = [
             qkv.to(dtype).requires_grad_(),
-            (0.2 * weight).requires_grad_(),
+            (0.2 * scale).requires_grad_(),
             bias.requires_grad_(),
         ]
         y = function(leaves[0], OffsetTerms(layout.window, *leaves[1:]), layout, 2)

@@ -1,4 +1,4 @@
-"""What multiplies and what is added to the logits, held as tables over relative offsets.
+"""What multiplies the logits and what is added to them, as tables over relative offsets.
 
 A table has one row per offset between two tokens of a window, T = (2 Mh - 1)(2 Mw - 1), and one
 column per head. A fused kernel reads the tables; the open path gathers them to N x N. Terms that
@@ -10,57 +10,68 @@ from torch import Tensor
 
 from .layout import Size, WindowLayout, relative_position_index
 
+NAMES = ("scale", "bias", "post", "renormalise")
+FORMER_NAMES = {"weight": "scale"}
+
 
 class OffsetTerms:
-    """`weight`, `bias` and `post` of softmax(q kᵀ * weight + bias + mask) * post.
+    """`scale`, `bias` and `post` of softmax(q kᵀ * scale + bias + mask) * post.
 
     Args:
-        weight: (T, heads), or (1, heads) when it is the same for all offsets, or dense (heads, N,
+        scale: (T, heads), or (1, heads) when it is the same for all offsets, or dense (heads, N,
             N).
         bias: (T, heads), dense (heads, N, N), or None.
         post: multiplies the softmaxed map; shapes as `bias`.
         renormalise: divide the rows of the map by their sum after `post`.
         prefix: leading tokens without a place on the grid (class tokens); in a table's gathered
-            form their pairs have weight `neutral` (1, heads), bias 0 and post 1. neutral: by
-            default the weight given here, which must then be (1, heads).
-    Gathered forms are kept on the object: it is made once per step in training and once per set of
-        weights in evaluation.
+            form their pairs have scale `neutral` (1, heads), bias 0 and post 1. neutral: by
+            default the scale given here, which must then be (1, heads).
+        weight: the former name of `scale`; read everywhere a term is named.
+    Gathered forms are cached on the object, which is made once per step in training and once per
+    set of parameters in evaluation.
     """
 
     def __init__(
         self,
         window: Size,
-        weight: Tensor,
+        scale: Tensor | None = None,
         bias: Tensor | None = None,
         post: Tensor | None = None,
         renormalise: bool = False,
         prefix: int = 0,
         neutral: Tensor | None = None,
+        weight: Tensor | None = None,
     ):
-        self.window, self.weight, self.bias, self.post, self.renormalise = (
-            window,
-            weight,
-            bias,
-            post,
-            renormalise,
-        )
-        self.prefix, self.neutral = prefix, weight if neutral is None else neutral
-        self._kept: dict = {}
+        self.window = window
+        self.scale = weight if scale is None else scale
+        self.bias = bias
+        self.post = post
+        self.renormalise = renormalise
+        self.prefix = prefix
+        self.neutral = self.scale if neutral is None else neutral
+        self._cache: dict = {}
+        if self.scale is None:
+            raise TypeError("OffsetTerms: no scale is given; pass one of shape (1 or T, heads)")
+
+    @property
+    def weight(self) -> Tensor:
+        """The former name of `scale`."""
+        return self.scale
 
     def replace(self, **changes) -> "OffsetTerms":
-        """A copy with some of weight, bias, post and renormalise exchanged."""
-        fields = {name: getattr(self, name) for name in ("weight", "bias", "post", "renormalise")}
-        return OffsetTerms(
-            self.window, **{**fields, **changes}, prefix=self.prefix, neutral=self.neutral
-        )
+        """A copy with some of scale, bias, post and renormalise exchanged."""
+        fields = {name: getattr(self, name) for name in NAMES}
+        fields.update({FORMER_NAMES.get(name, name): value for name, value in changes.items()})
+        return OffsetTerms(self.window, **fields, prefix=self.prefix, neutral=self.neutral)
 
     def dense(self, name: str) -> Tensor | None:
         """The term `name` gathered over pairs: (heads, N, N), or (heads, 1, 1) for one that is the
         same everywhere.
         """
-        if name not in self._kept:
-            self._kept[name] = self._gather(name)
-        return self._kept[name]
+        name = FORMER_NAMES.get(name, name)
+        if name not in self._cache:
+            self._cache[name] = self._gather(name)
+        return self._cache[name]
 
     def _gather(self, name: str) -> Tensor | None:
         table = getattr(self, name)
@@ -68,18 +79,18 @@ class OffsetTerms:
         if gathered is None or table.dim() == 3 or gathered.shape[-1] == 1:
             return gathered
         neutral = {
-            "weight": self.neutral.t()[:, :, None],
+            "scale": self.neutral.t()[:, :, None],
             "bias": gathered.new_zeros(1),
             "post": gathered.new_ones(1),
         }[name]
         return self._with_prefix(gathered, neutral)
 
     def matching(self, name: str, table: Tensor, neutral: float) -> Tensor:
-        """`table` (T, heads) in the form in which the term `name` is held: gathered, `neutral` at
-        the prefix, where that is dense.
+        """`table` (T, heads) in the form of the term `name`: gathered, with `neutral` at the
+        prefix, where that is dense.
         """
-        held = getattr(self, name)
-        if held is None or held.dim() == 2:
+        term = getattr(self, FORMER_NAMES.get(name, name))
+        if term is None or term.dim() == 2:
             return table
         return self._with_prefix(gather_offsets(table, self.window), table.new_full((1,), neutral))
 
@@ -92,16 +103,19 @@ class OffsetTerms:
         return torch.cat([row, torch.cat([column, gathered], dim=2)], dim=1)
 
     def masked_bias(self, layout: WindowLayout) -> Tensor | None:
-        """bias + mask: (nW, heads, N, N), or (1, heads, N, N) without a mask, or None; kept per
+        """bias + mask: (nW, heads, N, N), or (1, heads, N, N) without a mask, or None; cached per
         layout.
         """
-        if layout not in self._kept:
-            bias, mask = self.dense("bias"), layout.mask
-            mask = mask if mask is None else mask[:, None].to(self.weight.dtype)
-            self._kept[layout] = (
-                mask if bias is None else bias[None] if mask is None else bias + mask
-            )
-        return self._kept[layout]
+        if layout not in self._cache:
+            self._cache[layout] = self._add_mask(layout)
+        return self._cache[layout]
+
+    def _add_mask(self, layout: WindowLayout) -> Tensor | None:
+        bias = self.dense("bias")
+        if layout.mask is None:
+            return None if bias is None else bias[None]
+        mask = layout.mask[:, None].to(self.scale.dtype)
+        return mask if bias is None else bias + mask
 
 
 def gather_offsets(table: Tensor | None, window: Size) -> Tensor | None:

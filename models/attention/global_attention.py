@@ -43,7 +43,7 @@ class GlobalAttention(SoftmaxAttention):
         return []
 
     def base_terms(self) -> OffsetTerms:
-        """weight (1, heads) the scale; no bias."""
+        """scale (1, heads); no bias."""
         return OffsetTerms(self.window_size, self.uniform_scale, prefix=self.geometry.prefix)
 
     def packed_bias(self) -> Tensor | None:

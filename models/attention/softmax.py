@@ -1,4 +1,4 @@
-"""Softmax attention within windows, y = map(softmax((q kᵀ) * weight + bias + mask)) v, and its Swin
+"""Softmax attention within windows, y = map(softmax((q kᵀ) * scale + bias + mask)) v, and its Swin
 and SwinV2 forms.
 """
 
@@ -23,7 +23,7 @@ from models.layers.products import Ready, computed_in, keeps_ready, linear, resu
 
 from .geometry import Geometry, relative_coords_table
 from .modified import Modified
-from .modifiers import LogitMixer, MapModifier, TermModifier, WeightModifier
+from .modifiers import LogitMixer, MapModifier, ProjectionModifier, TermModifier
 from .modifiers.base import Modifier
 from .spec import AttentionSpec
 
@@ -70,7 +70,7 @@ class SoftmaxAttention(Modified):
         self.logit_tap, self.map_tap = nn.Identity(), nn.Identity()
 
     def base_terms(self) -> OffsetTerms:
-        """The unmodified weight and bias, float32 tables (1, heads) and (T, heads)."""
+        """The unmodified scale and bias, float32 tables (1, heads) and (T, heads)."""
         raise NotImplementedError
 
     def term_parameters(self) -> list[Tensor]:
@@ -94,7 +94,7 @@ class SoftmaxAttention(Modified):
         return [part for part in parts if isinstance(part, kind)]
 
     def terms(self) -> OffsetTerms:
-        """Weight and bias with all term modifiers applied, in float32; kept in evaluation while the
+        """Scale and bias with all term modifiers applied, in float32; kept in evaluation while the
         parameters stay the same.
         """
         sources = [
@@ -112,17 +112,17 @@ class SoftmaxAttention(Modified):
 
     def _projection(self, fold: bool) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.qkv.weight, self.packed_bias()
-        for modifier in self._stage(WeightModifier):
+        for modifier in self._stage(ProjectionModifier):
             weight, bias = modifier.fold(weight) if fold else weight, modifier.fold_bias(bias)
         return weight, bias
 
     def project(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C): q, then k, then v.
 
-        Weight modifiers are folded into the weight in evaluation, where that is done once, and in
-        training on a GPU, where passes over the tokens cost most. In training on the CPU where the
-        weight keeps its full precision, unless there are so few tokens that adding to the tokens is
-        the smaller work.
+        Projection modifiers are folded into the weight in evaluation, where that is done once, and
+        in training on a GPU, where passes over the tokens cost most. In training on the CPU where
+        the weight keeps its full precision, unless there are so few tokens that adding to the
+        tokens is the smaller work.
         """
         kind, dtype, own = x.device.type, result_dtype(x), self.qkv.weight.dtype
         once = keeps_ready()
@@ -143,7 +143,7 @@ class SoftmaxAttention(Modified):
             )(x)
         else:
             qkv = linear(x, *self._projection(fold))
-        for modifier in [] if fold else self._stage(WeightModifier):
+        for modifier in [] if fold else self._stage(ProjectionModifier):
             qkv = modifier.add(x, qkv)
         return qkv
 
@@ -207,7 +207,7 @@ class SoftmaxAttention(Modified):
         """
         q, k, v = split_windows(qkv, layout, self.num_heads)
         q, k = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if self.cosine else (q, k)
-        logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("weight")
+        logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
         logits = logits if terms.bias is None else logits + terms.dense("bias")
         with torch.autocast(qkv.device.type, enabled=False):
             attn = self.map_tap(self._map(logits, terms, layout.mask, carried))
@@ -216,7 +216,7 @@ class SoftmaxAttention(Modified):
     def _map(
         self, logits: Tensor, terms: OffsetTerms, mask: Tensor | None, carried: Tensor | None
     ) -> Tensor:
-        """Weighted and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N),
+        """Scaled and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N),
         modifiers and all in float32.
         """
         for modifier in self._stage(LogitMixer):
@@ -235,7 +235,7 @@ class SoftmaxAttention(Modified):
         return layout.num_windows * self.flops(layout.area)
 
     def flops(self, tokens: int) -> int:
-        """Multiply-accumulates for one window of `tokens` tokens, by the reference's count:
+        """Multiply-accumulates for one window of `tokens` tokens, by Swin's count:
         projections and the two products.
         """
         inner = self.geometry.inner
@@ -299,7 +299,7 @@ class WindowAttention(SoftmaxAttention):
         return [self.relative_position_bias_table]
 
     def base_terms(self) -> OffsetTerms:
-        """weight (1, heads) the scale, bias (T, heads)."""
+        """scale (1, heads), bias (T, heads)."""
         return OffsetTerms(self.window_size, self.uniform_scale, self.relative_position_bias_table)
 
     def packed_bias(self) -> Tensor | None:
@@ -348,14 +348,14 @@ class WindowAttentionV2(SoftmaxAttention):
         return [self.logit_scale, *self.cpb_mlp.parameters()]
 
     def base_terms(self) -> OffsetTerms:
-        """weight (1, heads) in (0, 100], bias (T, heads) in (0, 16), or unbounded without the
+        """scale (1, heads) in (0, 100], bias (T, heads) in (0, 16), or unbounded without the
         sigmoid.
         """
-        weight = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp().view(1, -1)
+        scale = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp().view(1, -1)
         bias = self.cpb_mlp(self.relative_coords_table.flatten(0, 2))
-        return OffsetTerms(
-            self.window_size, weight, 16 * torch.sigmoid(bias) if self.spec.bias_sigmoid else bias
-        )
+        if self.spec.bias_sigmoid:
+            bias = 16 * torch.sigmoid(bias)
+        return OffsetTerms(self.window_size, scale, bias)
 
     def packed_bias(self) -> Tensor | None:
         """(3C,): k has no bias."""

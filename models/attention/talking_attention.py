@@ -27,7 +27,7 @@ def head_mixings(geometry: Geometry, mixing: str, bias: bool) -> tuple[LogitMixi
 
 
 class TalkingHeadsAttention(GlobalAttention):
-    """Global attention whose heads are mixed linearly before and after the softmax; weights and
+    """Global attention whose heads are mixed linearly before and after the softmax; scales and
     masks of modifiers come before both.
 
     Args:

@@ -111,7 +111,7 @@ class TimmBeitAttention(TimmAttention):
         )
 
     def base_terms(self) -> OffsetTerms:
-        """weight (1, heads) the scale; bias (heads, N, N), class token included."""
+        """scale (1, heads); bias (heads, N, N), class token included."""
         terms, table = super().base_terms(), self.relative_position_bias_table
         return (
             terms

@@ -102,7 +102,7 @@ def exact_lse(drawn: Drawn) -> torch.Tensor:
     terms = OffsetTerms(
         case.window, drawn.weight.double(), None if drawn.bias is None else drawn.bias.double()
     )
-    logits = q @ k.mT * terms.dense("weight") + (0 if drawn.bias is None else terms.dense("bias"))
+    logits = q @ k.mT * terms.dense("scale") + (0 if drawn.bias is None else terms.dense("bias"))
     lse = reference.add_mask(logits, layout.mask).logsumexp(-1).unflatten(0, (case.batch, -1))
     inside = (
         reference.split_windows(torch.ones(1, *case.grid, 3), layout, 1)[0][:, 0, :, 0] > 0

@@ -503,7 +503,7 @@ def test_auto_takes_the_kernel_and_the_reason_says_so(monkeypatch):
     monkeypatch.setattr(interface, "missing", lambda device: "it is not built")
     assert explain(qkv, terms) == (
         "eager",
-        "not fused (it is not built); SDPA has no weight per offset",
+        "not fused (it is not built); SDPA has no scale per offset",
     )
     monkeypatch.setattr(interface, "missing", lambda device: None)
     monkeypatch.setenv("WINDOW_ATTENTION_BACKEND", "reference")

@@ -16,17 +16,17 @@ def test_right_kernels_pass():
         assert selfcheck.fault(fused.window_attention_fused, "cpu") is None
 
 
-@pytest.mark.parametrize("wrong", ["shift", "weight", "bias", "scale"])
+@pytest.mark.parametrize("wrong", ["shift", "scale", "bias", "output"])
 def test_a_wrong_kernel_is_named_with_what_is_off(wrong):
     def kernel(qkv, terms, layout, heads):
-        if wrong == "weight":
-            terms = terms.replace(weight=terms.weight.flip(0))
+        if wrong == "scale":
+            terms = terms.replace(scale=terms.scale.flip(0))
         if wrong == "bias":
             terms = terms.replace(bias=terms.bias.roll(1, 0))
         if wrong == "shift":
             qkv = qkv.roll(1, 1)
         y = window_attention_reference(qkv, terms, layout, heads)
-        return y * 1.05 if wrong == "scale" else y
+        return y * 1.05 if wrong == "output" else y
 
     assert "off by" in selfcheck.fault(kernel, "cpu")
 

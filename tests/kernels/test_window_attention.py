@@ -36,12 +36,12 @@ def offsets(window):
 
 
 def draw(
-    grid, window, shift, *, heads=3, dim=4, batch=3, weight="table", bias=True, dtype=torch.float64
+    grid, window, shift, *, heads=3, dim=4, batch=3, scale="table", bias=True, dtype=torch.float64
 ):
     layout = window_layout(grid, window, shift)
     qkv = torch.randn(batch, *grid, 3 * heads * dim, dtype=dtype)
     tables = {
-        "weight": torch.rand(offsets(window) if weight == "table" else 1, heads, dtype=dtype) + 0.2,
+        "scale": torch.rand(offsets(window) if scale == "table" else 1, heads, dtype=dtype) + 0.2,
         "bias": torch.randn(offsets(window), heads, dtype=dtype) if bias else None,
     }
     return layout, qkv, tables
@@ -61,17 +61,17 @@ def run(function, layout, qkv, tables, cosine, heads=3):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("weight", ["table", "uniform"])
+@pytest.mark.parametrize("scale", ["table", "uniform"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cosine", [True, False])
 def test_eager_attention_and_its_gradients_equal_the_reference(
-    grid, weight, bias, cosine, monkeypatch
+    grid, scale, bias, cosine, monkeypatch
 ):
     monkeypatch.setattr(
         eager, "CHUNK_BYTES", 1
     )  # one image a chunk, so that sums over chunks are exercised
     torch.manual_seed(0)
-    layout, qkv, tables = draw(*grid, weight=weight, bias=bias)
+    layout, qkv, tables = draw(*grid, scale=scale, bias=bias)
     for ours, exact in zip(
         run(BACKENDS["eager"], layout, qkv, tables, cosine),
         run(BACKENDS["reference"], layout, qkv, tables, cosine),
@@ -85,7 +85,7 @@ def test_eager_attention_and_its_gradients_equal_the_reference(
 )
 def test_sdpa_equals_the_reference(grid, bias, cosine):
     torch.manual_seed(0)
-    layout, qkv, tables = draw(*grid, weight="uniform", bias=bias)
+    layout, qkv, tables = draw(*grid, scale="uniform", bias=bias)
     for ours, exact in zip(
         run(BACKENDS["sdpa"], layout, qkv, tables, cosine),
         run(BACKENDS["reference"], layout, qkv, tables, cosine),
@@ -99,8 +99,8 @@ def test_the_hand_written_backward_passes_gradcheck(cosine):
     torch.manual_seed(0)
     layout, qkv, tables = draw((3, 4), (2, 2), (1, 1), heads=2, dim=2, batch=2)
 
-    def attention(qkv, weight, bias):
-        return BACKENDS["eager"](qkv, OffsetTerms((2, 2), weight, bias), layout, 2, cosine)
+    def attention(qkv, scale, bias):
+        return BACKENDS["eager"](qkv, OffsetTerms((2, 2), scale, bias), layout, 2, cosine)
 
     assert torch.autograd.gradcheck(
         attention, [t.requires_grad_() for t in (qkv, *tables.values())]
@@ -166,7 +166,7 @@ def test_padding_never_reaches_an_image_token(grid):
         place = [(r - top) * 4 + c - left for r in rows for c in columns]
         pairs = index[place][:, place]
         q, k, v = tokens.chunk(3, -1)
-        expected = (q @ k.T * tables["weight"][pairs, 0] + tables["bias"][pairs, 0]).softmax(-1) @ v
+        expected = (q @ k.T * tables["scale"][pairs, 0] + tables["bias"][pairs, 0]).softmax(-1) @ v
         torch.testing.assert_close(
             torch.stack([y[0, r, c] for r in rows for c in columns]), expected
         )
@@ -234,23 +234,23 @@ def test_explain_names_the_backend_and_forcing_an_impossible_one_says_why(monkey
     terms = OffsetTerms((4, 4), **tables)
     assert explain(qkv, terms)[0] == "eager"
     assert explain(qkv, terms, dropout=0.1)[0] == "reference"
-    with pytest.raises(ValueError, match="one weight per head"):
+    with pytest.raises(ValueError, match="one scale per head"):
         window_attention(qkv, terms, layout, 3, backend="sdpa")
     with pytest.raises(ValueError, match=r"no backend 'fast'.*reference"):
         window_attention(qkv, terms, layout, 3, backend="fast")
     monkeypatch.setenv("WINDOW_ATTENTION_BACKEND", "sdpa")
-    with pytest.raises(ValueError, match="one weight per head"):
+    with pytest.raises(ValueError, match="one scale per head"):
         window_attention(qkv, terms, layout, 3)
 
 
 def test_class_tokens_keep_the_neutral_weight_no_bias_and_no_post_factor():
     uniform = torch.rand(1, 3)
     terms = OffsetTerms((2, 3), uniform, prefix=2).replace(
-        weight=torch.rand(15, 3), bias=torch.randn(15, 3), post=torch.rand(15, 3)
+        scale=torch.rand(15, 3), bias=torch.randn(15, 3), post=torch.rand(15, 3)
     )
-    plain = OffsetTerms((2, 3), terms.weight, terms.bias, terms.post)
+    plain = OffsetTerms((2, 3), terms.scale, terms.bias, terms.post)
     for name, outside in (
-        ("weight", uniform.view(3, 1, 1)),
+        ("scale", uniform.view(3, 1, 1)),
         ("bias", torch.zeros(3, 1, 1)),
         ("post", torch.ones(3, 1, 1)),
     ):
@@ -259,3 +259,14 @@ def test_class_tokens_keep_the_neutral_weight_no_bias_and_no_post_factor():
         assert torch.equal(dense[:, 2:, 2:], plain.dense(name))
         assert torch.equal(dense[:, :2], outside.expand(3, 2, 8))
         assert torch.equal(dense[:, :, :2], outside.expand(3, 8, 2))
+
+
+def test_the_former_name_of_the_scale_is_still_read():
+    scale, bias = torch.rand(1, 3), torch.randn(15, 3)
+    terms = OffsetTerms((2, 3), weight=scale, bias=bias)
+    assert terms.scale is terms.weight is scale
+    doubled = terms.replace(weight=2 * terms.weight)
+    assert torch.equal(doubled.dense("weight"), 2 * terms.dense("scale"))
+    assert terms.matching("weight", bias, 1.0) is bias
+    with pytest.raises(TypeError, match="no scale"):
+        OffsetTerms((2, 3))

@@ -16,7 +16,7 @@ from models import (
     timm_model,
 )
 from models.attention import AttentionSpec
-from models.attention.modifiers import MODIFIERS, WeightModifier
+from models.attention.modifiers import MODIFIERS, ProjectionModifier
 
 FAMILIES = {
     "swin": SwinTransformer,
@@ -84,7 +84,7 @@ def modified(family: str, name: str) -> torch.nn.Module:
     """`small` with one modifier. T2T's token transformers refuse what adds x to q and k of another
     width; its blocks take it.
     """
-    blocks_alone = family == "t2t" and issubclass(MODIFIERS[name], WeightModifier)
+    blocks_alone = family == "t2t" and issubclass(MODIFIERS[name], ProjectionModifier)
     return small(
         family, attention=AttentionSpec((name,)), **({"modified": "blocks"} if blocks_alone else {})
     )

@@ -75,7 +75,7 @@ def test_the_mask_multiplies_before_the_heads_mix():
     model(IMAGES)
     x = model.blocks[0].norm1(model.patch_embed(IMAGES) + model.pos_embed)
     q, k, _ = attention.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-    masked = (q @ k.mT) * attention.terms().dense("weight")
+    masked = (q @ k.mT) * attention.terms().dense("scale")
     torch.testing.assert_close(seen["before"], masked)
     mixed = (
         torch.einsum("gh,bhij->bgij", attention.proj_l.weight, masked)

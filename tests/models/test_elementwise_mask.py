@@ -32,7 +32,7 @@ def test_ones_are_the_plain_model_and_zeros_leave_the_bias_alone(family):
     model.load_state_dict({**model.state_dict(), **plain.state_dict()})
     torch.testing.assert_close(model(IMAGES), plain(IMAGES), rtol=0, atol=1e-5)
     attention = with_modifiers(family, "elementwise_mask").layers[0].blocks[0].attn
-    assert not attention.terms().dense("weight").any()
+    assert not attention.terms().dense("scale").any()
 
 
 def test_without_a_bias_zeros_are_uniform_attention():
@@ -59,18 +59,18 @@ def test_a_table_of_offsets_joins_it_in_the_order_of_the_config(crpw):
             attention.modifiers["crpw"].table,
         )
         w = table[attention.relative_position_index].permute(2, 0, 1)  # (heads, N, N)
-        steps = {"mask": lambda weight, mask=mask: weight * mask}
+        steps = {"mask": lambda scale, mask=mask: scale * mask}
         steps["crpw"] = {
-            "add_to_scale": lambda weight, w=w: weight + w,
-            "one_plus": lambda weight, w=w: weight * (1 + w),
-            "sigmoid16": lambda weight, w=w: weight + 16 * torch.sigmoid(w),
-            "probs": lambda weight: weight,
+            "add_to_scale": lambda scale, w=w: scale + w,
+            "one_plus": lambda scale, w=w: scale * (1 + w),
+            "sigmoid16": lambda scale, w=w: scale + 16 * torch.sigmoid(w),
+            "probs": lambda scale: scale,
         }[crpw.rpartition("=")[2].strip(")")]
         expected = torch.full((2, 16, 16), attention.scale)
         for name in order:
             expected = steps["mask" if name == "elementwise_mask" else "crpw"](expected)
         terms = attention.terms()
-        torch.testing.assert_close(terms.dense("weight").expand(2, 16, 16), expected)
+        torch.testing.assert_close(terms.dense("scale").expand(2, 16, 16), expected)
         if "probs" in crpw:
             torch.testing.assert_close(terms.dense("post"), 1 + w)
 
@@ -87,11 +87,11 @@ def test_class_tokens_keep_the_scale_alone(first):
     terms = OffsetTerms((3, 3), torch.full((1, 2), 0.25), torch.randn(25, 2), prefix=1)
     for text in texts:
         terms = randomise(MODIFIERS.create(text, geometry))(terms)
-    weight = terms.dense("weight")
-    assert weight.shape == (2, 10, 10)
-    assert (weight[:, 0] == 0.25).all()
-    assert (weight[:, :, 0] == 0.25).all()
-    assert (weight[:, 1:, 1:] != 0.25).all()
+    scale = terms.dense("scale")
+    assert scale.shape == (2, 10, 10)
+    assert (scale[:, 0] == 0.25).all()
+    assert (scale[:, :, 0] == 0.25).all()
+    assert (scale[:, 1:, 1:] != 0.25).all()
 
 
 @both_families

@@ -39,10 +39,10 @@ def set_to(modifier, alpha, sigma):
     return modifier
 
 
-def plain_terms(modifier, weight=1.0):
+def plain_terms(modifier, scale=1.0):
     geometry = modifier.geometry
     return OffsetTerms(
-        geometry.window, torch.full((1, geometry.num_heads), weight), prefix=geometry.prefix
+        geometry.window, torch.full((1, geometry.num_heads), scale), prefix=geometry.prefix
     )
 
 
@@ -78,13 +78,13 @@ def test_pairs_get_the_mixture_of_their_squared_distance(legacy):
         [[0.5, -1.0], [2.0, 0.3]],
         [[1.0, -2.0], [0.4, 3.0]],
     )
-    weight = modifier(plain_terms(modifier, 0.5)).dense("weight")
+    scale = modifier(plain_terms(modifier, 0.5)).dense("scale")
     for i, j in ((0, 0), (0, 11), (5, 2), (7, 10)):
         squared = (i // 4 - j // 4) ** 2 + (i % 4 - j % 4) ** 2
         for head in (0, 1):
             variance = modifier.sigma[:, head].double() ** 2 + 1e-5
             expected = 0.5 * (modifier.alpha[:, head] * torch.exp(-squared / (2 * variance))).sum()
-            assert weight[head, i, j].item() == pytest.approx(expected.item(), abs=1e-6)
+            assert scale[head, i, j].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_it_works_on_the_offsets_and_has_two_numbers_per_kernel_and_head(options
     assert not modifier.state_dict().keys() - {"alpha", "sigma"}
     offsets = 31 * 31
     assert max(tensor.numel() for tensor in modifier.buffers()) == offsets
-    assert modifier(plain_terms(modifier)).weight.shape == (offsets, 3)
+    assert modifier(plain_terms(modifier)).scale.shape == (offsets, 3)
 
 
 @both_families
@@ -125,7 +125,7 @@ def test_every_number_of_the_identity_learns():
     modifier = mask(init="identity")
     modifier.initialise(modifier)
     for _ in range(2):
-        loss = modifier(plain_terms(modifier)).weight.sin().sum()
+        loss = modifier(plain_terms(modifier)).scale.sin().sum()
         gradients = torch.autograd.grad(loss, [modifier.alpha, modifier.sigma])
         with torch.no_grad():
             modifier.alpha -= 0.01 * gradients[0]
@@ -196,7 +196,7 @@ def test_after_the_softmax_it_multiplies_the_map(renormalise):
 
 
 @pytest.mark.parametrize(
-    ("position", "name", "neutral"), [("pre", "weight", 0.25), ("post", "post", 1.0)]
+    ("position", "name", "neutral"), [("pre", "scale", 0.25), ("post", "post", 1.0)]
 )
 def test_class_tokens_keep_factor_1(position, name, neutral):
     modifier, bare = mask(prefix=1, position=position), mask(position=position)
@@ -210,7 +210,7 @@ def test_class_tokens_keep_factor_1(position, name, neutral):
 
 @pytest.mark.parametrize("position", ["pre", "post"])
 def test_it_joins_a_dense_term_and_shares_the_place_with_class_tokens(position):
-    modifier, name = mask(prefix=1, position=position), {"pre": "weight", "post": "post"}[position]
+    modifier, name = mask(prefix=1, position=position), {"pre": "scale", "post": "post"}[position]
     table = modifier(plain_terms(modifier)).dense(name)
     dense = torch.rand(2, 17, 17)
     joined = modifier(plain_terms(modifier).replace(**{name: dense}))
@@ -286,7 +286,7 @@ def test_the_multiplier_and_its_gradients_are_the_original_s(name):
     set_to(modifier, state["alpha"].flatten(1), state["sigma"].flatten(1))
     matrices = tensors["input"].clone().requires_grad_()
     output = (
-        modifier(plain_terms(modifier)).dense("weight")[:, options.get("rows", slice(None))]
+        modifier(plain_terms(modifier)).dense("scale")[:, options.get("rows", slice(None))]
         * matrices
     )
     (output * tensors["loss_weight"]).sum().backward()

@@ -347,9 +347,9 @@ def test_sw_mlp_shift_moves_each_fifth_of_the_channels_one_token():
 def test_logit_scale_starts_as_asked_and_stays_at_most_100():
     model = small("swinv2", attention=AttentionSpec(logit_scale_init=3.0))
     attention = model.layers[0].blocks[0].attn
-    torch.testing.assert_close(attention.terms().weight, torch.full((1, 2), 3.0))
+    torch.testing.assert_close(attention.terms().scale, torch.full((1, 2), 3.0))
     torch.nn.init.constant_(attention.logit_scale, 9.0)
-    torch.testing.assert_close(attention.terms().weight, torch.full((1, 2), 100.0))
+    torch.testing.assert_close(attention.terms().scale, torch.full((1, 2), 100.0))
     with pytest.raises(ValueError, match="logit_scale_init is 200"):
         small("swinv2", attention=AttentionSpec(logit_scale_init=200.0))
 
@@ -403,7 +403,7 @@ def test_a_modifier_defined_in_one_place_works_in_every_model_without_another_ed
     @MODIFIERS.register("halve_logits")
     class HalveLogits(TermModifier):
         def forward(self, terms):
-            return terms.replace(weight=terms.weight / 2, bias=terms.bias / 2)
+            return terms.replace(scale=terms.scale / 2, bias=terms.bias / 2)
 
     @MODIFIERS.register("identity_map")
     class IdentityMap(MapModifier):

@@ -22,7 +22,7 @@ from .base import MODIFIERS, TermModifier
 
 @MODIFIERS.register("sample_temperature")
 class SampleTemperature(TermModifier):
-    """weight <- weight * exp(temperature).
+    """scale <- scale * exp(temperature).
 
     Shapes: temperature (heads,).
     """
@@ -32,7 +32,7 @@ class SampleTemperature(TermModifier):
         self.temperature = nn.Parameter(torch.full((geometry.num_heads,), start))
 
     def forward(self, terms):
-        return terms.replace(weight=terms.weight * self.temperature.exp())
+        return terms.replace(scale=terms.scale * self.temperature.exp())
 '''
 CONFIG = """BASE: ['{base}']
 MODEL: {{NAME: sample, ATTENTION: {{MODIFIERS: ['sample_temperature(start=0.5)']}}}}

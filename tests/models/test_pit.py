@@ -86,11 +86,12 @@ def test_pooling_moves_class_tokens_by_the_linear_layer_and_patches_by_the_convo
 def test_masks_are_on_the_grid_of_their_stage_and_leave_the_class_token_alone():
     model = small("pit", attention=AttentionSpec((GMM,)))
     for stage, side in zip(model.transformers, (4, 2), strict=True):
-        weight = stage.blocks[0].attn.terms().dense("weight")
-        heads, count_, scale = stage.blocks[0].attn.num_heads, side**2 + 1, 4**-0.5
-        assert weight.shape == (heads, count_, count_)
-        assert weight[:, 0].allclose(torch.tensor(scale))
-        assert weight[:, :, 0].allclose(torch.tensor(scale))
+        scale = stage.blocks[0].attn.terms().dense("scale")
+        heads, count_ = stage.blocks[0].attn.num_heads, side**2 + 1
+        expected = torch.tensor(4**-0.5)
+        assert scale.shape == (heads, count_, count_)
+        assert scale[:, 0].allclose(expected)
+        assert scale[:, :, 0].allclose(expected)
 
 
 def test_two_heads_are_averaged_and_the_second_reads_its_own_token():

@@ -5,9 +5,25 @@ itself.
 import importlib
 import pkgutil
 
-from .base import MODIFIERS, LogitMixer, MapModifier, Modifier, TermModifier, WeightModifier
+from .base import (
+    MODIFIERS,
+    LogitMixer,
+    MapModifier,
+    Modifier,
+    ProjectionModifier,
+    TermModifier,
+    WeightModifier,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["MODIFIERS", "LogitMixer", "MapModifier", "Modifier", "TermModifier", "WeightModifier"]
+__all__ = [
+    "MODIFIERS",
+    "LogitMixer",
+    "MapModifier",
+    "Modifier",
+    "ProjectionModifier",
+    "TermModifier",
+    "WeightModifier",
+]

@@ -1,4 +1,4 @@
-"""The places at which attention can be modified: A = softmax((q kᵀ) * weight + bias + mask), y =
+"""The places at which attention can be modified: A = softmax((q kᵀ) * scale + bias + mask), y =
 map(A) v.
 """
 
@@ -36,7 +36,7 @@ class Modifier(nn.Module):
         return set()
 
 
-class WeightModifier(Modifier):
+class ProjectionModifier(Modifier):
     """Changes the projections q, k, v = x Wᵀ + b before the head split, in one of two equal ways.
 
     `fold` works on the weight: no pass over the tokens. `add` works on the projected tokens: exact
@@ -68,13 +68,16 @@ class WeightModifier(Modifier):
         return qkv
 
 
+WeightModifier = ProjectionModifier  # its former name
+
+
 class TermModifier(Modifier):
     """Changes what multiplies and what is added to the logits: tables over relative offsets, fused
     kernels included.
     """
 
     def forward(self, terms: OffsetTerms) -> OffsetTerms:
-        """terms.weight (T or 1, H), terms.bias (T, H) or None -> the same."""
+        """terms.scale (T or 1, H), terms.bias (T, H) or None -> the same."""
         raise NotImplementedError
 
 

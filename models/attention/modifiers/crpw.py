@@ -33,7 +33,7 @@ class ContinuousRelativePositionWeight(TermModifier):
         hidden_std: the same for the MLP's first layer.
         weight_decay: whether decay reaches these parameters (only matrices decay, so the MLP's
             weights or the table).
-    Shapes: terms.weight (T or 1, H) -> (T, H); an `mlp` adds 1536 + 512 H parameters, a `table` T
+    Shapes: terms.scale (T or 1, H) -> (T, H); an `mlp` adds 1536 + 512 H parameters, a `table` T
         H.
     Raises: ValueError for a word that is not one of the above.
     Source: github.com/AllenHaoHuang/improving-redundancy-in-attention: add_to_scale before the
@@ -94,16 +94,16 @@ class ContinuousRelativePositionWeight(TermModifier):
         return set() if self.decays else {name for name, _ in self.named_parameters()}
 
     def forward(self, terms: OffsetTerms) -> OffsetTerms:
-        """weight (T or 1, H) -> (T, H), or post (T, H) -> (T, H) when it applies to the softmaxed
+        """scale (T or 1, H) -> (T, H), or post (T, H) -> (T, H) when it applies to the softmaxed
         map.
         """
         w = self.table if hasattr(self, "table") else self.mlp(self.coords)  # (T, H)
-        w = w.to(terms.weight.dtype)
+        w = w.to(terms.scale.dtype)
         if self.apply_to == "probs":
             factor = 1 + terms.matching("post", w, 0.0)
             post = factor if terms.post is None else terms.post * factor
             return terms.replace(post=post, renormalise=terms.renormalise or self.renormalise)
         if self.mode == "one_plus":
-            return terms.replace(weight=terms.weight * (1 + terms.matching("weight", w, 0.0)))
+            return terms.replace(scale=terms.scale * (1 + terms.matching("scale", w, 0.0)))
         w = 16 * torch.sigmoid(w) if self.mode == "sigmoid16" else w
-        return terms.replace(weight=terms.weight + terms.matching("weight", w, 0.0))
+        return terms.replace(scale=terms.scale + terms.matching("scale", w, 0.0))

@@ -21,7 +21,7 @@ class ElementwiseMask(TermModifier):
         init: "zeros" as in the original (attention starts from the bias alone, so from uniform
             where there is none), or "ones" (the unmodified function).
     Shapes: mask (N, N) over the tokens of a window, a matrix that weight decay reaches;
-        terms.weight (T or 1, heads) or dense -> dense (heads, N, N); class tokens keep factor 1.
+        terms.scale (T or 1, heads) or dense -> dense (heads, N, N); class tokens keep factor 1.
     Raises: ValueError for another `init`.
     Source: the "ELM" of RetNet Viewed through Convolution, arXiv:2309.05375.
     """
@@ -34,6 +34,6 @@ class ElementwiseMask(TermModifier):
         self.mask = nn.Parameter(torch.full((area, area), float(init == "ones")))
 
     def forward(self, terms: OffsetTerms) -> OffsetTerms:
-        """weight of any form -> dense (heads, N, N)."""
+        """scale of any form -> dense (heads, N, N)."""
         mask = F.pad(self.mask, (self.geometry.prefix, 0, self.geometry.prefix, 0), value=1.0)
-        return terms.replace(weight=terms.dense("weight") * mask.to(terms.weight.dtype))
+        return terms.replace(scale=terms.dense("scale") * mask.to(terms.scale.dtype))

@@ -35,7 +35,7 @@ class GaussianMixtureMask(TermModifier):
         legacy_pow: M by powers of exp(-D)^(1/2), as the released code does: 0 in float32 for D >=
             104, without gradient.
     Shapes: alpha, sigma (K, heads or 1), matrices, so that weight decay reaches them as in the
-        original; terms.weight (T or 1, heads) -> (T, heads); class tokens keep factor 1.
+        original; terms.scale (T or 1, heads) -> (T, heads); class tokens keep factor 1.
     Raises: ValueError for a word or number that is not one of the above.
     Source: RetNet Viewed through Convolution, arXiv:2309.05375, and its code
         github.com/CatworldLee/Gaussian-Mixture-Mask-Attention. There the exponents underflow beyond
@@ -107,12 +107,12 @@ class GaussianMixtureMask(TermModifier):
         return (self.alpha[:, None] * gaussians).sum(0)
 
     def forward(self, terms: OffsetTerms) -> OffsetTerms:
-        """weight (T or 1, H) -> (T, H), or post (T, H) -> (T, H) when it applies to the softmaxed
+        """scale (T or 1, H) -> (T, H), or post (T, H) -> (T, H) when it applies to the softmaxed
         map.
         """
-        mixture = self.mixture().expand(-1, self.geometry.num_heads).to(terms.weight.dtype)
+        mixture = self.mixture().expand(-1, self.geometry.num_heads).to(terms.scale.dtype)
         if self.position == "pre":
-            return terms.replace(weight=terms.weight * terms.matching("weight", mixture, 1.0))
+            return terms.replace(scale=terms.scale * terms.matching("scale", mixture, 1.0))
         factor = terms.matching("post", mixture, 1.0)
         post = factor if terms.post is None else terms.post * factor
         return terms.replace(post=post, renormalise=terms.renormalise or self.renormalise)

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from .base import MODIFIERS, WeightModifier
+from .base import MODIFIERS, ProjectionModifier
 
 
 @MODIFIERS.register("init_identity")
-class InitIdentity(WeightModifier):
+class InitIdentity(ProjectionModifier):
     """Initialises W_q and W_k to the identity and changes nothing else.
 
     A model with `qk_residual` and W = 0 starts at the same function; there weight decay pulls

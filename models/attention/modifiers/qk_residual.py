@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels.window_attention.layout import kept
 from models.attention.geometry import Geometry
 
-from .base import MODIFIERS, WeightModifier
+from .base import MODIFIERS, ProjectionModifier
 
 
 @kept
@@ -17,7 +17,7 @@ def identity_rows(dim: int, parts: str, dtype: torch.dtype, device: torch.device
 
 
 @MODIFIERS.register("qk_residual")
-class QKResidual(WeightModifier):
+class QKResidual(ProjectionModifier):
     """Adds the input of the attention module to q and k before the head split.
 
         q = x (W_q + I)ᵀ + b_q,   k = x (W_k + I)ᵀ + b_k,   v = x W_vᵀ + b_v
