@@ -10,22 +10,16 @@ hold for 512 images per update; the program scales its own copies, never these.
 from __future__ import annotations
 
 import argparse
-import copy
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from yacs.config import CfgNode
-
-from config_check import (
-    CLASSES,
+from settings.flags import FLAGS, add_flags, add_local_rank, build_parser
+from settings.kinds import (
+    Choice,
     ConfigError,
-    Kind,
-    check_combinations,
+    Key,
     choice,
     either,
     integer,
@@ -33,15 +27,27 @@ from config_check import (
     optional,
     pair,
     sequence,
-    show,
     size,
     specifications,
     switch,
     text,
 )
-from registry import nearest
+from settings.reading import (
+    CfgNode,
+    Given,
+    dump_config,
+    log_note,
+    look_up,
+    sections_of,
+    to_dict,
+    tree,
+)
+from settings.rules import CLASSES, check_combinations, derive
 
 __all__ = [
+    "FLAGS",
+    "KEYS",
+    "SECTIONS",
     "ConfigError",
     "dump_config",
     "get_config",
@@ -50,20 +56,6 @@ __all__ = [
     "parse_args",
     "to_dict",
 ]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Key:
-    """A setting: its default, the values it takes (quoted by errors), and what it means, with its
-    unit.
-    """
-
-    default: Any
-    kind: Kind
-    meaning: str
-
 
 RATE = number(0, 1, "[)")  # a probability below 1
 SHARE = number(0, 1)  # a probability
@@ -80,16 +72,9 @@ POLICY = text(
     " rand-m9-mstd0.5-inc1 and the like, augmix-..., original, v0, 3a",
     empty="none",
 )
-OPTIMIZER = choice(
-    "adamw",
-    "sgd",
-    "lamb",
-    "muon",
-    "fused_adam",
-    "fused_lamb",
-    pattern=r"timm:\w+",
-    also="timm:<name>",
-)
+NAME = text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'")
+OPTIMIZERS = ("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb")
+OPTIMIZER = Choice(OPTIMIZERS, pattern=r"timm:\w+", also="timm:<name>")
 FAMILIES = (
     "swin",
     "swinv2",
@@ -177,7 +162,7 @@ KEYS: dict[str, Key] = {
         "unreadable training images replaced before the run stops; in validation none is "
         "tolerated"),
     # model
-    "MODEL.TYPE": Key("swin", choice(*FAMILIES, refused=NO_MOE),
+    "MODEL.TYPE": Key("swin", Choice(FAMILIES, refused=NO_MOE),
         "family; its own section below describes the network"),
     "MODEL.NAME": Key("swin_tiny_patch4_window7_224", FOLDER,
         "names the output folder and the logger, nothing else"),
@@ -198,7 +183,7 @@ KEYS: dict[str, Key] = {
     "MODEL.DROP_PATH_RATE": Key(0.1, RATE,
         "stochastic depth of the last block; rises linearly from 0 at the first"),
     "MODEL.DROP_PATH_PROFILE": Key("linear", choice("linear", "constant"),
-        "constant: DROP_PATH_RATE in every block; not Swin's kin"),
+        "constant: DROP_PATH_RATE in every block"),
     "MODEL.LABEL_SMOOTHING": Key(0.1, RATE,
         "share of the target spread over all classes, with and without mixup"),
     "MODEL.BN_MOMENTUM": Key(None, optional(number(0, 1, "(]")),
@@ -215,12 +200,12 @@ KEYS: dict[str, Key] = {
     "MODEL.ATTENTION.DROP": Key(0.0, RATE,
         "dropout of the softmaxed map while training; above 0, training takes the open path"),
     "MODEL.ATTENTION.LOGIT_SCALE_INIT": Key(10.0, number(0, 100, "(]"),
-        "swinv2: initial factor of the cosines; the reference's is 10"),
+        "swinv2: initial scale of the cosines; Swin's is 10"),
     "MODEL.ATTENTION.BIAS_SIGMOID": Key(True, switch(),
         "swinv2: bias = 16 sigmoid(MLP), as released; False = the MLP itself"),
     "MODEL.ATTENTION.BACKEND": Key("auto", choice("auto", "reference", "eager", "sdpa", "fused"),
                                    "how attention is computed; auto = the fastest that applies"),
-    "MODEL.ATTENTION.MIXER": Key("auto", text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"),
+    "MODEL.ATTENTION.MIXER": Key("auto", NAME,
         "auto: the family's own (softmax; swiftformer: efficient_additive; sasa_resnet: local); "
         "softmax, or what takes its place, with projections of its own: efficient_additive, "
         "separable, local (models/attention/mixers.py)"),
@@ -343,8 +328,7 @@ KEYS: dict[str, Key] = {
             "use it; 1 = each forms its own, 2 as released"),
         "CARRY": Key(True, switch(),
             "a block that forms a map adds the last one formed, / sqrt(channels per head)"),
-        "REFINE": Key("refiner(preset=release, rescale=True)",
-            text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'"),
+        "REFINE": Key("refiner(preset=release, rescale=True)", NAME,
             "what a block does to the map that it shares: a modifier of maps"),
         "MLP_GAIN": Key(1e-5, ABOVE_0, "initial factor, per channel, of every MLP's branch"),
         "AUX_HEAD": Key(False, switch(),
@@ -527,7 +511,7 @@ KEYS: dict[str, Key] = {
     "LOCAL_RANK": Key(0, COUNT,
         "this process on its machine; from the launcher (environment or --local-rank), never from "
         "a file"),
-    # known to the reference, without effect here: SUPERSEDED says why
+    # known to Swin, without effect here: SUPERSEDED says why
     "DATA.MASK_PATCH_SIZE": Key(32, AT_LEAST_1, "SimMIM: unit of the mask, pixels"),
     "DATA.MASK_RATIO": Key(0.6, SHARE, "SimMIM: masked share"),
     "MODEL.SIMMIM.NORM_TARGET.ENABLE": Key(False, switch(), "SimMIM: normalise the target locally"),
@@ -536,423 +520,54 @@ KEYS: dict[str, Key] = {
     "ENABLE_AMP": Key(False, switch(), "SimMIM: mixed precision"),
     "AMP_OPT_LEVEL": Key("", choice("", "O0", "O1", "O2"), "apex' level of mixed precision"),
     "FUSED_WINDOW_PROCESS": Key(False, switch(),
-        "the reference's CUDA kernel for window partition"),
+        "Swin's CUDA kernel for window partition"),
     "FUSED_LAYERNORM": Key(False, switch(), "apex' LayerNorm"),
 }
 # fmt: on
-SECTIONS = sorted(
-    {".".join(key.split(".")[:depth]) for key in KEYS for depth in range(1, key.count(".") + 1)}
-)
+SECTIONS = sections_of(KEYS)
 
 _SIMMIM = "SimMIM pre-training is not part of this program"
-# accepted, so that the reference's files and commands work; a note says that they do nothing
+# Accepted, so that Swin's files and commands work; a note says that they do nothing.
 SUPERSEDED = {
     **{
         key: _SIMMIM
         for key in KEYS
         if key.startswith(("DATA.MASK_", "MODEL.SIMMIM.")) or key == "ENABLE_AMP"
     },
-    "AMP_OPT_LEVEL": "deprecated in the reference too; use AMP_ENABLE and AMP_DTYPE",
+    "AMP_OPT_LEVEL": "deprecated in Swin too; use AMP_ENABLE and AMP_DTYPE",
     "FUSED_WINDOW_PROCESS": "superseded by MODEL.ATTENTION.BACKEND",
     "FUSED_LAYERNORM": "superseded by torch's own fused LayerNorm, which is always on",
 }
 DROPPED = {"MODEL.SWIN_MOE.": NO_MOE["swin_moe"], "TRAIN.MOE.": NO_MOE["swin_moe"]}
 
 
-@dataclass(frozen=True)
-class Flag:
-    """A command-line flag and the key it sets. `sets` is the value of a flag that takes none;
-    `type` reads the value of one that does.
-    """
-
-    names: tuple[str, ...]
-    key: str
-    help: str
-    type: type = str
-    sets: Any = None
-
-    @property
-    def dest(self) -> str:
-        return self.names[0].lstrip("-").replace("-", "_")
-
-
-# fmt: off
-FLAGS = (
-    Flag(("--batch-size",), "DATA.BATCH_SIZE", "images per process and step", int),
-    Flag(("--data-path",), "DATA.DATA_PATH", "root of the data set"),
-    Flag(("--zip",), "DATA.ZIP_MODE", "read zipped ImageNet", sets=True),
-    Flag(("--cache-mode",), "DATA.CACHE_MODE", "zip mode: bytes held in memory: no, full, part"),
-    Flag(("--pretrained",), "MODEL.PRETRAINED", "weights to start from: file or https URL"),
-    Flag(("--resume",), "MODEL.RESUME",
-        "training checkpoint to continue or evaluate: file or https URL"),
-    Flag(("--accumulation-steps",), "TRAIN.ACCUMULATION_STEPS", "batches per update", int),
-    Flag(("--use-checkpoint",), "TRAIN.USE_CHECKPOINT",
-        "recompute activations to save memory", sets=True),
-    Flag(("--disable_amp", "--disable-amp"), "AMP_ENABLE", "no mixed precision", sets=False),
-    Flag(("--output",), "OUTPUT", "folder of all runs; this one writes to OUTPUT/MODEL.NAME/TAG"),
-    Flag(("--tag",), "TAG", "name of the run"),
-    Flag(("--eval",), "EVAL_MODE", "evaluate only", sets=True),
-    Flag(("--throughput",), "THROUGHPUT_MODE",
-        "measure images per second only; needs no data set", sets=True),
-    Flag(("--fused_window_process", "--fused-window-process"), "FUSED_WINDOW_PROCESS",
-        "superseded: MODEL.ATTENTION.BACKEND", sets=True),
-    Flag(("--fused_layernorm", "--fused-layernorm"), "FUSED_LAYERNORM",
-        "superseded: torch's LayerNorm is fused", sets=True),
-    Flag(("--optim",), "TRAIN.OPTIMIZER.NAME",
-        "adamw, sgd, lamb, muon, fused_adam, fused_lamb, timm:<name>"),
-    Flag(("--epochs",), "TRAIN.EPOCHS", "epochs in all", int),
-    Flag(("--seed",), "SEED", "seed of every random choice", int),
-    Flag(("--device",), "DEVICE", "auto, cuda, mps, cpu"),
-    Flag(("--compile",), "MODEL.COMPILE", "torch.compile the model", sets=True),
-)
-# fmt: on
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line; an unknown flag's names the nearest one."""
-
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            given = unknown[0].split("=")[0]
-            guess = nearest(given, self._option_string_actions)
-            if not given.startswith("-"):
-                self.error(
-                    f"unknown argument {given}; the YAML is given as --cfg FILE, keys as --opts KEY"
-                    " VALUE"
-                )
-            self.error(f"unknown flag {given}" + (f"; did you mean {guess}?" if guess else ""))
-        return known
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        allow_abbrev=False,
-        description=(
-            "Train, resume, evaluate or time Swin Transformers with identity-sharpened attention."
-        ),
-        epilog=(
-            "A flag that is not given leaves the YAML's value alone. config.py lists every key of"
-            " --opts with its meaning; --print-config shows the values of a run."
-        ),
-    )
-    parser.add_argument(
-        "--cfg", required=True, metavar="FILE", help="YAML file of the run, see configs/"
-    )
-    parser.add_argument(
-        "--opts",
-        nargs="+",
-        action="extend",
-        metavar="KEY VALUE",
-        help="any keys, such as TRAIN.EPOCHS 100 AUG.MIXUP 0",
-    )
-    parser.add_argument(
-        "--print-config",
-        action="store_true",
-        help="print the merged YAML, which can be given back as --cfg, and stop",
-    )
-    for flag in FLAGS:
-        how = (
-            {"action": "store_true"}
-            if flag.sets is not None
-            else {"type": flag.type, "metavar": "N" if flag.type is int else "VALUE"}
-        )
-        parser.add_argument(
-            *flag.names, dest=flag.dest, default=None, help=f"{flag.help} [{flag.key}]", **how
-        )
-    parser.add_argument(
-        "--amp-opt-level",
-        choices=("O0", "O1", "O2"),
-        metavar="LEVEL",
-        help="deprecated; O0 means --disable_amp",
-    )
-    parser.add_argument(
-        "--local_rank",
-        "--local-rank",
-        type=int,
-        metavar="N",
-        help="set by some launchers [LOCAL_RANK]",
-    )
-    return parser
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line (sys.argv if `argv` is None). Flags that are not given are None, so
+    """Reads the command line (sys.argv if `argv` is None). Flags that are not given are None, so
     that none overrides a YAML by accident.
 
     An unknown flag ends the program with status 2 and one line that names the nearest flag.
     """
-    return _parser().parse_args(argv)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without object construction, in which a key given twice is an error, not the last
-    one's.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names: list = []
-        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
-            name = self.construct_object(key, deep=True)
-            if name in names:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name} is given twice", key.start_mark
-                )
-            names.append(name)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path, named_by: str) -> dict:
-    """The mapping in a YAML file; {} if it is empty."""
-    if not path.is_file():
-        folder = path.parent
-        guess = (
-            nearest(path.name, [entry.name for entry in folder.iterdir() if entry.is_file()])
-            if folder.is_dir()
-            else None
-        )
-        raise ConfigError(
-            f"{named_by}: {str(path)!r} is not a file"
-            + (f"; did you mean {str(folder / guess)!r}?" if guess else "")
-        )
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error)
-        raise ConfigError(
-            f"{path}: not valid YAML{f' (line {mark.line + 1})' if mark else ''}:"
-            f" {' '.join(reason.split())}"
-        ) from error
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(content).__name__}; allowed: a mapping, such as TRAIN:"
-            " {EPOCHS: 100}"
-        )
-    return content or {}
-
-
-def _unknown(where: str, key: str, value: Any) -> ConfigError:
-    """The error for a key that does not exist: the same name in another section is the first guess,
-    then the closest spelling.
-    """
-    *section, leaf = key.split(".")
-    same = [known for known in KEYS if known.split(".")[-1].lower() == leaf.lower()]
-    guess = nearest(key, same) or nearest(key, [*KEYS, *SECTIONS]) or (same[0] if same else None)
-    home = next(
-        (
-            name
-            for depth in range(len(section), 0, -1)
-            if (name := ".".join(section[:depth])) in SECTIONS
-        ),
-        "",
-    )
-    start = f"{home}." if home else ""
-    inside = sorted(
-        {known[len(start) :].split(".")[0] for known in KEYS if known.startswith(start)}
-    )
-    return ConfigError(
-        f"{where}: unknown key {key} (value {show(value)}); "
-        + (f"did you mean {guess}? " if guess else "")
-        + f"allowed{f' in {home}' if home else ''}: {', '.join(inside)}"
-    )
-
-
-def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf of nested mappings; an empty section has none. Only known
-    sections are entered.
-    """
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        if key in SECTIONS and isinstance(value, dict):
-            yield from _leaves(value, f"{key}.")
-        elif not (key in SECTIONS and value is None):
-            yield key, value
-
-
-def _convert(where: str, key: str, value: Any) -> Any:
-    """The value as the program uses it. Raises: ConfigError for an unknown key or a value that is
-    not allowed.
-    """
-    if key in SECTIONS:
-        raise ConfigError(
-            f"{where}: {key}: {show(value)} stands where a section is meant; allowed: a mapping,"
-            f" such as {key}: {{...}}"
-        )
-    if key not in KEYS:
-        raise _unknown(where, key, value)
-    kind = KEYS[key].kind
-    try:
-        return kind.convert(value)
-    except ValueError as error:
-        guess = nearest(value, kind.choices) if isinstance(value, str) and not str(error) else None
-        written = (
-            show(value) if isinstance(value, str) else f"{show(value)} ({type(value).__name__})"
-        )
-        reason = f": {error}" if str(error) else ""
-        raise ConfigError(
-            f"{where}: {key}: {written} is not allowed{reason}; allowed: {kind.allowed}"
-            + (f"; did you mean {guess!r}?" if guess else "")
-        ) from None
-
-
-def _note(message: str) -> None:
-    """Log a note, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning(message)
-
-
-def _merge(
-    given: dict[str, Any], where: str, leaves: Iterator[tuple[str, Any]] | list[tuple[str, Any]]
-) -> None:
-    """Add converted leaves to `given`; those of mixture-of-experts models (in the reference's full
-    dumps) are dropped with a note.
-    """
-    for key, value in leaves:
-        reason = next(
-            (reason for prefix, reason in DROPPED.items() if f"{key}.".startswith(prefix)), None
-        )
-        if reason:
-            _note(f"{where}: {key} has no effect: {reason}")
-        else:
-            given[key] = _convert(where, key, value)
-
-
-def _merge_file(
-    given: dict[str, Any], path: Path, named_by: str, above: tuple[Path, ...] = ()
-) -> None:
-    """Add a YAML's settings to `given`, those of its BASE files first. Raises: ConfigError, for a
-    cycle too.
-    """
-    content = _read_yaml(path, named_by)
-    here = path.resolve()
-    if here in above:
-        raise ConfigError(
-            "BASE: the files include each other: "
-            + " -> ".join(file.name for file in (*above[above.index(here) :], here))
-        )
-    parents = content.pop("BASE", None) or []
-    parents = [parents] if isinstance(parents, str) else parents
-    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise ConfigError(
-            f"{path}: BASE: {show(parents)} is not allowed; allowed: a file name or a list of them,"
-            " relative to this file"
-        )
-    for parent in filter(None, parents):
-        _merge_file(given, path.parent / parent, f"{path}: BASE", (*above, here))
-    _merge(given, str(path), _leaves(content))
-
-
-def _options(opts: Sequence[str]) -> list[tuple[str, Any]]:
-    """Pairs of the flat --opts list."""
-    if len(opts) % 2:
-        raise ConfigError(
-            f"--opts: {show(opts[-1])} has no partner ({len(opts)} words); allowed: pairs KEY"
-            " VALUE, lists quoted: '[2, 2]'"
-        )
-    return [(str(key), value) for key, value in zip(opts[::2], opts[1::2], strict=True)]
-
-
-def _merge_flags(given: dict[str, Any], args: Any) -> None:
-    """Add what the named flags say; a missing or None attribute says nothing, nor does False where
-    the flag takes no value.
-    """
-    for flag in FLAGS:
-        value = getattr(args, flag.dest, None)
-        if value is not None and not (flag.sets is not None and not value):
-            given[flag.key] = _convert(
-                flag.names[0], flag.key, value if flag.sets is None else flag.sets
-            )
-    level = getattr(args, "amp_opt_level", None)
-    if level:
-        _note(
-            f"--amp-opt-level {level} is deprecated: "
-            + ("use --disable_amp" if level == "O0" else "it has no effect, use AMP_DTYPE")
-        )
-    if level == "O0":
-        given["AMP_ENABLE"] = False
-
-
-def _local_rank(args: Any) -> int:
-    """This process' index on its machine: the launcher's environment variable, else the flag, else
-    0.
-    """
-    for where, value in (
-        ("environment: LOCAL_RANK", os.environ.get("LOCAL_RANK")),
-        ("--local-rank", getattr(args, "local_rank", None)),
-    ):
-        if value is not None and value != "":
-            return _convert(where, "LOCAL_RANK", value)
-    return 0
-
-
-def _resolve(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """Fill in what follows from other settings: the data set's classes, "no transfer" for any
-    number of stages, the output path.
-    """
-    if "MODEL.NUM_CLASSES" not in given:
-        values["MODEL.NUM_CLASSES"] = CLASSES.get(values["DATA.DATASET"], 0)
-    if not any(values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"]):
-        values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"] = [0] * len(values["MODEL.SWINV2.DEPTHS"])
-    values["OUTPUT"] = os.path.join(values["OUTPUT"], values["MODEL.NAME"], values["TAG"])
-
-
-def _tree(values: dict[str, Any]) -> CfgNode:
-    """The nested node of dotted keys."""
-    root: dict[str, Any] = {"BASE": [""]}
-    for key, value in values.items():
-        node = root
-        *section, leaf = key.split(".")
-        for name in section:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return CfgNode(root)
-
-
-def notes(cfg: CfgNode) -> list[str]:
-    """One line for each setting that is accepted for the reference's sake and does nothing, and for
-    rates that look like a slip.
-    """
-    found = []
-    for key, reason in SUPERSEDED.items():
-        value = cfg
-        for name in key.split("."):
-            value = value[name]
-        if value != KEYS[key].default:
-            found.append(f"{key} {value!r} has no effect: {reason}")
-    if cfg.TRAIN.LR_SCHEDULER.NAME == "cosine" and cfg.TRAIN.MIN_LR > cfg.TRAIN.BASE_LR:
-        found.append(
-            f"TRAIN.MIN_LR {cfg.TRAIN.MIN_LR:g} is above TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}: the"
-            " rate will rise"
-        )
-    return found
+    return build_parser(KEYS).parse_args(argv)
 
 
 def get_config(args: Any) -> CfgNode:
-    """Merge defaults, files, --opts and flags into the frozen configuration.
+    """Merges defaults, files, --opts and flags into the frozen configuration.
 
     Args:
         args: what `parse_args` returns, or any object with some of its attributes (cfg, opts,
             batch_size, ...); a missing one says nothing.
     Raises: ConfigError, one line, for anything that cannot be used.
     """
-    given: dict[str, Any] = {}
+    given = Given(KEYS, DROPPED)
     if getattr(args, "cfg", None):
-        _merge_file(given, Path(args.cfg), "--cfg")
-    _merge(given, "--opts", _options(getattr(args, "opts", None) or []))
-    _merge_flags(given, args)
-    given["LOCAL_RANK"] = _local_rank(args)
-    values = {key: copy.copy(entry.default) for key, entry in KEYS.items()} | given
-    _resolve(values, given)
-    cfg = _tree(values)
+        given.add_file(Path(args.cfg), "--cfg")
+    given.add_options(getattr(args, "opts", None) or [])
+    add_flags(given, args)
+    add_local_rank(given, args)
+    cfg = tree(derive(given.complete(), given.values))
     check_combinations(cfg)
     for note in notes(cfg):
-        _note(note)
+        log_note(note)
     cfg.freeze()
     return cfg
 
@@ -964,21 +579,19 @@ def load_config(path: str | os.PathLike | None, opts: Sequence[Any] = ()) -> Cfg
     return get_config(argparse.Namespace(cfg=path, opts=list(opts)))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def to_dict(cfg: CfgNode) -> dict[str, Any]:
-    """The configuration as plain dicts, lists, numbers and text, as a YAML would give it: OUTPUT
-    without MODEL.NAME/TAG, LOCAL_RANK 0.
+def notes(cfg: CfgNode) -> list[str]:
+    """One line for each setting that is accepted for Swin's sake and does nothing, and for rates
+    that look like a slip.
     """
-    tail = os.path.join(cfg.MODEL.NAME, cfg.TAG)
-    root = cfg.OUTPUT.removesuffix(tail)
-    return _plain(cfg) | {"OUTPUT": root.rstrip("/") or root, "LOCAL_RANK": 0}
-
-
-def dump_config(cfg: CfgNode) -> str:
-    """The configuration as YAML; given back as --cfg it makes the same configuration."""
-    return yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None, width=120)
+    found = []
+    for key, reason in SUPERSEDED.items():
+        value = look_up(cfg, key)
+        if value != KEYS[key].default:
+            found.append(f"{key} {value!r} has no effect: {reason}")
+    train = cfg.TRAIN
+    if train.LR_SCHEDULER.NAME == "cosine" and train.MIN_LR > train.BASE_LR:
+        found.append(
+            f"TRAIN.MIN_LR {train.MIN_LR:g} is above TRAIN.BASE_LR {train.BASE_LR:g}: the rate will"
+            " rise"
+        )
+    return found

@@ -23,7 +23,17 @@ from termcolor import colored
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("run")
-PACKAGES = ("run", "data", "models", "engine", "kernels", "optimizer", "lr_scheduler", "config")
+PACKAGES = (
+    "run",
+    "config",
+    "data",
+    "engine",
+    "kernels",
+    "lr_scheduler",
+    "models",
+    "optimizer",
+    "settings",
+)
 
 
 class RunError(RuntimeError):

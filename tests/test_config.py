@@ -13,6 +13,7 @@ import yaml
 
 import config
 from config import ConfigError, dump_config, get_config, load_config, notes, parse_args, to_dict
+from settings.flags import build_parser
 from tests.helpers import golden
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -375,7 +376,7 @@ def test_help_lists_every_flag_with_a_text(capsys):
             "--compile",
         ]
     )
-    parser = config._parser()
+    parser = build_parser(config.KEYS)
     assert all(action.help for action in parser._actions)
 
 
