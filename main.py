@@ -23,14 +23,15 @@ from engine.ema import ParameterEma
 from engine.evaluate import EvalResult, evaluate, write_per_class
 from engine.lock import FolderLock
 from engine.logs import LogError, MetricLog
-from engine.losses import Distillation, make_criterion
+from engine.losses import Distillation, make_criterion, with_distillation
 from engine.report import Report, describe_model
 from engine.resume import choose, resume
 from engine.signals import StopSignal
 from engine.state import CheckpointFolder, Layout, has_average, holds_state
 from engine.teacher import timm_teacher
 from engine.throughput import describe, throughput
-from engine.train import Plan, Trainer, fit, has_two_heads, validate, with_distillation
+from engine.train import Plan, fit, validate
+from engine.trainer import Trainer, has_two_heads
 from lr_scheduler import ScheduleError, build_scheduler, scaled_rates
 from models import build_model
 from models.attention.report import describe_attention

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.losses import wide
+from engine.losses import upcast
 from utils import RunError
 
 _logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Totals:
                 f"the model gives {logits.shape[1]} classes, the data have {self.num_classes}; set"
                 " MODEL.NUM_CLASSES"
             )
-        logits = wide(logits)
+        logits = upcast(logits)
         self.loss += F.cross_entropy(logits, targets, reduction="none").to(self.loss.dtype).sum()
         ranked = logits.topk(self.topk).indices
         right = ranked == targets[:, None]

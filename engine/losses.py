@@ -1,4 +1,9 @@
-"""Training losses, all formed in float32 or wider whatever the autocast dtype (trap T23)."""
+"""Training losses, all formed in float32 or wider: under float16 autocast a loss formed in the
+autocast dtype overflows.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +14,8 @@ from utils import RunError
 Logits = Tensor | tuple[Tensor, Tensor]
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or in float64 if they are."""
+def upcast(logits: Tensor) -> Tensor:
+    """Logits in float32; float64 stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -20,8 +25,8 @@ class CrossEntropy(nn.Module):
     Args:
         soft_targets: targets are probabilities (B, K), as mixup makes them, instead of class
             numbers (B,).
-        smoothing: label smoothing in [0, 1) of class numbers, s/K on every class; soft targets hold
-            theirs already.
+        smoothing: label smoothing in [0, 1) of class numbers, s/K on every class; not applied to
+            soft targets, which are smoothed where they are made.
     Raises: ValueError when called with the other kind of targets.
     """
 
@@ -29,7 +34,8 @@ class CrossEntropy(nn.Module):
         super().__init__()
         if not 0 <= smoothing < 1:
             raise ValueError(f"label smoothing {smoothing} is outside [0, 1)")
-        self.soft_targets, self.smoothing = soft_targets, 0.0 if soft_targets else smoothing
+        self.soft_targets = soft_targets
+        self.smoothing = 0.0 if soft_targets else smoothing
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point() != self.soft_targets:
@@ -38,21 +44,22 @@ class CrossEntropy(nn.Module):
                 f"the loss expects {expected}, got {targets.dtype} of shape {tuple(targets.shape)};"
                 " build it with soft_targets = whether mixup or cutmix is on"
             )
-        targets = targets.to(logits.device, wide(logits).dtype) if self.soft_targets else targets
-        return F.cross_entropy(wide(logits), targets, label_smoothing=self.smoothing)
+        logits = upcast(logits)
+        if self.soft_targets:
+            targets = targets.to(logits.device, logits.dtype)
+        return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
 
 
 def make_criterion(soft_targets: bool, smoothing: float = 0.0) -> CrossEntropy:
-    """The training loss. `soft_targets` says whether the mixing that really runs is on (any of
-    mixup, cutmix and cutmix_minmax), not whether AUG.MIXUP is above 0, with which the reference
-    crashes on CutMix alone (trap T7).
+    """The training loss. soft_targets: whether any of mixup, cutmix and cutmix_minmax is on;
+    AUG.MIXUP alone does not tell, since CutMix without Mixup makes soft targets too.
     """
     return CrossEntropy(soft_targets, smoothing)
 
 
 class Distillation(nn.Module):
-    """Adds a teacher's opinion to the loss. With class head z, distillation head d (z itself where
-    there is one head), teacher t:
+    """Adds the distance from a teacher to the loss. With class head z, distillation head d (z
+    itself where there is one head), teacher t:
 
         none:  base(z, y)
         hard:  (1 - alpha) base(z, y) + alpha CE(d, argmax t)
@@ -89,32 +96,61 @@ class Distillation(nn.Module):
                 f"TRAIN.DISTILL.ALPHA {alpha} must lie in [0, 1] and TRAIN.DISTILL.TAU {tau}"
                 " above 0"
             )
-        self.kind, self.alpha, self.tau = kind, alpha, tau
-        self._teacher = (
-            (teacher.requires_grad_(False).eval(),) if teacher is not None else ()
-        )  # a tuple, so that it is no submodule
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+        self._teacher = ()  # a tuple, so that the teacher is no submodule
+        if teacher is not None:
+            self._teacher = (teacher.requires_grad_(False).eval(),)
 
     def forward(self, images: Tensor, logits: Logits, targets: Tensor, base: nn.Module) -> Tensor:
         head, distilled = logits if isinstance(logits, (tuple, list)) else (logits, logits)
         loss = base(head, targets)
         if self.kind == "none":
             return loss
-        return (1 - self.alpha) * loss + self.alpha * self._distance(
-            wide(distilled), self._opinion(images, distilled)
-        )
+        distance = self._distance(upcast(distilled), self._teacher_logits(images, distilled))
+        return (1 - self.alpha) * loss + self.alpha * distance
 
     @torch.no_grad()
-    def _opinion(self, images: Tensor, like: Tensor) -> Tensor:
+    def _teacher_logits(self, images: Tensor, like: Tensor) -> Tensor:
         logits = self._teacher[0](images)
         if logits.shape != like.shape:
             raise RunError(
                 f"the teacher's logits have shape {tuple(logits.shape)}, the model's"
                 f" {tuple(like.shape)}; use a teacher of the same classes"
             )
-        return wide(logits)
+        return upcast(logits)
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.kind == "hard":
             return F.cross_entropy(student, teacher.argmax(1))
-        ours, theirs = (F.log_softmax(z / self.tau, 1) for z in (student, teacher))
-        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.tau**2
+        student = F.log_softmax(student / self.tau, 1)
+        teacher = F.log_softmax(teacher / self.tau, 1)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.tau**2
+
+
+def with_distillation(
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    distillation: Callable[..., Tensor] | None,
+) -> Callable[..., Tensor]:
+    """The loss of a `Trainer`, (images, output, targets) -> scalar, from a criterion (logits,
+    targets) and a `Distillation` or None.
+    """
+    if distillation is None:
+        return with_penalty(lambda images, logits, targets: criterion(logits, targets))
+    return with_penalty(
+        lambda images, logits, targets: distillation(images, logits, targets, criterion)
+    )
+
+
+def with_penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss, for a model that may return {"logits": ..., "penalty": a scalar to be added} in
+    training instead of its logits.
+    """
+
+    def total(images: Tensor, output: Any, targets: Tensor) -> Tensor:
+        if isinstance(output, dict):
+            return loss(images, output["logits"], targets) + output["penalty"]
+        return loss(images, output, targets)
+
+    return total

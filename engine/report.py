@@ -49,8 +49,8 @@ class Report:
             )
 
     def updated(self, trainer: Any) -> dict[str, float] | None:
-        """An update is done. Its tally, where it was read: every print_freq updates of the
-        epoch.
+        """An update is done. Returns its statistics where they were read: every
+        print_freq updates of the epoch.
         """
         state, step = trainer.state, trainer.layout.accumulation
         self.watch.lap(step)
@@ -58,7 +58,7 @@ class Report:
             self.bar.update(step)
         if (state.batch // step - 1) % self.print_freq:
             return None
-        read = trainer.tally.read()
+        read = trainer.statistics.read()
         group = trainer.optimizer.param_groups[0]
         LOGGER.info(self._line(state, read, group, trainer), extra={"progress": True})
         if self.bar is not None:
@@ -103,7 +103,7 @@ class Report:
         if not complete:
             return
         state, seconds = trainer.state, self.watch.mean * self.watch.items
-        read = trainer.tally.read()
+        read = trainer.statistics.read()
         loss = self.world.mean(read["loss_mean"])
         LOGGER.info(
             "EPOCH %d training takes %s", state.epoch, clock(seconds), extra={"progress": True}

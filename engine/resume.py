@@ -13,7 +13,7 @@ from engine.state import (
     newest,
     read,
 )
-from engine.train import Trainer
+from engine.trainer import Trainer
 from utils import World
 
 LOGGER = logging.getLogger(__name__)

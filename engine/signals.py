@@ -15,10 +15,10 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """Notes SIGTERM (a scheduler takes the machine away) and SIGINT (Ctrl-C); a second Ctrl-C of a
-    lone process interrupts at once.
+    """Records SIGTERM (a scheduler ends the job) and SIGINT (Ctrl-C); a second Ctrl-C of a run of
+    one process interrupts at once.
 
-    In a group the note is exchanged beside the training: each call of `agreed` starts an exchange
+    In a group the signal is exchanged beside the training: each call of `poll` starts an exchange
     over the CPU group and returns the result of the one before, so nothing waits and all processes
     learn of the stop after the same update.
     """
@@ -31,47 +31,52 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+            self._before = {number: signal.signal(number, self._record) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received and self.world.size == 1:
             raise KeyboardInterrupt
         self.received = self.received or number
 
-    def agreed(self) -> int:
+    def poll(self) -> int:
         """The number of the signal that any process had received by the previous call (alone: by
         now); 0: go on.
         """
         if self.world.control is None:
             return self.received
-        result = self._take()
-        note = torch.tensor([self.received])
-        self._pending = (
-            dist.all_reduce(note, dist.ReduceOp.MAX, group=self.world.control, async_op=True),
-            note,
+        result = self._wait()
+        number = torch.tensor([self.received])
+        work = dist.all_reduce(
+            number,
+            dist.ReduceOp.MAX,
+            group=self.world.control,
+            async_op=True,
         )
+        self._pending = (work, number)
         return result
 
-    def _take(self) -> int:
+    def _wait(self) -> int:
         if self._pending is None:
             return 0
-        work, note = self._pending
+        work, number = self._pending
         self._pending = None
         work.wait()
-        return int(note)
+        return int(number)
 
-    def settle(self) -> int:
-        """Like `agreed`, but waits, so that the answer holds for now and no exchange is left under
-        way.
+    def agree(self) -> int:
+        """Like `poll`, but waits: the signals received by now count, and no exchange stays
+        pending.
         """
-        before = self._take()
-        self.agreed()
-        return before or (self._take() if self.world.control is not None else self.received)
+        earlier = self._wait()
+        now = self.poll()
+        if self.world.control is not None:
+            now = self._wait()
+        return earlier or now
 
 
 @contextmanager

@@ -1,268 +1,27 @@
-"""Training: the one update that every kind of training here shares, and the loop around it."""
+"""The loop around the update: epochs, validation, checkpoints, and when to stop."""
 
-import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from engine.clip import clip_gradients
-from engine.ema import ParameterEma
 from engine.evaluate import EvalResult
-from engine.guard import DivergedError, Tally, guarded_step
+from engine.guard import DivergedError
 from engine.report import Report
 from engine.signals import StopSignal, signals_blocked
-from engine.state import CheckpointError, CheckpointFolder, Layout, TrainState, place
-from utils import World, autocast_factory, capture_rng, memory_format, restore_rng
-
-LOGGER = logging.getLogger(__name__)
-Batch = tuple[Tensor, Tensor]
-
-
-class Trainer:
-    """Everything that an update changes, and the update.
-
-    Args:
-        model: on its device, bare. optimizer, scheduler: over its parameters; scheduler has
-            step_update(n), state_dict, load_state_dict.
-        loss: (images, logits, targets) -> scalar, the mean over the batch, formed in float32 or
-            wider.
-        layout: batch_size, world_size and accumulation (micro-batches of one update).
-        dtype: of autocast; float16 turns on the gradient scaler, float32 turns autocast off.
-        clip, clip_mode: for `engine.clip.clip_gradients`. mixup: (images, targets) -> (images, soft
-            targets), or None.
-        two_heads: the loss takes the pair of logits of `model.forward_heads`, class head first,
-            instead of the model's result.
-        ema: `engine.ema.ParameterEma` or None. ema_leads: it is evaluated too, and the best
-            checkpoint is chosen by it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        loss: Callable[..., Tensor],
-        *,
-        world: World,
-        layout: Layout,
-        dtype: torch.dtype = torch.float32,
-        clip: float | None = None,
-        clip_mode: str = "norm",
-        mixup: Callable[..., Batch] | None = None,
-        ema: ParameterEma | None = None,
-        ema_leads: bool = True,
-        compile: bool = False,
-        channels_last: bool = False,
-        two_heads: bool = False,
-    ) -> None:
-        self.model, self.optimizer, self.scheduler, self.loss = model, optimizer, scheduler, loss
-        self.world, self.device, self.layout = world, world.device, layout
-        self.clip, self.clip_mode, self.mixup, self.ema = clip, clip_mode, mixup, ema
-        self.leader = (
-            ema.module if ema is not None and ema_leads else model
-        )  # whose accuracy counts
-        self.autocast = autocast_factory(self.device, dtype)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.memory_format = memory_format(channels_last)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        heads = (getattr(model, name, None) for name in ("head", "head_dist"))
-        self.classifier = [p for head in heads if head is not None for p in head.parameters()]
-        called = BothHeads(model) if two_heads else model
-        self.network = (
-            torch.compile(called) if compile else called
-        )  # the same weights; what is called
-        self.parallel = parallel(self.network, world)
-        self.tally = Tally(self.device)
-        self.state = TrainState()
-
-    def update(self, batches: list[Batch]) -> None:
-        """One optimizer update from the micro-batches of a window. Nothing is read back from the
-        device.
-        """
-        loss = torch.zeros((), device=self.device)
-        for index, (images, targets) in enumerate(batches):
-            with self._reduction(last=index + 1 == len(batches)):
-                part = self._forward(images, targets) / len(batches)
-                self.scaler.scale(part).backward()
-            loss += part.detach()
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(
-            self.parameters, self.clip, self.clip_mode, self.classifier
-        )  # the same on all processes, as gradients are
-        finite = torch.isfinite(norm)
-        guarded_step(self.optimizer, finite)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        self.tally.add(loss, norm, finite)
-
-    def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
-        targets = targets.to(self.device, non_blocking=True)
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        with self.autocast():
-            return self.loss(images, self.parallel(images), targets)
-
-    def _reduction(self, last: bool) -> AbstractContextManager:
-        """Gradients are averaged over the processes with the last micro-batch of a window only."""
-        return nullcontext() if last or self.parallel is self.network else self.parallel.no_sync()
-
-    def advance(self, batches_per_epoch: int) -> None:
-        """Moves the position, and the learning rate, past an update.
-
-        The schedule's argument is the reference's: the index of the update's last micro-batch,
-        counted over all epochs, divided by the accumulation.
-        """
-        state = self.state
-        state.update += 1
-        state.batch += self.layout.accumulation
-        self.scheduler.step_update(
-            (state.epoch * batches_per_epoch + state.batch - 1) // self.layout.accumulation
-        )
-
-    def capture(self) -> dict[str, Any] | None:
-        """All of it as tensors and plain data, on the main process; None elsewhere. Every process
-        must call it.
-        """
-        ranks = self.world.gather(
-            {"rng": capture_rng(self.device), "tally": self.tally.values.cpu()}
-        )
-        if not self.world.is_main:
-            return None
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": asdict(self.state),
-            "layout": asdict(self.layout),
-            "ranks": ranks,
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Puts back what `capture` took, on every process.
-
-        Settings (rates, decay, ...) are this run's, not the saved ones. With another number of
-        processes the random states cannot be met, and a warning says so.
-        Raises: CheckpointError where the model or the position does not fit.
-        """
-        layout = Layout(**saved["layout"])
-        self.state = place(TrainState(**saved["progress"]), layout, self.layout)
-        try:
-            self.model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the checkpoint holds another model: {' '.join(str(error).split())[:300]}"
-            ) from error
-        self._restore_ema(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["lr_scheduler"])
-        if self.scaler.is_enabled() and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
-        if layout.world_size == self.layout.world_size:
-            mine = saved["ranks"][self.world.rank]
-            self.tally.values = mine["tally"].to(self.tally.values)
-            restore_rng(mine["rng"], self.device)
-        else:
-            LOGGER.warning(
-                "resuming with %d processes a run of %d: drop path and mixup draw other numbers"
-                " than before",
-                self.layout.world_size,
-                layout.world_size,
-            )
-
-    def _restore_ema(self, saved: dict[str, Tensor] | None) -> None:
-        if self.ema is None:
-            if saved is not None:
-                LOGGER.warning(
-                    "resuming: the checkpoint's average of the parameters is dropped,"
-                    " MODEL.EMA.ENABLE is False"
-                )
-            return
-        if saved is None:
-            LOGGER.warning(
-                "resuming: the checkpoint has no average of the parameters; it starts from its"
-                " weights"
-            )
-        self.ema.load_state_dict(self.model.state_dict() if saved is None else saved)
-
-
-class BothHeads(nn.Module):
-    """A model as the trainer calls it where its two heads have different teachers: images -> (class
-    logits, distillation logits).
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> (B, K) twice."""
-        return self.model.forward_heads(images)
-
-
-def has_two_heads(model: nn.Module) -> bool:
-    """Whether the model has a distillation head beside the class head."""
-    return getattr(model, "head_dist", None) is not None
-
-
-def parallel(network: nn.Module, world: World) -> nn.Module:
-    """The network, wrapped so that backward averages gradients over the processes; as it is where
-    there is only one.
-    """
-    if world.size == 1:
-        return network
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # renamed in torch 2.15
-    return DistributedDataParallel(
-        network, device_ids=devices, gradient_as_bucket_view=True, **{buffers: False}
-    )
-
-
-def with_distillation(
-    criterion: Callable[[Tensor, Tensor], Tensor], distillation: Callable[..., Tensor] | None
-) -> Callable[..., Tensor]:
-    """The loss of a `Trainer` from a criterion (logits, targets) and, where there is one, an
-    `engine.losses.Distillation`.
-    """
-    if distillation is None:
-        return with_penalty(lambda images, logits, targets: criterion(logits, targets))
-    return with_penalty(
-        lambda images, logits, targets: distillation(images, logits, targets, criterion)
-    )
-
-
-def with_penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss, for a model that may return {"logits": ..., "penalty": a scalar to be added} in
-    training in place of its logits.
-    """
-
-    def total(images: Tensor, output: Any, targets: Tensor) -> Tensor:
-        if isinstance(output, dict):
-            return loss(images, output["logits"], targets) + output["penalty"]
-        return loss(images, output, targets)
-
-    return total
+from engine.state import CheckpointFolder, TrainState
+from engine.trainer import Batch, Trainer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When to do what. epochs: in all. save_steps: updates between two checkpoints inside an epoch,
-    0 none. max_steps: updates in all,
-    0 no limit. max_nonfinite: updates skipped in a row before the run is given up.
+    """When to do what.
+
+    epochs: in all. save_steps: updates between two checkpoints inside an epoch, 0 none.
+    max_steps: updates in all, 0 no limit. max_nonfinite: updates skipped in a row before the run
+    ends with an error.
     """
 
     epochs: int
@@ -313,7 +72,7 @@ def fit(
         )
         if finished is None:
             return 0
-        signal = stop.settle()
+        signal = stop.agree()
         if signal:
             return signal
     return 0
@@ -333,7 +92,7 @@ def train_epoch(
     """
     state = trainer.state
     if state.batch == 0:
-        trainer.tally.new_epoch()
+        trainer.statistics.start_epoch()
     report.begin(state)
     trainer.parallel.train()
     for window in windows(loader, state, trainer.layout.accumulation):
@@ -343,12 +102,12 @@ def train_epoch(
         trainer.advance(len(loader))
         if read := report.updated(trainer):
             refuse_divergence(trainer, read, plan.max_nonfinite)
-        if stop.agreed():
+        if stop.poll():
             break
         if plan.save_steps and state.update % plan.save_steps == 0 and unfinished(trainer, loader):
             save(trainer, folder, extra)
-    refuse_divergence(trainer, trainer.tally.read(), plan.max_nonfinite)
-    signal = stop.settle()
+    refuse_divergence(trainer, trainer.statistics.read(), plan.max_nonfinite)
+    signal = stop.agree()
     report.end(trainer, complete=not signal)
     return signal
 
@@ -359,9 +118,8 @@ def validate(
     """Evaluates the weights, and their average if that leads; returns the accuracy, in percent,
     that decides which epoch is the best.
     """
-    with (
-        signals_blocked()
-    ):  # a signal waits until the evaluation is done, and does not end its data workers
+    # A signal waits until the evaluation is done, and does not end its data workers.
+    with signals_blocked():
         result = evaluate(trainer.model)
         report.validated(trainer.state, "val", result)
         if trainer.leader is not trainer.model:
@@ -371,7 +129,7 @@ def validate(
 
 
 def reached(plan: Plan, state: TrainState) -> bool:
-    """Whether the limit of updates is used up."""
+    """Whether the limit of updates is reached."""
     return 0 < plan.max_steps <= state.update
 
 
@@ -379,7 +137,7 @@ def windows(loader: Any, state: TrainState, accumulation: int) -> Iterator[list[
     """Lists of `accumulation` micro-batches from the position on; a rest that does not fill a
     window is not trained on.
     """
-    # workers start with the first batch, and must not die before the last update of a stopped run
+    # Workers start with the first batch, and must not die before the last update of a stopped run.
     with signals_blocked():
         batches = iter(loader.epoch(state.epoch, state.batch))
         first = list(islice(batches, 1))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import main  # noqa: E402
 import utils  # noqa: E402
-from engine import train  # noqa: E402
+from engine import train, trainer  # noqa: E402
 
 
 def arm(place: str, update: int, rank: int) -> None:
@@ -36,12 +36,12 @@ def arm(place: str, update: int, rank: int) -> None:
 
         return wrapped
 
-    def count(trainer, *_) -> None:
-        reached["update"] = trainer.state.update
+    def count(running, *_) -> None:
+        reached["update"] = running.state.update
         if place in ("update", "term", "termgroup") and reached["update"] == update:
             fire(signal.SIGKILL if place == "update" else signal.SIGTERM)
 
-    train.Trainer.advance = after(train.Trainer.advance, count)
+    trainer.Trainer.advance = after(trainer.Trainer.advance, count)
     if place == "save":
         utils.os.fsync = after(utils.os.fsync, lambda *_: fire())
     if place == "validate":

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from engine.ema import ParameterEma
-from engine.losses import make_criterion
+from engine.losses import make_criterion, with_distillation
 from engine.state import Layout
-from engine.train import Trainer, with_distillation
+from engine.trainer import Trainer
 from utils import World, seed_everything
 
 
@@ -121,7 +121,7 @@ class Silent:
 
     def updated(self, trainer):
         self.updates += 1
-        return trainer.tally.read() if self.updates % self.read_every == 0 else None
+        return trainer.statistics.read() if self.updates % self.read_every == 0 else None
 
     def end(self, trainer, complete: bool = True) -> None:
         logging.debug("end %s", trainer.state)

@@ -11,10 +11,11 @@ from torch import nn
 
 from engine.clip import clip_gradients
 from engine.guard import fused_step, masked_step
-from engine.losses import make_criterion
+from engine.losses import make_criterion, with_distillation
 from engine.signals import StopSignal
 from engine.state import CheckpointFolder, Layout, TrainState
-from engine.train import Plan, Trainer, fit, full_windows, with_distillation
+from engine.train import Plan, fit, full_windows
+from engine.trainer import Trainer
 from lr_scheduler import LRScheduler, Schedule
 from models import SwinTransformer
 from optimizer import parameter_groups
@@ -62,7 +63,7 @@ def test_eight_updates_equal_the_references():
         )
         trainer.update([(tensors["inputs"][index], tensors["targets"][index])])
         trainer.advance(per_epoch)
-        read = trainer.tally.read()
+        read = trainer.statistics.read()
         assert read["loss"] == pytest.approx(meta["losses"][index], abs=2e-5)
         assert read["norm"] == pytest.approx(meta["grad_norms"][index], rel=2e-5)
     for name, after in subtree(tensors, "after").items():
@@ -100,7 +101,7 @@ def test_accumulated_micro_batches_equal_one_big_batch(accumulation):
     for window in full_windows(batches, accumulation):
         small.update(window)
         big.update([tuple(torch.cat(parts) for parts in zip(*window, strict=True))])
-    assert small.tally.read()["loss"] == pytest.approx(big.tally.read()["loss"], rel=1e-5)
+    assert small.statistics.read()["loss"] == pytest.approx(big.statistics.read()["loss"], rel=1e-5)
     for name, p in big.model.named_parameters():
         torch.testing.assert_close(small.model.get_parameter(name), p, atol=2e-6, rtol=1e-5)
 
@@ -165,9 +166,9 @@ def test_an_update_with_a_nan_gradient_changes_nothing_and_is_counted():
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     after = trainer.optimizer.state_dict()["state"][0]
     assert torch.equal(after["exp_avg"], moments[0]) and float(after["step"]) == moments[1]
-    assert trainer.tally.read()["skipped"] == 1
+    assert trainer.statistics.read()["skipped"] == 1
     trainer.update([batches[1]])
-    read = trainer.tally.read()
+    read = trainer.statistics.read()
     assert (read["skipped"], read["streak"], read["finite"]) == (1, 0, 2)
     assert torch.isfinite(
         torch.tensor([read["loss_mean"], read["norm_mean"]])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import main as program
-from engine.losses import Distillation, make_criterion
+from engine.losses import Distillation, make_criterion, with_distillation
 from engine.state import read
-from engine.train import BothHeads, has_two_heads, with_distillation
+from engine.trainer import BothHeads, has_two_heads
 from models import PiT, SwiftFormer
 from tests.helpers import ROOT
 

@@ -55,7 +55,7 @@ def nan_on_one_rank(world) -> dict:
     trainer, (images, targets) = make_trainer(world=world), next(Loader().epoch(0))
     before = flat(trainer)
     trainer.update([(images * float("nan") if world.rank == 1 else images, targets)])
-    return {"unchanged": flat(trainer) == before, **trainer.tally.read()}
+    return {"unchanged": flat(trainer) == before, **trainer.statistics.read()}
 
 
 def divergence(world) -> str:
@@ -91,7 +91,7 @@ def signal_to_one_rank(world) -> dict:
 
 def no_signal(world) -> int:
     with StopSignal(world) as stop:
-        return max([stop.agreed() for _ in range(5)] + [stop.settle()])
+        return max([stop.poll() for _ in range(5)] + [stop.agree()])
 
 
 def main() -> None:

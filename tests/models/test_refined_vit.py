@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.losses import make_criterion
-from engine.train import with_distillation
+from engine.losses import make_criterion, with_distillation
 from models import RefinedViT, VisionTransformer
 from models.attention import AttentionSpec
 from models.checkpoint import load_weights
