@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 import utils
+from checkpoint import CheckpointError, load_weights, read_weights, weights_metadata
+from checkpoint.read import check_readable, download
 from config import ConfigError, dump_config, get_config, load_config, parse_args, to_dict
 from data import DataError, build_data
 from engine.ema import ParameterEma
@@ -36,8 +38,6 @@ from lr_scheduler import ScheduleError, build_scheduler, scaled_rates
 from models import build_model
 from models.attention.report import describe_attention
 from models.build import ModelError
-from models.checkpoint import CheckpointError, load_weights, read_weights, weights_metadata
-from models.checkpoint.read import check_readable, download
 from models.counting import count_macs
 from models.layers.products import describe_products
 from optimizer import OptimizerError, build_optimizer

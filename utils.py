@@ -25,6 +25,7 @@ from tqdm import tqdm
 LOGGER = logging.getLogger("run")
 PACKAGES = (
     "run",
+    "checkpoint",
     "config",
     "data",
     "engine",

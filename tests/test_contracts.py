@@ -16,9 +16,10 @@ from tests.models.builders import ATTENTION_FAMILIES, NO_GRADIENT, modified, ran
 MAY_IMPORT = {
     "registry": set(),
     "kernels": set(),
-    "models": {"registry", "kernels"},
+    "checkpoint": {"registry"},
+    "models": {"registry", "kernels", "checkpoint"},
     "data": {"registry"},
-    "engine": {"registry", "utils"},
+    "engine": {"registry", "checkpoint", "utils"},
     "optimizer": {"registry"},
     "lr_scheduler": {"registry"},
     "utils": set(),

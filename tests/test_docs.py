@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 import main
+from checkpoint import save_weights
 from config import KEYS, SECTIONS, get_config, load_config, parse_args
 from models import build_model
-from models.checkpoint import save_weights
 from tests.helpers import ROOT, imported_packages, run_main
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("kernels/*/*.md")]
@@ -382,7 +382,7 @@ def test_documented_commands_on_imagenet_and_own_images_run(name, quiet, places,
 
 
 def test_the_example_of_contributing_works_as_it_stands(tmp_path):
-    for name in ("configs", "data", "engine", "kernels", "models"):
+    for name in ("checkpoint", "configs", "data", "engine", "kernels", "models"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in [
         *ROOT.glob("*.py"),
@@ -590,7 +590,7 @@ def test_every_package_that_is_imported_is_required():
         *ROOT.glob("*.py"),
         *(
             found
-            for name in ("data", "engine", "kernels", "models")
+            for name in ("checkpoint", "data", "engine", "kernels", "models")
             for found in (ROOT / name).rglob("*.py")
         ),
     ]:

@@ -15,8 +15,8 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # run from anywhere, without an installation
 
-from models.checkpoint import CheckpointError, read_weights, save_weights, to_reference
-from models.checkpoint.residual import file_residual, match_residual, side_named
+from checkpoint import CheckpointError, read_weights, save_weights, to_reference
+from checkpoint.residual import file_residual, match_residual, side_named
 
 
 def parse(argv=None) -> argparse.Namespace:

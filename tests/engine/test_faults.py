@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import main as program
+from checkpoint import load_weights, read_weights
 from config import load_config
 from engine.lock import FolderLock
 from models import build_model
-from models.checkpoint import load_weights, read_weights
 from tests.engine.runs import arguments, checkpoint, differences, folder, metrics, run
 
 QUICK = {"TRAIN__MAX_STEPS": 3, "TRAIN__SAVE_STEPS": 0, "DATA__NUM_WORKERS": 0}

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 
+from checkpoint import load_weights
 from config import load_config
 from models import build_model
 from models.attention import AttentionSpec
 from models.build import ModelError
-from models.checkpoint import load_weights
 from tests.models.builders import randomise, small
 
 NEUTRAL = (

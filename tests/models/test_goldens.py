@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
+from checkpoint import load_weights
 from models import SwinTransformer, SwinTransformerV2
 from models.attention import AttentionSpec
 from models.attention.geometry import relative_coords_table
-from models.checkpoint import load_weights
 from tests.helpers import golden, golden_names, subtree
 from tests.models.builders import FAMILIES
 

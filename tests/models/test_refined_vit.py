@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoint import load_weights
 from engine.losses import make_criterion, with_distillation
 from models import RefinedViT, VisionTransformer
 from models.attention import AttentionSpec
-from models.checkpoint import load_weights
 from models.counting import count_macs
 from tests.helpers import golden
 from tests.models.builders import randomise, small

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 
+from checkpoint import load_weights
+from checkpoint.convert import from_swiftformer
 from config import load_config
 from models.attention.additive import EfficientAdditiveAttention
 from models.build import ModelError, build_model
-from models.checkpoint import load_weights
-from models.checkpoint.convert import from_swiftformer
 from models.swiftformer import SIZES, SwiftFormer, swiftformer
 from tests.helpers import ROOT, golden, subtree
 from tests.models.builders import randomise

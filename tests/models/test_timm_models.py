@@ -8,13 +8,13 @@ import pytest
 import timm
 import torch
 
+from checkpoint import CheckpointError, load_weights, read_weights, save_weights
 from config import load_config
 from models import build_model, timm_model
 from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS, TermModifier
 from models.attention.softmax import SoftmaxAttention
 from models.build import ModelError
-from models.checkpoint import CheckpointError, load_weights, read_weights, save_weights
 from optimizer import BlockTree, parameter_groups
 from tests.models.builders import randomise
 

@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from models.attention import AttentionSpec
-from models.checkpoint import (
+from checkpoint import (
     CheckpointError,
     from_qk_residual,
     load_weights,
@@ -20,11 +19,12 @@ from models.checkpoint import (
     unwrap,
     weights_metadata,
 )
-from models.checkpoint.residual import modifiers_residual
+from checkpoint.residual import modifiers_residual
+from models.attention import AttentionSpec
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
+from tests.checkpoint.builders import SMALL, randomise
 from tests.helpers import ROOT
-from tests.models.test_checkpoint_convert import SMALL, randomise
 
 FAMILIES = pytest.mark.parametrize(
     "family", [SwinTransformer, SwinTransformerV2], ids=["swin", "swinv2"]

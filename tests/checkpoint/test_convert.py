@@ -5,8 +5,7 @@ import functools
 import pytest
 import torch
 
-from models.attention import AttentionSpec
-from models.checkpoint import (
+from checkpoint import (
     CheckpointError,
     detect,
     from_identity,
@@ -17,26 +16,11 @@ from models.checkpoint import (
     synsets_22k,
     to_reference,
 )
+from models.attention import AttentionSpec
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
+from tests.checkpoint.builders import SMALL, randomise
 from tests.helpers import golden, golden_names, subtree
-
-SMALL = {"num_classes": 7, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter random, so that a wrong order, sign or missing term shows in the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = 0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-            parameter.copy_(
-                noise * scale
-                + ("norm" in name and name.endswith("weight"))
-                + 2.0 * name.endswith("logit_scale")
-            )
-    return model.eval()
 
 
 def difference(theirs: torch.nn.Module, ours: torch.nn.Module, size: int, batch: int = 2) -> float:

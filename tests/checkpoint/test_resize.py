@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoint import CheckpointError
-from models.checkpoint.resize import (
+from checkpoint import CheckpointError
+from checkpoint.resize import (
     geometric_nodes,
     grid_extent,
     index_extent,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoint import CheckpointError, read_weights, save_weights
-from models.checkpoint import read as reading
+from checkpoint import CheckpointError, read_weights, save_weights
+from checkpoint import read as reading
 from tests.helpers import GOLDEN, golden
 
 STATE = {

@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 
+from checkpoint import CheckpointError, load_weights, read_weights
+from checkpoint.convert import is_rebuilt
 from models.attention import AttentionSpec
-from models.checkpoint import CheckpointError, load_weights, read_weights
-from models.checkpoint.convert import is_rebuilt
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
+from tests.checkpoint.builders import SMALL, randomise
 from tests.helpers import GOLDEN, golden, golden_names, subtree
-from tests.models.test_checkpoint_convert import SMALL, randomise
 
 FAMILIES = {"swin": SwinTransformer, "swinv2": SwinTransformerV2}
 RULES = {
