@@ -1,5 +1,11 @@
-"""The backbones; `build_model` makes one from a config."""
+"""The backbones, one family a file, each registered in BACKBONES; `build_model` makes one from a
+config.
+"""
 
+import importlib
+import pkgutil
+
+from .base.backbone import BACKBONES
 from .build import build_model
 from .cait import CaiT
 from .pit import PiT
@@ -13,7 +19,13 @@ from .t2t import T2TViT
 from .timm_models import timm_model
 from .vit import VisionTransformer
 
+# a family of its own needs no line here: every file registers what it holds
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.ispkg:
+        importlib.import_module(f"{__name__}.{_module.name}")
+
 __all__ = [
+    "BACKBONES",
     "CaiT",
     "PiT",
     "RefinedViT",

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.talking_attention import ClassAttention, TalkingHeadsAttention
+from models.base.backbone import BACKBONES
+from models.base.options import pixels
+from models.base.tokens import TokenTransformer
 from models.layers.class_block import ClassBlock, ScaledBlock
+from models.layers.drop_path import drop_path_rates
 from models.layers.init import trunc_normal
-from models.layers.token_transformer import TokenTransformer, drop_path_rates
 
 BY_DEPTH = ((18, 0.1), (24, 1e-5), (float("inf"), 1e-6))  # up to which block, counted from 1: gamma
 
 
+@BACKBONES.register("cait")
 class CaiT(TokenTransformer):
     """Patch blocks, then class blocks; the head sees the class token.
 
@@ -39,6 +43,28 @@ class CaiT(TokenTransformer):
     Source: CaiT, arXiv:2103.17239. The small-image form is that of
         github.com/CatworldLee/Gaussian-Mixture-Mask-Attention.
     """
+
+    optional_settings = TokenTransformer.optional_settings - {"MODEL.ATTENTION.BACKEND"}
+    section = "CAIT"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "CaiT":
+        """See the base."""
+        node = config.MODEL.CAIT
+        return super().from_config(
+            config,
+            num_classes,
+            patch_size=pixels(node.PATCH_SIZE),
+            depth=node.DEPTH,
+            num_heads=node.NUM_HEADS,
+            head_dim=node.HEAD_DIM,
+            class_depth=node.CLASS_DEPTH,
+            mixing=node.MIXING,
+            mixing_bias=node.MIXING_BIAS,
+            class_context=node.CLASS_CONTEXT,
+            class_mixing=node.CLASS_MIXING,
+            layer_scale=node.LAYER_SCALE,
+        )
 
     def __init__(
         self,

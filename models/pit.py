@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
+from models.base.backbone import BACKBONES
+from models.base.options import pixels
+from models.base.tokens import TokenTransformer, token_block
+from models.layers.drop_path import drop_path_rates
 from models.layers.init import trunc_normal
 from models.layers.pooling import OverlapEmbed, PoolingStage, TokenPooling
-from models.layers.token_transformer import TokenTransformer, drop_path_rates, token_block
 
 
+@BACKBONES.register("pit")
 class PiT(TokenTransformer):
     """Stages of blocks of global attention, with pooling between them that halves the grid and
     doubles the channels.
@@ -34,6 +38,25 @@ class PiT(TokenTransformer):
         class_position are of the small-image form of
         github.com/CatworldLee/Gaussian-Mixture-Mask-Attention.
     """
+
+    section = "PIT"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "PiT":
+        """See the base."""
+        node = config.MODEL.PIT
+        return super().from_config(
+            config,
+            num_classes,
+            patch_size=pixels(node.PATCH_SIZE),
+            depths=list(node.DEPTHS),
+            num_heads=list(node.NUM_HEADS),
+            stride=node.STRIDE,
+            head_dim=node.HEAD_DIM,
+            pointwise=node.POINTWISE,
+            class_position=node.CLASS_POSITION,
+            distilled=node.DISTILLED,
+        )
 
     def __init__(
         self,

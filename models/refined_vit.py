@@ -11,13 +11,17 @@ from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.build import global_attention
 from models.attention.shared_map import MapAttention, SharedMapAttention
+from models.base.backbone import BACKBONES
+from models.base.options import pixels
+from models.base.tokens import TokenTransformer
 from models.layers.conv_stem import patch_embedding
+from models.layers.drop_path import drop_path_rates
 from models.layers.init import trunc_normal
 from models.layers.map_block import MapBlock, run_map_blocks
-from models.layers.token_transformer import TokenTransformer, drop_path_rates
 from registry import check_choice
 
 
+@BACKBONES.register("refined_vit")
 class RefinedViT(TokenTransformer):
     """Blocks of attention, of which some take the map of an earlier one, refine it and project
     values only.
@@ -45,6 +49,34 @@ class RefinedViT(TokenTransformer):
     Source: Refiner, arXiv:2106.03714; the form with shared maps is that of
         github.com/zhoudaquan/Refiner_ViT.
     """
+
+    section = "REFINED_VIT"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "RefinedViT":
+        """See the base."""
+        node = config.MODEL.REFINED_VIT
+        backend = config.MODEL.ATTENTION.BACKEND
+        if backend != "auto" and (node.SHARE_EVERY > 1 or node.CARRY or node.COS_REG):
+            raise ValueError(
+                f"MODEL.ATTENTION.BACKEND {backend}: maps that are handed on are formed in the"
+                " open; set it to auto, or SHARE_EVERY 1, CARRY False and COS_REG 0"
+            )
+        return super().from_config(
+            config,
+            num_classes,
+            patch_size=pixels(node.PATCH_SIZE),
+            depth=node.DEPTH,
+            num_heads=node.NUM_HEADS,
+            stem=node.STEM,
+            share_every=node.SHARE_EVERY,
+            carry=node.CARRY,
+            refine=node.REFINE,
+            mlp_gain=node.MLP_GAIN,
+            aux_head=node.AUX_HEAD,
+            cos_reg=node.COS_REG,
+            cos_pairs=node.COS_PAIRS,
+        )
 
     def __init__(
         self,

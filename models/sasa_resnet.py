@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from kernels.window_attention.layout import Size, to_pair
 from models.attention.local import LocalAttention
 from models.attention.local_stem import AttentionStem
-from models.layers.backbone import Backbone
+from models.base.backbone import BACKBONES, Backbone
+from models.base.options import attention_spec, pixels
 from models.layers.bottleneck import EXPANSION, Bottleneck
-from models.layers.token_transformer import drop_path_rates
+from models.layers.drop_path import drop_path_rates
 from registry import check_choice
 
 DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
 STEMS = ("conv", "attention", "small")
 
 
+@BACKBONES.register("sasa_resnet")
 class SasaResNet(Backbone):
     """Groups of bottlenecks with local attention or, where `conv_groups` names the group, 3 x 3
     convolutions (v1.5).
@@ -38,6 +40,41 @@ class SasaResNet(Backbone):
     Raises: ValueError for a group that does not exist, and for sizes that LocalAttention refuses.
     Source: Stand-Alone Self-Attention in Vision Models, arXiv:1906.05909, section 4.1.
     """
+
+    optional_settings = frozenset(("MODEL.DROP_PATH_PROFILE", "MODEL.ATTENTION.MIXER"))
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "SasaResNet":
+        """See the base."""
+        model, node = config.MODEL, config.MODEL.SASA_RESNET
+        mixer = attention_spec(config, own="local").mixer
+        if mixer != "local":
+            raise ValueError(
+                f"MODEL.ATTENTION.MIXER {mixer}: sasa_resnet has local attention, whose options"
+                " are keys of MODEL.SASA_RESNET; leave it at auto, or take MODEL.TYPE swin, vit or"
+                " swiftformer"
+            )
+        return cls(
+            img_size=pixels(config.DATA.IMG_SIZE),
+            in_chans=node.IN_CHANS,
+            num_classes=num_classes,
+            width=node.WIDTH,
+            depths=list(node.DEPTHS),
+            stem=node.STEM,
+            conv_groups=list(node.CONV_GROUPS),
+            num_heads=node.NUM_HEADS,
+            kernel_size=node.KERNEL_SIZE,
+            rel=node.REL,
+            pad=node.PAD,
+            scale=node.SCALE,
+            grouped=node.GROUPED,
+            content=node.CONTENT,
+            stem_heads=node.STEM_HEADS,
+            mixtures=node.STEM_MIXTURES,
+            drop_rate=model.DROP_RATE,
+            drop_path_rate=model.DROP_PATH_RATE,
+            drop_path_profile=model.DROP_PATH_PROFILE,
+        )
 
     def __init__(
         self,

@@ -4,14 +4,14 @@ end of each stage.
 
 from collections.abc import Sequence
 
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.attention.mixers import MIXERS
-from models.layers.backbone import Backbone
+from models.base.backbone import BACKBONES, Backbone
+from models.base.options import attention_spec, pixels
 from models.layers.conv_encoder import ConvEncoder, ConvMlp, ConvNorm, LayerScale2d
+from models.layers.drop_path import drop_path_rates, stochastic_depth
 from models.layers.init import trunc_normal
-from models.layers.token_transformer import drop_path_rates
 from registry import check_choice, parse_call
 
 SIZES = {
@@ -44,7 +44,7 @@ class SwiftFormerBlock(nn.Module):
         self.local_representation = ConvEncoder(dim, dim, layer_scale=layer_scale is not None)
         self.attn = MIXERS.create(attention, dim, num_heads)
         self.linear = ConvMlp(dim, hidden, drop)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = stochastic_depth(drop_path)
         self.layer_scale_1 = (
             nn.Identity() if layer_scale is None else LayerScale2d(dim, layer_scale)
         )
@@ -89,6 +89,7 @@ class SwiftFormerStage(nn.Module):
         return first + sum(block.flops(pixels) for block in self.blocks)
 
 
+@BACKBONES.register("swiftformer")
 class SwiftFormer(Backbone):
     """Four stages on maps of 1/4, 1/8, 1/16 and 1/32 of the image.
 
@@ -107,6 +108,36 @@ class SwiftFormer(Backbone):
         head.
     Source: SwiftFormer, arXiv:2303.15446; widths and depths of the released code.
     """
+
+    optional_settings = frozenset(("MODEL.DROP_PATH_PROFILE", "MODEL.ATTENTION.MIXER"))
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "SwiftFormer":
+        """See the base."""
+        model, node = config.MODEL, config.MODEL.SWIFTFORMER
+        spec = attention_spec(config, own="efficient_additive")
+        if spec.mixer == "softmax":
+            raise ValueError(
+                "MODEL.ATTENTION.MIXER softmax: swiftformer attends on maps of up to a quarter of"
+                " the image's sides, too many tokens for N x N maps; leave it at auto, which is"
+                " efficient_additive here"
+            )
+        return cls(
+            img_size=pixels(config.DATA.IMG_SIZE),
+            in_chans=node.IN_CHANS,
+            num_classes=num_classes,
+            embed_dims=list(node.EMBED_DIMS),
+            depths=list(node.DEPTHS),
+            mlp_ratio=node.MLP_RATIO,
+            vit_num=node.VIT_NUM,
+            attention=spec.mixer,
+            num_heads=list(node.NUM_HEADS),
+            drop_rate=model.DROP_RATE,
+            drop_path_rate=model.DROP_PATH_RATE,
+            drop_path_profile=model.DROP_PATH_PROFILE,
+            layer_scale=node.LAYER_SCALE,
+            distillation=node.DISTILL_HEAD,
+        )
 
     def __init__(
         self,

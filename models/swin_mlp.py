@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size
-from models.layers.hierarchy import PyramidOptions, PyramidTransformer, pyramid_options
+from models.base.backbone import BACKBONES
+from models.base.pyramid import PyramidOptions, PyramidTransformer, pyramid_options
+from models.base.window_block import WindowBlock
 from models.layers.mlp import Mlp
-from models.layers.window_block import WindowBlock
 
 __all__ = ["SwinMLP", "SwinMLPBlock", "window_partition", "window_reverse"]
 
@@ -84,12 +85,15 @@ class SwinMLPBlock(WindowBlock):
         return self.mlp_flops() + rows * columns * self.dim * (self.window[0] * self.window[1]) ** 2
 
 
+@BACKBONES.register("swin_mlp")
 class SwinMLP(PyramidTransformer):
     """The reference's arguments in the reference's order; `others` are further `PyramidOptions`.
     There is no attention to modify.
 
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
+
+    section = "SWIN_MLP"
 
     def __init__(
         self,

@@ -10,8 +10,10 @@ from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, WindowAttention
 from models.attention.build import window_attention
-from models.layers.hierarchy import PyramidTransformer, pyramid_options
-from models.layers.window_block import AttentionBlock, block_geometry
+from models.base.backbone import BACKBONES
+from models.base.options import SOFTMAX, attention_spec
+from models.base.pyramid import PyramidTransformer, pyramid_options
+from models.base.window_block import AttentionBlock, block_geometry
 
 __all__ = ["SwinTransformer", "SwinTransformerBlock", "window_partition", "window_reverse"]
 
@@ -47,6 +49,7 @@ class SwinTransformerBlock(AttentionBlock):
         return x + self.drop_path(self.mix(self.norm2(x), grid))
 
 
+@BACKBONES.register("swin")
 class SwinTransformer(PyramidTransformer):
     """The reference's arguments in the reference's order, then this project's.
 
@@ -60,6 +63,22 @@ class SwinTransformer(PyramidTransformer):
             dynamic_img_size ...).
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
+
+    optional_settings = PyramidTransformer.optional_settings | SOFTMAX | {"MODEL.SW_MLP"}
+    section = "SWIN"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "SwinTransformer":
+        """See the base."""
+        node = config.MODEL.SWIN
+        return super().from_config(
+            config,
+            num_classes,
+            qkv_bias=node.QKV_BIAS,
+            qk_scale=node.QK_SCALE,
+            attention=attention_spec(config),
+            sw_mlp=config.MODEL.SW_MLP,
+        )
 
     def __init__(
         self,

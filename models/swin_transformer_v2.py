@@ -10,8 +10,10 @@ from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec, WindowAttentionV2
 from models.attention.build import window_attention
-from models.layers.hierarchy import PyramidOptions, PyramidTransformer, pyramid_options
-from models.layers.window_block import AttentionBlock, block_geometry
+from models.base.backbone import BACKBONES
+from models.base.options import COSINE, SOFTMAX, attention_spec
+from models.base.pyramid import PyramidOptions, PyramidTransformer, pyramid_options
+from models.base.window_block import AttentionBlock, block_geometry
 
 __all__ = ["SwinTransformerBlockV2", "SwinTransformerV2", "window_partition", "window_reverse"]
 
@@ -51,6 +53,7 @@ class SwinTransformerBlockV2(AttentionBlock):
         return x + self.drop_path(self.norm2(self.mix(x, grid)))
 
 
+@BACKBONES.register("swinv2")
 class SwinTransformerV2(PyramidTransformer):
     """The reference's arguments in the reference's order, then this project's; see
     `SwinTransformer` for those both share.
@@ -62,6 +65,21 @@ class SwinTransformerV2(PyramidTransformer):
     """
 
     norm_first = False
+    optional_settings = PyramidTransformer.optional_settings | SOFTMAX | COSINE | {"MODEL.SW_MLP"}
+    section = "SWINV2"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "SwinTransformerV2":
+        """See the base."""
+        node = config.MODEL.SWINV2
+        return super().from_config(
+            config,
+            num_classes,
+            qkv_bias=node.QKV_BIAS,
+            attention=attention_spec(config),
+            pretrained_window_sizes=list(node.PRETRAINED_WINDOW_SIZES),
+            sw_mlp=config.MODEL.SW_MLP,
+        )
 
     def __init__(
         self,

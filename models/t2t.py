@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.skip_attention import SkipAttention
-from models.layers.token_block import TokenBlock
-from models.layers.token_transformer import TokenTransformer, drop_path_rates
+from models.base.backbone import BACKBONES
+from models.base.token_block import TokenBlock
+from models.base.tokens import TokenTransformer
+from models.layers.drop_path import drop_path_rates
 from models.layers.tokens_to_token import TokensToToken, sinusoid
 from registry import check_choice
 
 
+@BACKBONES.register("t2t")
 class T2TViT(TokenTransformer):
     """Tokens-to-token, then blocks of global attention at one resolution; the head sees the mean of
     the tokens.
@@ -37,6 +40,23 @@ class T2TViT(TokenTransformer):
     Source: arXiv:2101.11986; the small-image form of
         github.com/CatworldLee/Gaussian-Mixture-Mask-Attention.
     """
+
+    section = "T2T"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "T2TViT":
+        """See the base."""
+        node = config.MODEL.T2T
+        return super().from_config(
+            config,
+            num_classes,
+            depth=node.DEPTH,
+            num_heads=node.NUM_HEADS,
+            token_transformers=node.TOKEN_TRANSFORMERS,
+            token_dim=node.TOKEN_DIM,
+            preset=node.PRESET,
+            modified=node.MODIFIED,
+        )
 
     def __init__(
         self,

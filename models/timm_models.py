@@ -10,7 +10,8 @@ from torch import nn
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec
 from models.attention.timm_attention import replacement
-from models.layers.backbone import Backbone
+from models.base.backbone import BACKBONES, Backbone
+from models.base.options import SOFTMAX, attention_spec, pixels
 from registry import did_you_mean, parse_call
 
 from .counting import count_macs
@@ -28,6 +29,7 @@ INSTEAD = {
 }  # MODEL.TYPE by name
 
 
+@BACKBONES.register("timm")
 class TimmBackbone(Backbone):
     """What a timm model is to this program beside its own class: mixed in front of it, so that its
     parameters keep their names.
@@ -37,6 +39,23 @@ class TimmBackbone(Backbone):
     """
 
     input_shape: tuple[int, int, int]
+    optional_settings = SOFTMAX | {"TRAIN.USE_CHECKPOINT"}
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> nn.Module:
+        """See the base."""
+        model, node = config.MODEL, config.MODEL.TIMM
+        return timm_model(
+            node.MODEL or model.NAME,
+            num_classes,
+            pixels(config.DATA.IMG_SIZE),
+            node.IN_CHANS,
+            drop_rate=model.DROP_RATE,
+            drop_path_rate=model.DROP_PATH_RATE,
+            use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+            pretrained=node.PRETRAINED,
+            attention=attention_spec(config),
+        )
 
     def initialise_weights(self) -> None:
         """Nothing: timm has drawn its own."""

@@ -7,11 +7,15 @@ from torch import Tensor, nn
 
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
+from models.base.backbone import BACKBONES
+from models.base.options import pixels
+from models.base.tokens import TokenTransformer, token_block
+from models.layers.drop_path import drop_path_rates
 from models.layers.init import trunc_normal
-from models.layers.token_transformer import TokenTransformer, drop_path_rates, token_block
 from registry import check_choice
 
 
+@BACKBONES.register("vit")
 class VisionTransformer(TokenTransformer):
     """Blocks of global attention at one resolution.
 
@@ -25,6 +29,24 @@ class VisionTransformer(TokenTransformer):
     Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dim) where
         num_classes is 0. State-dict keys are timm's.
     """
+
+    section = "VIT"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "VisionTransformer":
+        """See the base."""
+        node = config.MODEL.VIT
+        return super().from_config(
+            config,
+            num_classes,
+            patch_size=pixels(node.PATCH_SIZE),
+            depth=node.DEPTH,
+            num_heads=node.NUM_HEADS,
+            head_dim=node.HEAD_DIM,
+            class_token=node.CLASS_TOKEN,
+            pool=node.POOL,
+            layer_scale=node.LAYER_SCALE,
+        )
 
     def __init__(
         self,

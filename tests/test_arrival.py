@@ -8,18 +8,7 @@ from models import build_model
 from tests.arrival import FAMILIES, arrival_in_model, config_of, model_keys, model_settings
 
 # Settings that are accepted and do nothing, to be honoured or refused.
-IGNORED = {
-    "swin": {"MODEL.DROP_PATH_PROFILE"},
-    "swinv2": {"MODEL.DROP_PATH_PROFILE"},
-    "swin_mlp": {
-        "MODEL.DROP_PATH_PROFILE",
-        "MODEL.ATTENTION.DROP",
-        "MODEL.ATTENTION.MIXER",
-        "MODEL.ATTENTION.BACKEND",
-    },
-    "cait": {"MODEL.ATTENTION.BACKEND"},
-    "refined_vit": {"MODEL.ATTENTION.BACKEND"},
-}
+IGNORED: dict[str, set[str]] = {}
 ELSEWHERE = {"MODEL.TIMM.PRETRAINED": "fetches weights; the test below answers for the network"}
 
 

@@ -1,10 +1,11 @@
 """ResNet's bottleneck, whose spatial layer is a convolution or local attention."""
 
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models.attention.local import LocalAttention
+
+from .drop_path import stochastic_depth
 
 EXPANSION = 4  # channels of a block per channel of its spatial layer
 
@@ -44,7 +45,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(
                 nn.Conv2d(dim, out_dim, 1, stride, bias=False), nn.BatchNorm2d(out_dim)
             )
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = stochastic_depth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim, H, W) -> (B, 4 width, ceil(H / stride), ceil(W / stride))."""

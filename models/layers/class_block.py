@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.base.token_block import TokenBlock
 from registry import check_choice
-
-from .token_block import TokenBlock
 
 CONTEXTS = ("all", "patches")
 

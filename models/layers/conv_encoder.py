@@ -4,8 +4,9 @@ MLP of 1 x 1 convolutions.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
+
+from .drop_path import stochastic_depth
 
 
 class LayerScale2d(nn.Module):
@@ -57,7 +58,7 @@ class ConvEncoder(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
         self.pwconv1, self.pwconv2 = nn.Conv2d(dim, hidden, 1), nn.Conv2d(hidden, dim, 1)
         self.layer_scale = LayerScale2d(dim, 1.0) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = stochastic_depth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

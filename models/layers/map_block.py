@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention.shared_map import SharedMapAttention
-
-from .token_block import LayerScale, TokenBlock
+from models.base.token_block import LayerScale, TokenBlock
 
 Step = tuple[Tensor, Tensor | None]
 

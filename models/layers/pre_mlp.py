@@ -1,8 +1,8 @@
 """Pre-MLP: a channel MLP before the first attention of the model, or of each stage."""
 
-from timm.layers import DropPath
 from torch import Tensor, nn
 
+from .drop_path import stochastic_depth
 from .mlp import Mlp
 
 PLACES = ("off", "stem", "stage")
@@ -21,7 +21,7 @@ class PreMlp(nn.Module):
         self.dim, self.hidden = dim, int(dim * ratio)
         self.norm = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, self.hidden, drop)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = stochastic_depth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""

@@ -3,8 +3,9 @@
 import pytest
 from torch import nn
 
-from config import load_config
-from models import build_model
+from config import KEYS, ConfigError, load_config
+from models import BACKBONES, build_model
+from models.base.options import NEUTRAL
 from models.build import ModelError
 from models.sasa_resnet import SasaResNet
 from models.swiftformer import SwiftFormer
@@ -54,6 +55,53 @@ def test_a_momentum_without_batch_norm_is_refused():
         match="MODEL.BN_MOMENTUM 0.1: VisionTransformer has no BatchNorm; set it to None",
     ):
         build_model(load_config(None, [*VIT, "MODEL.BN_MOMENTUM", 0.1]))
+
+
+TINY = ["DATA.DATASET", "digits", "DATA.IMG_SIZE", 16, "MODEL.DROP_PATH_RATE", 0.3]
+
+
+def tiny_pyramid(family, *opts):
+    """A model of one stage of three blocks, from a config."""
+    section = f"MODEL.{family.upper()}"
+    sizes = {"PATCH_SIZE": 2, "EMBED_DIM": 16, "DEPTHS": [3], "NUM_HEADS": [2], "WINDOW_SIZE": 4}
+    pairs = [word for key, value in sizes.items() for word in (f"{section}.{key}", value)]
+    return build_model(load_config(None, ["MODEL.TYPE", family, *TINY, *pairs, *opts]))
+
+
+@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_mlp"])
+def test_the_profile_of_stochastic_depth_reaches_the_windowed_families(family):
+    for profile, rates in (("linear", [0, 0.15, 0.3]), ("constant", [0.3, 0.3, 0.3])):
+        blocks = tiny_pyramid(family, "MODEL.DROP_PATH_PROFILE", profile).layers[0].blocks
+        found = [getattr(block.drop_path, "drop_prob", 0) for block in blocks]
+        assert found == pytest.approx(rates)
+
+
+OTHER_VALUES = {
+    "MODEL.DROP_PATH_PROFILE": "constant",
+    "MODEL.PRE_MLP.WHERE": "stem",
+    "MODEL.SW_MLP": "shift",
+    "MODEL.DYNAMIC_IMG_SIZE": True,
+    "MODEL.ATTENTION.MIXER": "separable",
+    "MODEL.ATTENTION.MODIFIERS": ["qk_residual"],
+    "MODEL.ATTENTION.DROP": 0.5,
+    "MODEL.ATTENTION.BACKEND": "fused",
+    "MODEL.ATTENTION.LOGIT_SCALE_INIT": 5.0,
+    "MODEL.ATTENTION.BIAS_SIGMOID": False,
+    "TRAIN.USE_CHECKPOINT": True,
+}
+
+
+@pytest.mark.parametrize("family", BACKBONES.names())
+def test_a_setting_that_a_family_does_not_read_is_refused(family):
+    assert OTHER_VALUES.keys() == NEUTRAL.keys()
+    for key in NEUTRAL.keys() - BACKBONES[family].optional_settings:
+        message = rf"{key}.*{family}.*(set|leave) it (to|at) "
+        with pytest.raises((ConfigError, ModelError), match=message):
+            build_model(load_config(None, ["MODEL.TYPE", family, key, OTHER_VALUES[key]]))
+
+
+def test_neutral_values_are_the_defaults_of_the_config():
+    assert {key: KEYS[key].default for key in NEUTRAL} == NEUTRAL
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "swiftformer", "sasa_resnet"])

@@ -128,12 +128,8 @@ def test_another_mixer_is_taken_from_the_one_place_for_all_families():
     ("key", "value", "message"),
     [
         ("MODEL.ATTENTION.MIXER", "softmax", "too many tokens for N x N maps; leave it at auto"),
-        (
-            "MODEL.ATTENTION.MODIFIERS",
-            "[qk_residual]",
-            "which mixer efficient_additive does not form",
-        ),
-        ("MODEL.ATTENTION.DROP", "0.1", "MODEL.ATTENTION.DROP: only softmax attention has that"),
+        ("MODEL.ATTENTION.MODIFIERS", "[qk_residual]", "swiftformer has no such part"),
+        ("MODEL.ATTENTION.DROP", "0.1", "swiftformer has no such part: set it to 0.0"),
         ("MODEL.SWIFTFORMER.NUM_HEADS", "[2, 2]", "which has no heads; leave it out"),
         ("MODEL.PRE_MLP.WHERE", "stem", "swiftformer has no such part"),
         ("TRAIN.USE_CHECKPOINT", "True", "running statistics"),

@@ -7,17 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec
+from models.layers.drop_path import drop_path_rates, stochastic_depth
+from models.layers.init import init_linear_and_norm, own_random_numbers, trunc_normal
+from models.layers.patch_embed import PatchEmbed, PatchMerging, resize_positions
+from models.layers.pre_mlp import PLACES, PreMlp
 
 from .backbone import Backbone
-from .init import init_linear_and_norm, own_random_numbers, trunc_normal
-from .patch_embed import PatchEmbed, PatchMerging, resize_positions
-from .pre_mlp import PLACES, PreMlp
+from .options import DEPTH, PYRAMID, pixels
 
 
 @dataclass
@@ -41,6 +42,7 @@ class PyramidOptions:
     mlp_ratio: float = 4.0
     drop_rate: float = 0.0
     drop_path_rate: float = 0.1
+    drop_path_profile: str = "linear"
     norm_layer: type[nn.Module] = nn.LayerNorm
     ape: bool = False
     patch_norm: bool = True
@@ -147,6 +149,35 @@ class PyramidTransformer(Backbone):
     """
 
     norm_first = True  # where the norm of the patch merging stands
+    optional_settings = DEPTH | PYRAMID
+    section: str  # of MODEL
+
+    @classmethod
+    def from_config(cls, config, num_classes: int, **own) -> "PyramidTransformer":
+        """See the base; `own` are the arguments of one family."""
+        model, node = config.MODEL, config.MODEL[cls.section]
+        return cls(
+            img_size=pixels(config.DATA.IMG_SIZE),
+            patch_size=pixels(node.PATCH_SIZE),
+            in_chans=node.IN_CHANS,
+            num_classes=num_classes,
+            embed_dim=node.EMBED_DIM,
+            depths=list(node.DEPTHS),
+            num_heads=list(node.NUM_HEADS),
+            window_size=pixels(node.WINDOW_SIZE),
+            mlp_ratio=node.MLP_RATIO,
+            drop_rate=model.DROP_RATE,
+            drop_path_rate=model.DROP_PATH_RATE,
+            drop_path_profile=model.DROP_PATH_PROFILE,
+            ape=node.APE,
+            patch_norm=node.PATCH_NORM,
+            use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+            pre_mlp=model.PRE_MLP.WHERE,
+            pre_mlp_ratio=model.PRE_MLP.RATIO,
+            pre_mlp_drop_path=model.PRE_MLP.DROP_PATH,
+            dynamic_img_size=model.DYNAMIC_IMG_SIZE,
+            **own,
+        )
 
     def __init__(self, options: PyramidOptions):
         super().__init__()
@@ -216,22 +247,14 @@ class PyramidTransformer(Backbone):
         )
 
     def _make_stages(self, options: PyramidOptions) -> Iterable[Stage]:
-        rates = iter(
-            torch.linspace(0, options.drop_path_rate, sum(options.depths), device="cpu").tolist()
-        )
+        depth = sum(options.depths)
+        rates = iter(drop_path_rates(options.drop_path_rate, depth, options.drop_path_profile))
         resolution = self.patches_resolution
         for stage, depth in enumerate(options.depths):
             dim = options.embed_dim * 2**stage
             paths = [next(rates) for _ in range(depth)]
             blocks = [
-                self.make_block(
-                    options,
-                    dim,
-                    resolution,
-                    stage,
-                    block,
-                    DropPath(path) if path else nn.Identity(),
-                )
+                self.make_block(options, dim, resolution, stage, block, stochastic_depth(path))
                 for block, path in enumerate(paths)
             ]
             last = stage == self.num_layers - 1

@@ -1,15 +1,15 @@
-"""What every backbone does about its attention modules: initial values and the weight decay of what
-modifiers add.
+"""What every backbone is to the rest of the program: its registry, how a config builds one, initial
+values, and what it says of its parameters.
 """
 
 from torch import nn
 
-from models.attention.local import LocalAttention
-from models.attention.local_stem import AttentionStem
 from models.attention.modified import Modified
+from models.layers.init import init_linear_and_norm
+from models.layers.pre_mlp import PreMlp
+from registry import Registry
 
-from .init import init_linear_and_norm
-from .pre_mlp import PreMlp
+BACKBONES = Registry("backbone")
 
 
 class Backbone(nn.Module):
@@ -17,7 +17,19 @@ class Backbone(nn.Module):
 
     Attributes every backbone has: num_classes, num_features (channels of the pooled features), and
         `forward_features`, `forward`, `flops`.
+    optional_settings: the settings of models.base.options.NEUTRAL that `from_config` reads; a
+        config that changes another one is refused.
     """
+
+    optional_settings: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> nn.Module:
+        """The model that the family's section of MODEL describes.
+
+        Raises: ValueError with the reason where there is no such model.
+        """
+        raise NotImplementedError
 
     def initialise(self) -> None:
         """Initial values: `initialise_weights`, then each modifier draws its own, whatever else the
@@ -29,9 +41,7 @@ class Backbone(nn.Module):
                 module.initialise_modifiers(name)
 
     def initialise_weights(self) -> None:
-        """The reference's rule for all but modifiers and pre-MLPs, which have drawn their own
-        already.
-        """
+        """Swin's rule for all but modifiers and pre-MLPs, which have drawn their own already."""
         own = [
             name
             for name, module in self.named_modules()
@@ -46,18 +56,13 @@ class Backbone(nn.Module):
         return set()
 
     def no_weight_decay(self) -> set[str]:
-        """Full names of parameters without weight decay: `position_names`, and what attention
-        modifiers and local attention name.
+        """Full names of parameters without weight decay: `position_names`, and those that a part of
+        the model names in a `no_weight_decay` of its own.
         """
         names = self.position_names()
-        for module_name, module in self.named_modules():
-            if isinstance(module, Modified):
-                for key, modifier in module.modifiers.items():
-                    names |= {
-                        f"{module_name}.modifiers.{key}.{own}" for own in modifier.no_weight_decay()
-                    }
-            if isinstance(module, (LocalAttention, AttentionStem)):
-                names |= {f"{module_name}.{own}" for own in module.no_weight_decay()}
+        for path, module in self.named_modules():
+            if path and hasattr(module, "no_weight_decay"):
+                names |= {f"{path}.{own}" for own in module.no_weight_decay()}
         return names
 
     def no_weight_decay_keywords(self) -> set[str]:

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.build import global_attention
-from registry import check_choice
+from models.layers.patch_embed import PatchEmbed
 
 from .backbone import Backbone
-from .patch_embed import PatchEmbed
+from .options import DEPTH, SOFTMAX, attention_spec, pixels
 from .token_block import TokenBlock
 
 
@@ -24,6 +24,29 @@ class TokenTransformer(Backbone):
     patch_embed: takes the place of what `make_patch_embed` makes.
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
+
+    optional_settings = DEPTH | SOFTMAX
+    section: str  # of MODEL
+
+    @classmethod
+    def from_config(cls, config, num_classes: int, **own) -> "TokenTransformer":
+        """See the base; `own` are the arguments of one family."""
+        model, node = config.MODEL, config.MODEL[cls.section]
+        return cls(
+            img_size=pixels(config.DATA.IMG_SIZE),
+            in_chans=node.IN_CHANS,
+            num_classes=num_classes,
+            embed_dim=node.EMBED_DIM,
+            mlp_ratio=node.MLP_RATIO,
+            qkv_bias=node.QKV_BIAS,
+            norm_eps=node.NORM_EPS,
+            drop_rate=model.DROP_RATE,
+            drop_path_rate=model.DROP_PATH_RATE,
+            drop_path_profile=model.DROP_PATH_PROFILE,
+            use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+            attention=attention_spec(config),
+            **own,
+        )
 
     def __init__(
         self,
@@ -37,12 +60,10 @@ class TokenTransformer(Backbone):
         patch_embed: nn.Module | None = None,
     ):
         super().__init__()
-        self.num_classes, self.embed_dim, self.num_features, self.use_checkpoint = (
-            num_classes,
-            embed_dim,
-            embed_dim,
-            use_checkpoint,
-        )
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.num_features = embed_dim
+        self.use_checkpoint = use_checkpoint
         self.patch_embed = patch_embed or self.make_patch_embed(
             img_size, patch_size, in_chans, embed_dim
         )
@@ -76,15 +97,6 @@ class TokenTransformer(Backbone):
     def head_flops(self) -> int:
         """Multiply-accumulates of the last norm and the head."""
         return self.num_features + self.num_features * self.num_classes
-
-
-def drop_path_rates(rate: float, depth: int, profile: str = "linear") -> list[float]:
-    """Stochastic depth of each of `depth` blocks: rising linearly from 0 to `rate`, or `rate`
-    throughout.
-    """
-    if check_choice("drop path profile", profile, ("linear", "constant")) == "constant":
-        return [rate] * depth
-    return torch.linspace(0, rate, depth, device="cpu").tolist()
 
 
 def token_block(

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from kernels.window_attention.layout import Size, WindowLayout, to_pair, window_layout
 from models.attention.geometry import Geometry
-
-from .init import own_random_numbers
-from .mlp import Mlp
-from .sw_mlp import make_sw_mlp
+from models.layers.init import own_random_numbers
+from models.layers.mlp import Mlp
+from models.layers.sw_mlp import make_sw_mlp
 
 
 def clamp_window(resolution: Size, window_size: int | Size, shifted: bool) -> tuple[Size, Size]:

@@ -5,10 +5,10 @@ the tokens.
 from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .mlp import Mlp
+from models.layers.drop_path import stochastic_depth
+from models.layers.mlp import Mlp
 
 
 class LayerScale(nn.Module):
@@ -52,7 +52,7 @@ class TokenBlock(nn.Module):
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2, self.mlp = norm_layer(dim), Mlp(dim, hidden, drop)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = stochastic_depth(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""

@@ -1,0 +1,1 @@
+"""What several families of backbones share: registry, base classes, what is read from a config."""
