@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.sets import DATASETS
 from settings.flags import FLAGS, add_flags, add_local_rank, build_parser
 from settings.kinds import (
     Choice,
@@ -42,7 +43,7 @@ from settings.reading import (
     to_dict,
     tree,
 )
-from settings.rules import CLASSES, check_combinations, derive
+from settings.rules import check_combinations, derive
 
 __all__ = [
     "FLAGS",
@@ -131,10 +132,10 @@ KEYS: dict[str, Key] = {
     "DATA.BATCH_SIZE": Key(128, AT_LEAST_1,
         "images per process and step, in training and validation"),
     "DATA.DATA_PATH": Key("", text(), "root of the data set; digits needs none"),
-    "DATA.DATASET": Key("imagenet", choice("folder", *CLASSES),
-        "imagenet: DATA_PATH/{train,val}/<class>/*; folder: the same, any classes; imagenet22K: "
-        "JSON lists; digits: comes along; the others through torchvision or in their published "
-        "layout"),
+    "DATA.DATASET": Key("imagenet", Choice(DATASETS),
+        "a file of data/sets: imagenet: DATA_PATH/{train,val}/<class>/*; folder: the same, any "
+        "classes; imagenet22K: JSON lists; digits: part of scikit-learn; the others through "
+        "torchvision or in their published layout"),
     "DATA.DOWNLOAD": Key(False, switch(), "let torchvision fetch its data sets into DATA_PATH"),
     "DATA.IMG_SIZE": Key(224, size(), "side of the model's input, pixels, or (height, width)"),
     "DATA.INTERPOLATION": Key("bicubic",

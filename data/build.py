@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from data import layouts, names
 from data.affine import Affine, ArrayBatches
+from data.catalogue import Request
 from data.datasets import ImageDataset
-from data.digits import digits
 from data.errors import DataError
 from data.loader import Loader, TrainLoader
 from data.mixing import build_mixup
 from data.samplers import EvalBatches, TrainBatches
-from data.sources import Sources
+from data.sets import DATASETS
+from data.sources import Source, Sources
 from data.transforms import eval_transform, train_transform
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 class Data:
     """Everything training and evaluation need to know of the data.
 
-    train_loader: len() batches an epoch on this rank; .epoch(epoch, start_batch=0) yields (images,
-        targets) from that batch on.
-    val_loader: iterate it for (images, targets); every image once over all ranks. images (B, C, h,
-    w) float32, normalised; targets (B,) int64. mixup: (images, targets) -> (images, soft targets),
-    or None. mean, std: per channel, as applied.
+    Args:
+        train_loader: len() batches an epoch on this rank; .epoch(epoch, start_batch=0) yields
+            (images, targets) from that batch on. None where no training was asked for.
+        val_loader: iterate it for (images, targets); every image once over all ranks. images
+            (B, C, h, w) float32, normalised; targets (B,) int64.
+        mixup: (images, targets) -> (images, soft targets), or None.
+        mean, std: per channel, as applied.
     """
 
     train_loader: TrainLoader | None
@@ -57,6 +59,22 @@ class Data:
         return self.mixup is not None
 
 
+@dataclass(frozen=True)
+class Shard:
+    """This process among those that share the images."""
+
+    rank: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation per channel, of values in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool = True) -> Data:
     """Finds the configured data set, checks its layout and class count, and builds this rank's
     loaders.
@@ -65,57 +83,62 @@ def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool =
         train: False builds what an evaluation needs; training images may then be absent.
     Raises: DataError, one line.
     """
+    entry = DATASETS[config.DATA.DATASET]
     sources = find_sources(config, rank, world_size, train)
-    count = check_class_count(config, len(sources.classes))
-    mean, std = _statistics(config)
-    mixup = _mixup(config, count) if train else None
-    train_loader = _train_loader(config, sources, mean, std, rank, world_size) if train else None
-    val_loader = _val_loader(config, sources, mean, std, rank, world_size)
+    num_classes = check_class_count(config, len(sources.classes))
+    shard = Shard(rank, world_size)
+    normalisation = Normalisation(
+        *entry.statistics(_channels(config), config.DATA.MEAN, config.DATA.STD)
+    )
+    mixup, train_loader = None, None
+    if train:
+        mixup = _mixup(config, num_classes)
+        train_loader = _train_loader(config, sources.train, normalisation, shard)
     logger.info(
         "data: %s, %s training and %d validation images, %d classes",
-        config.DATA.DATASET,
+        entry.name,
         len(sources.train) if train else "no",
         len(sources.val),
-        count,
+        num_classes,
     )
     return Data(
-        train_loader,
-        val_loader,
-        mixup,
-        count,
-        class_names(config.DATA.DATASET, sources.classes),
-        mean,
-        std,
+        train_loader=train_loader,
+        val_loader=_val_loader(config, sources.val, normalisation, shard),
+        mixup=mixup,
+        num_classes=num_classes,
+        class_names=entry.class_names(sources.classes),
+        mean=normalisation.mean,
+        std=normalisation.std,
     )
 
 
 def find_sources(config: Any, rank: int = 0, world_size: int = 1, train: bool = True) -> Sources:
     """The images of DATA.DATASET, undecoded. Raises: DataError for a missing or wrong layout."""
-    dataset, root = config.DATA.DATASET, Path(config.DATA.DATA_PATH).expanduser()
-    if dataset != "digits" and not config.DATA.DATA_PATH:
+    entry, path = DATASETS[config.DATA.DATASET], config.DATA.DATA_PATH
+    if entry.needs_path and not path:
         raise DataError(
-            f"DATA.DATASET {dataset} needs DATA.DATA_PATH (--data-path), the folder that holds it; "
-            "to try without data use DATA.DATASET digits"
+            f"DATA.DATASET {entry.name} needs DATA.DATA_PATH (--data-path), the folder that holds"
+            " it; to try without data use DATA.DATASET digits"
         )
-    if dataset in ("imagenet", "folder"):
-        return _class_folders(config, dataset, root, rank, world_size, train)
-    if dataset == "digits":
-        return digits(_size(config), config.DATA.INTERPOLATION, train)
-    if dataset == "imagenet22K":
-        return layouts.imagenet22k(root, train)
-    if dataset == "tiny_imagenet":
-        return layouts.tiny_imagenet(root, train)
-    if dataset in ("cifar10", "cifar100", "svhn"):
-        from data.torchvision_sets import cifar, svhn  # here: SVHN's reader loads SciPy
-
-        return (
-            svhn(root, train, config.DATA.DOWNLOAD)
-            if dataset == "svhn"
-            else cifar(root, train, config.DATA.DOWNLOAD, dataset)
-        )
-    raise DataError(
-        f"DATA.DATASET '{dataset}' is unknown; allowed: {', '.join(sorted(names.STATISTICS))}"
+    request = Request(
+        dataset=entry.name,
+        root=Path(path).expanduser(),
+        train=train,
+        size=_size(config),
+        interpolation=config.DATA.INTERPOLATION,
+        download=config.DATA.DOWNLOAD,
+        zipped=config.DATA.ZIP_MODE,
+        cache=config.DATA.CACHE_MODE,
+        rank=rank,
+        world_size=world_size,
     )
+    sources = entry.read(request)
+    if entry.num_classes not in (None, len(sources.classes)):
+        raise DataError(
+            f"DATA.DATASET {entry.name} has {entry.num_classes} classes, '{path}' has"
+            f" {len(sources.classes)}; for classes of your own set DATA.DATASET folder"
+        )
+    return sources
 
 
 def check_class_count(config: Any, found: int) -> int:
@@ -132,113 +155,114 @@ def check_class_count(config: Any, found: int) -> int:
     return found
 
 
-def class_names(dataset: str, classes: list[str]) -> list[str]:
-    """Readable names in label order: words for wnids, else what the data set itself calls them."""
-    if dataset == "imagenet":
-        return names.imagenet_classes(classes)
-    if dataset == "imagenet22K":
-        return names.words(names.imagenet22k_wnids())
-    return names.words(classes) if dataset == "tiny_imagenet" else list(classes)
-
-
-def _class_folders(
-    config: Any, dataset: str, root: Path, rank: int, world_size: int, train: bool
-) -> Sources:
-    if config.DATA.ZIP_MODE:
-        sources = layouts.zip_folder(root, train, dataset, config.DATA.CACHE_MODE, rank, world_size)
-    else:
-        sources = layouts.folder(root, train, dataset)
-    if dataset == "imagenet" and len(sources.classes) != 1000:
-        raise DataError(
-            f"DATA.DATASET imagenet has 1000 classes, '{root}' has {len(sources.classes)}; "
-            "for classes of your own set DATA.DATASET folder"
-        )
-    return sources
+# ---- loaders
 
 
 def _train_loader(
-    config: Any, sources: Sources, mean: tuple, std: tuple, rank: int, world_size: int
+    config: Any, source: Source, normalisation: Normalisation, shard: Shard
 ) -> TrainLoader:
     batches = TrainBatches(
-        len(sources.train),
+        len(source),
         config.DATA.BATCH_SIZE,
         config.SEED,
-        rank,
-        world_size,
+        shard.rank,
+        shard.world_size,
         config.DATA.REPEATED_AUG,
     )
     if config.AUG.AFFINE:
-        dataset = _affine_dataset(config, sources, mean, std)
+        dataset = _affine_dataset(config, source, normalisation)
     else:
-        dataset = ImageDataset(
-            sources.train, _train_transform(config, mean, std), config.SEED, training=True
-        )
+        transform = _train_transform(config, normalisation)
+        dataset = ImageDataset(source, transform, config.SEED, training=True)
     return TrainLoader(
-        dataset, batches, corrupt_limit=config.DATA.CORRUPT_LIMIT, **_loading(config)
+        dataset,
+        batches,
+        corrupt_limit=config.DATA.CORRUPT_LIMIT,
+        **_loading(config),
     )
 
 
-def _val_loader(
-    config: Any, sources: Sources, mean: tuple, std: tuple, rank: int, world_size: int
-) -> Loader:
+def _val_loader(config: Any, source: Source, normalisation: Normalisation, shard: Shard) -> Loader:
     if config.TEST.SEQUENTIAL:
-        rank, world_size = 0, 1
+        shard = Shard(rank=0, world_size=1)
     batches = EvalBatches(
-        len(sources.val), config.DATA.BATCH_SIZE, rank, world_size, config.TEST.SHUFFLE, config.SEED
+        len(source),
+        config.DATA.BATCH_SIZE,
+        shard.rank,
+        shard.world_size,
+        config.TEST.SHUFFLE,
+        config.SEED,
     )
-    if config.DATA.DATASET == "digits":  # already of the model's size
-        dataset = ArrayBatches(sources.val, channels=_channels(config), mean=mean, std=std)
-    else:
-        transform = eval_transform(
-            _size(config),
-            mean=mean,
-            std=std,
-            interpolation=config.DATA.INTERPOLATION,
-            crop=config.TEST.CROP,
-            crop_ratio=config.DATA.CROP_RATIO,
+    if DATASETS[config.DATA.DATASET].model_sized:
+        dataset = ArrayBatches(
+            source,
+            channels=_channels(config),
+            mean=normalisation.mean,
+            std=normalisation.std,
         )
-        dataset = ImageDataset(sources.val, transform)
+    else:
+        dataset = ImageDataset(source, _eval_transform(config, normalisation))
     return Loader(dataset, batches, **_loading(config))
 
 
-def _affine_dataset(config: Any, sources: Sources, mean: tuple, std: tuple) -> ArrayBatches:
-    aug, dataset = config.AUG, config.DATA.DATASET
-    if dataset != "digits":
+def _loading(config: Any) -> dict:
+    on_cuda = config.DEVICE in ("auto", "cuda") and torch.cuda.is_available()
+    return dict(
+        num_workers=config.DATA.NUM_WORKERS,
+        pin_memory=config.DATA.PIN_MEMORY and on_cuda,
+        timeout=config.DATA.TIMEOUT,
+    )
+
+
+# ---- augmentation
+
+
+def _affine_dataset(config: Any, source: Source, normalisation: Normalisation) -> ArrayBatches:
+    aug = config.AUG
+    if not DATASETS[config.DATA.DATASET].model_sized:
+        fitting = [entry for entry in DATASETS if DATASETS[entry].model_sized]
         raise DataError(
-            f"AUG.AFFINE True is made for DATA.DATASET digits, not {dataset}; set AUG.AFFINE False"
-            " and choose AUG.AUTO_AUGMENT"
+            f"AUG.AFFINE True is made for DATA.DATASET {', '.join(fitting)}, not"
+            f" {config.DATA.DATASET}; set AUG.AFFINE False and choose AUG.AUTO_AUGMENT"
         )
     if aug.AUTO_AUGMENT not in ("none", ""):
         raise DataError(
             "AUG.AFFINE True takes the place of crop, colour jitter and AUG.AUTO_AUGMENT"
             f" '{aug.AUTO_AUGMENT}'; set AUG.AUTO_AUGMENT none"
         )
-    erasing = None
-    if aug.REPROB > 0:
-        from timm.data.random_erasing import RandomErasing  # here: importing timm takes seconds
-
-        erasing = RandomErasing(
-            aug.REPROB, *aug.REAREA, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu"
-        )
     return ArrayBatches(
-        sources.train,
+        source,
         channels=_channels(config),
-        mean=mean,
-        std=std,
+        mean=normalisation.mean,
+        std=normalisation.std,
         affine=Affine(),
         hflip=aug.HFLIP,
-        erasing=erasing,
+        erasing=_erasing(aug),
         seed=config.SEED,
         copies=config.DATA.REPEATED_AUG,
     )
 
 
-def _train_transform(config: Any, mean: tuple, std: tuple) -> Callable:
+def _erasing(aug: Any) -> Callable | None:
+    if aug.REPROB == 0:
+        return None
+    from timm.data.random_erasing import RandomErasing  # here: importing timm takes seconds
+
+    return RandomErasing(
+        aug.REPROB,
+        *aug.REAREA,
+        mode=aug.REMODE,
+        max_count=aug.RECOUNT,
+        device="cpu",
+    )
+
+
+def _train_transform(config: Any, normalisation: Normalisation) -> Callable:
     aug = config.AUG
     return train_transform(
         _size(config),
-        mean=mean,
-        std=std,
+        mean=normalisation.mean,
+        std=normalisation.std,
         interpolation=config.DATA.INTERPOLATION,
         scale=aug.SCALE,
         ratio=aug.RATIO,
@@ -250,6 +274,17 @@ def _train_transform(config: Any, mean: tuple, std: tuple) -> Callable:
         erase_count=aug.RECOUNT,
         erase_area=aug.REAREA,
         crop_padding=aug.RANDOM_CROP_PADDING,
+    )
+
+
+def _eval_transform(config: Any, normalisation: Normalisation) -> Callable:
+    return eval_transform(
+        _size(config),
+        mean=normalisation.mean,
+        std=normalisation.std,
+        interpolation=config.DATA.INTERPOLATION,
+        crop=config.TEST.CROP,
+        crop_ratio=config.DATA.CROP_RATIO,
     )
 
 
@@ -268,19 +303,7 @@ def _mixup(config: Any, num_classes: int) -> Callable | None:
     )
 
 
-def _loading(config: Any) -> dict:
-    on_cuda = config.DEVICE in ("auto", "cuda") and torch.cuda.is_available()
-    return dict(
-        num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY and on_cuda,
-        timeout=config.DATA.TIMEOUT,
-    )
-
-
-def _statistics(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return names.statistics(
-        config.DATA.DATASET, _channels(config), config.DATA.MEAN, config.DATA.STD
-    )
+# ---- plain values
 
 
 def _channels(config: Any) -> int:

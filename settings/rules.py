@@ -6,17 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data.sets import DATASETS
 from settings.kinds import ConfigError, show
-
-CLASSES = {
-    "imagenet": 1000,
-    "imagenet22K": 21841,
-    "digits": 10,
-    "cifar10": 10,
-    "cifar100": 100,
-    "svhn": 10,
-    "tiny_imagenet": 200,
-}
 
 
 def derive(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +16,7 @@ def derive(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """
     values = dict(values)
     if "MODEL.NUM_CLASSES" not in given:
-        values["MODEL.NUM_CLASSES"] = CLASSES.get(values["DATA.DATASET"], 0)
+        values["MODEL.NUM_CLASSES"] = DATASETS[values["DATA.DATASET"]].num_classes or 0
     if not any(values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"]):
         values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"] = [0] * len(values["MODEL.SWINV2.DEPTHS"])
     values["OUTPUT"] = os.path.join(values["OUTPUT"], values["MODEL.NAME"], values["TAG"])
@@ -39,8 +30,8 @@ def family(cfg: Any) -> tuple[str, Any]:
 
 
 def check_classes(cfg: Any) -> None:
-    """A known data set has a known number of classes; 0 (inferred) is for `folder` alone."""
-    known = CLASSES.get(cfg.DATA.DATASET)
+    """A data set with a fixed number of classes has that number; 0 (inferred) is for others."""
+    known = DATASETS[cfg.DATA.DATASET].num_classes
     if known and cfg.MODEL.NUM_CLASSES != known:
         raise ConfigError(
             f"MODEL.NUM_CLASSES: {cfg.MODEL.NUM_CLASSES} contradicts DATA.DATASET"
@@ -89,12 +80,14 @@ def check_family_options(cfg: Any) -> None:
 
 
 def check_data(cfg: Any) -> None:
-    """The zip reader knows one layout; mean and standard deviation come together, one number per
-    channel.
+    """Some data sets alone are read from archives; mean and standard deviation come together, one
+    number per channel.
     """
-    if cfg.DATA.ZIP_MODE and cfg.DATA.DATASET != "imagenet":
+    dataset = DATASETS[cfg.DATA.DATASET]
+    if cfg.DATA.ZIP_MODE and not dataset.zip:
+        zipped = " or ".join(repr(name) for name in DATASETS if DATASETS[name].zip)
         raise ConfigError(
-            f"DATA.ZIP_MODE: True needs DATA.DATASET 'imagenet', not {cfg.DATA.DATASET!r}; unpack"
+            f"DATA.ZIP_MODE: True needs DATA.DATASET {zipped}, not {dataset.name!r}; unpack"
             " the archive"
         )
     name, node = family(cfg)

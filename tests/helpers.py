@@ -5,6 +5,7 @@ a user would.
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,13 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def run_main(
-    *argv: str, env: dict[str, str] | None = None, nproc: int = 1, timeout: float = 300
+    *argv: str,
+    env: dict[str, str] | None = None,
+    nproc: int = 1,
+    timeout: float = 300,
+    root: Path = ROOT,
 ) -> subprocess.CompletedProcess:
-    """Runs main.py in the repository root, under torchrun where nproc > 1; output as text in
+    """Runs the main.py of `root`, in that folder, under torchrun where nproc > 1; output as text in
     .stdout and .stderr.
     """
     launcher = (
@@ -80,10 +85,23 @@ def run_main(
     command = [*launcher, *map(str, argv)]
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=root,
         env=environment,
         timeout=timeout,
         text=True,
         capture_output=True,
         check=False,
     )
+
+
+def copy_project(folder: Path) -> Path:
+    """The modules, packages and configurations of the project below `folder`, for a test that adds
+    files to it.
+    """
+    packages = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/__init__.py")}
+    for name in {"configs", *packages} - {"tests"}:
+        ignored = shutil.ignore_patterns("__pycache__", "build")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder

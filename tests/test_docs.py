@@ -303,12 +303,10 @@ def test_the_documented_prediction_runs(quiet, tmp_path, capsys):
 
 
 def test_the_statistics_in_the_documented_prediction_are_those_of_training(quiet):
-    from data.names import statistics
+    from data.sets import DATASETS
 
-    assert (
-        f"mean={statistics('digits', 1)[0]}, std={statistics('digits', 1)[1]}"
-        in TEXT["get_started.md"]
-    )
+    mean, std = DATASETS["digits"].statistics(channels=1)
+    assert f"mean={mean}, std={std}" in TEXT["get_started.md"]
 
 
 def test_python_in_the_readme_runs_and_gives_the_shapes_it_states(quiet):

@@ -11,6 +11,9 @@ import yaml
 from PIL import Image
 
 from config import load_config
+from data.catalogue import Request
+from data.sets import DATASETS
+from data.sources import Sources
 
 PLAIN = {"AUG.AUTO_AUGMENT": "none", "AUG.MIXUP": 0.0, "AUG.CUTMIX": 0.0}
 
@@ -34,6 +37,11 @@ def settings(tmp_path: Path, **keys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return load_config(str(path))
+
+
+def read(dataset: str, root: Path = Path(), **options) -> Sources:
+    """What the reader of a data set finds below `root`; options: fields of Request."""
+    return DATASETS[dataset].read(Request(dataset=dataset, root=root, **options))
 
 
 def picture(number: int, size: tuple[int, int] = (50, 60)) -> Image.Image:

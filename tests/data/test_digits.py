@@ -7,14 +7,20 @@ import pytest
 import torch
 
 from data.affine import Affine, ArrayBatches, warp
-from data.digits import digits, enlarge, is_test, load
-from data.names import STATISTICS
+from data.catalogue import DATASETS
 from data.randomness import Key
+from data.sets.digits import enlarge, is_test, load
+from data.sources import Sources
+from tests.data.fakes import read
 
 STATS = {"mean": (0.3,), "std": (0.4,)}
 
 
 AFFINE = Affine()
+
+
+def digits(size: tuple[int, int]) -> Sources:
+    return read("digits", size=size, interpolation="bilinear")
 
 
 def batches(affine=AFFINE, **options) -> ArrayBatches:
@@ -34,7 +40,9 @@ def test_the_split_is_1433_and_364_stratified_and_fixed():
 def test_the_statistics_are_those_of_the_training_images():
     images, labels = load()
     levels = images[~is_test(labels)] / 16
-    assert np.allclose([levels.mean(), levels.std()], np.ravel(STATISTICS["digits"]), atol=1e-3)
+    assert np.allclose(
+        [levels.mean(), levels.std()], np.ravel(DATASETS["digits"].statistics(1)), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

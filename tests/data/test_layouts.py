@@ -7,7 +7,7 @@ from torchvision.datasets import ImageFolder
 from data import layouts
 from data.errors import DataError
 from data.files import FileList
-from tests.data.fakes import class_folder, imagenet22k, save, tiny_imagenet
+from tests.data.fakes import class_folder, imagenet22k, read, save, tiny_imagenet
 
 
 def entries(source) -> list[tuple[str, int]]:
@@ -79,7 +79,7 @@ def test_flat_validation_images_are_refused_with_a_hint(tmp_path):
 
 
 def test_imagenet22k_lists_are_read_as_json_and_paths_are_relative_to_the_root(tmp_path):
-    sources = layouts.imagenet22k(imagenet22k(tmp_path))
+    sources = read("imagenet22K", imagenet22k(tmp_path))
     assert entries(sources.train)[1] == (str(tmp_path / "fall11_whole/n1/train_1.JPEG"), 21839)
     assert len(sources.train) == len(sources.val) == 6 and len(sources.classes) == 21841
 
@@ -98,14 +98,14 @@ def test_imagenet22k_lists_are_read_as_json_and_paths_are_relative_to_the_root(t
 def test_a_wrong_imagenet22k_list_is_refused(tmp_path, text, match):
     imagenet22k(tmp_path)
     (tmp_path / "ILSVRC2011fall_whole_map_train.txt").write_text(text)
-    refused(match, layouts.imagenet22k, tmp_path)
+    refused(match, read, "imagenet22K", tmp_path)
 
 
 def test_imagenet22k_names_with_quotes_and_unicode_are_decoded_as_json(tmp_path):
     imagenet22k(tmp_path)
     save(tmp_path / 'a"ü.jpg', 0)
     (tmp_path / "ILSVRC2011fall_whole_map_val.txt").write_text('[ [ "a\\"\\u00fc.jpg" , 5 ] ]\n')
-    assert entries(layouts.imagenet22k(tmp_path, train=False).val) == [
+    assert entries(read("imagenet22K", tmp_path, train=False).val) == [
         (str(tmp_path / 'a"ü.jpg'), 5)
     ]
 
@@ -113,7 +113,7 @@ def test_imagenet22k_names_with_quotes_and_unicode_are_decoded_as_json(tmp_path)
 @pytest.mark.parametrize("inner", ["", "tiny-imagenet-200"])
 def test_tiny_imagenet_takes_validation_labels_from_the_annotations(tmp_path, inner):
     tiny_imagenet(tmp_path / inner)
-    sources = layouts.tiny_imagenet(tmp_path)
+    sources = read("tiny_imagenet", tmp_path)
     assert sources.classes == ["n01443537", "n02124075", "n04067472"]
     assert sources.val.labels.tolist() == [1, 0, 2] and sources.train.labels.tolist() == [0, 1, 2]
 
@@ -121,7 +121,7 @@ def test_tiny_imagenet_takes_validation_labels_from_the_annotations(tmp_path, in
 def test_tiny_imagenet_in_another_layout_is_refused(tmp_path):
     root = class_folder(tmp_path / "a")
     (root / "wnids.txt").write_text("ant\nbee\ncat\n")
-    assert "DATA.DATASET folder" in refused("val_annotations.txt", layouts.tiny_imagenet, root)
+    assert "DATA.DATASET folder" in refused("val_annotations.txt", read, "tiny_imagenet", root)
     root = tiny_imagenet(tmp_path / "b")
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99999999\t0\n")
-    refused("line 1 must be .*wnid of wnids.txt", layouts.tiny_imagenet, root)
+    refused("line 1 must be .*wnid of wnids.txt", read, "tiny_imagenet", root)

@@ -1,8 +1,6 @@
-"""Class names and statistics."""
+"""Names of classes."""
 
 import logging
-
-import pytest
 
 from data import names
 
@@ -33,17 +31,3 @@ def test_22k_names_fill_the_two_gaps_from_the_end_of_the_list():
     assert len(google) == 21843 and names.words(wnids[5564:5565]) == [
         "chemise, shimmy, shift, slip, teddy"
     ]
-
-
-@pytest.mark.parametrize("dataset", sorted(names.STATISTICS))
-def test_statistics_have_the_asked_number_of_channels(dataset):
-    for channels in (1, 3):
-        mean, std = names.statistics(dataset, channels)
-        assert len(mean) == len(std) == channels and all(0 < value < 1 for value in mean + std)
-
-
-def test_given_statistics_win_and_grey_is_the_luma_of_the_colours():
-    assert names.statistics("cifar10", 3, (0.5,), (0.1, 0.2, 0.3)) == ((0.5,) * 3, (0.1, 0.2, 0.3))
-    assert names.statistics("imagenet", 1)[0][0] == pytest.approx(
-        0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406
-    )

@@ -5,8 +5,8 @@ import pytest
 from torchvision import datasets
 
 from data.errors import DataError
-from data.torchvision_sets import cifar, svhn
 from tests.data import fakes
+from tests.data.fakes import read
 
 
 @pytest.mark.parametrize(
@@ -15,19 +15,19 @@ from tests.data import fakes
 )
 def test_cifar_is_read_as_by_torchvision(tmp_path, monkeypatch, name, reader, train, classes):
     fakes.cifar(tmp_path, reader, monkeypatch)
-    sources = cifar(tmp_path, dataset=name)
+    sources = read(name, tmp_path)
     assert (len(sources.train), len(sources.val), len(sources.classes)) == (train, 4, classes)
     image, label = reader(tmp_path, train=False)[2]
     assert (
         np.array_equal(np.asarray(sources.val.read(2)), np.asarray(image))
         and sources.val.labels[2] == label
     )
-    assert cifar(tmp_path, train=False, dataset=name).train is None
+    assert read(name, tmp_path, train=False).train is None
 
 
 def test_svhn_is_read_as_by_torchvision_and_ten_means_zero(tmp_path, monkeypatch):
     fakes.svhn(tmp_path, datasets.SVHN, monkeypatch)
-    sources = svhn(tmp_path)
+    sources = read("svhn", tmp_path)
     assert sources.val.labels.tolist() == [1, 2, 3, 4, 5, 0]
     assert np.array_equal(
         np.asarray(sources.train.read(3)), np.asarray(datasets.SVHN(tmp_path, split="train")[3][0])
@@ -35,14 +35,14 @@ def test_svhn_is_read_as_by_torchvision_and_ten_means_zero(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "read, expected", [(cifar, "cifar-10-batches-py/"), (svhn, "train_32x32.mat")]
+    "name, expected", [("cifar10", "cifar-10-batches-py/"), ("svhn", "train_32x32.mat")]
 )
-def test_a_missing_or_damaged_set_is_one_line_that_names_the_files(tmp_path, read, expected):
+def test_a_missing_or_damaged_set_is_one_line_that_names_the_files(tmp_path, name, expected):
     for root in (tmp_path, tmp_path / "gone"):
         with pytest.raises(
             DataError, match=f"must hold {expected}.*found: .*DATA.DOWNLOAD True"
         ) as caught:
-            read(root)
+            read(name, root)
         assert "\n" not in str(caught.value)
 
 
@@ -54,9 +54,9 @@ def test_a_failed_download_says_what_to_fetch(tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match="download into .* failed .network is unreachable.*cifar-10-batches-py"
     ):
-        cifar(tmp_path / "new", download=True)
+        read("cifar10", tmp_path / "new", download=True)
 
 
 def test_a_download_that_is_already_there_fetches_nothing(tmp_path, monkeypatch):
     fakes.cifar(tmp_path, datasets.CIFAR10, monkeypatch)
-    assert len(cifar(tmp_path, download=True).train) == 20
+    assert len(read("cifar10", tmp_path, download=True).train) == 20

@@ -1,7 +1,7 @@
 """scikit-learn's bundled handwritten digits: 1 797 real 8x8 images, the data set that needs no
 download.
 
-Origin: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
     Repository, 1998.
 """
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from data.catalogue import Request, data_set
 from data.errors import DataError
 from data.sources import ArraySource, Sources
 
@@ -19,18 +20,25 @@ from data.sources import ArraySource, Sources
 TEST_EVERY = 5
 
 
-def digits(size: tuple[int, int], interpolation: str = "bilinear", train: bool = True) -> Sources:
-    """The digits enlarged to `size` (h, w), grey, by bilinear or bicubic interpolation without a
-    random choice.
-    """
+@data_set(
+    "digits",
+    num_classes=10,
+    mean=(0.305,),
+    std=(0.376,),
+    layout="nothing: the images come with scikit-learn",
+    needs_path=False,
+    model_sized=True,
+)
+def digits(request: Request) -> Sources:
+    """The digits enlarged to the model's size, grey, by bilinear or bicubic interpolation."""
     images, labels = load()
-    images = enlarge(images, size, interpolation)
+    images = enlarge(images, request.size, request.interpolation)
     test = is_test(labels)
-    return Sources(
-        ArraySource("digits (train)", images[~test], labels[~test]) if train else None,
-        ArraySource("digits (test)", images[test], labels[test]),
-        [str(digit) for digit in range(10)],
-    )
+    train = None
+    if request.train:
+        train = ArraySource("digits (train)", images[~test], labels[~test])
+    val = ArraySource("digits (test)", images[test], labels[test])
+    return Sources(train, val, [str(digit) for digit in range(10)])
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
@@ -38,9 +46,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     scikit-learn.
     """
     try:
-        from sklearn.datasets import (
-            load_digits,
-        )  # here, as importing it takes a second that other data sets need not wait
+        from sklearn.datasets import load_digits  # here: it takes a second to import
     except ImportError:
         raise DataError(
             "DATA.DATASET digits needs scikit-learn, which holds the images: pip install"
@@ -62,10 +68,6 @@ def enlarge(images: np.ndarray, size: tuple[int, int], interpolation: str) -> np
     """(N, 8, 8) in 0..16 -> (N, h, w) uint8. Interpolations other than bicubic mean bilinear."""
     levels = torch.from_numpy(images).float()[:, None] * (255 / 16)
     if levels.shape[-2:] != tuple(size):
-        levels = F.interpolate(
-            levels,
-            size,
-            mode="bicubic" if interpolation == "bicubic" else "bilinear",
-            align_corners=False,
-        )
+        mode = "bicubic" if interpolation == "bicubic" else "bilinear"
+        levels = F.interpolate(levels, size, mode=mode, align_corners=False)
     return levels[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
