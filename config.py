@@ -209,7 +209,7 @@ KEYS: dict[str, Key] = {
     "MODEL.ATTENTION.MIXER": Key("auto", NAME,
         "auto: the family's own (softmax; swiftformer: efficient_additive; sasa_resnet: local); "
         "softmax, or what takes its place, with projections of its own: efficient_additive, "
-        "separable, local (models/attention/mixers.py)"),
+        "separable, local (models/attention/mixers)"),
     "MODEL.PRE_MLP.WHERE": Key("off", choice("off", "stem", "stage"),
         "an MLP before attention: after the embedding, or before each stage"),
     "MODEL.PRE_MLP.RATIO": Key(4.0, ABOVE_0, "hidden channels of the pre-MLP per channel"),

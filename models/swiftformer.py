@@ -97,7 +97,7 @@ class SwiftFormer(Backbone):
         img_size: what `flops` assumes; the model takes any size. embed_dims, depths: channels and
             blocks of each stage.
         vit_num: blocks with attention at the end of each stage; the others are convolution
-            encoders. attention: the mixer, "name(option=value)" (models/attention/mixers.py).
+            encoders. attention: the mixer, "name(option=value)" (models/attention/mixers).
                 num_heads: per stage, for mixers that have heads.
         drop_rate: dropout before the heads and in the MLPs. drop_path_rate: grows linearly over the
             blocks, 0 in the published recipe; drop_path_profile constant: the same in all.

@@ -5,12 +5,12 @@ pooling one vector.
 import pytest
 import torch
 
-from models.attention.additive import (
+from models.attention.mixers.efficient_additive import (
     POOL_NORMS,
     EfficientAdditiveAttention,
-    SeparableAttention,
     unit,
 )
+from models.attention.mixers.separable import SeparableAttention
 from tests.helpers import golden, subtree
 from tests.models.builders import randomise
 

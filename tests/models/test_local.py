@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.attention import neighbourhood
-from models.attention.local import LocalAttention, LocalTokenAttention
+from models.attention.local import LocalAttention
 from models.attention.local_stem import AttentionStem
+from models.attention.mixers.local import LocalTokenAttention
 from tests.helpers import ROOT
 from tests.models.builders import randomise
 

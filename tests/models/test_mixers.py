@@ -9,16 +9,10 @@ from models.attention.mixers import MIXERS
 from tests.models.builders import randomise
 
 GRID = (3, 5)
-# Parameters without a gradient, by mixer: none has any.
-EXPECTED = {"efficient_additive": set(), "separable": set(), "local": set()}
 
 
 def tokens(dim=8):
     return torch.randn(2, GRID[0] * GRID[1], dim, generator=torch.Generator().manual_seed(0))
-
-
-def test_no_registered_mixer_is_missing_here():
-    assert set(MIXERS.names()) == set(EXPECTED)
 
 
 def test_an_unknown_mixer_or_option_is_named():
@@ -30,7 +24,7 @@ def test_an_unknown_mixer_or_option_is_named():
         MIXERS.create("local(kernel=3)", 8, 2)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", MIXERS.names())
 class TestEveryMixer:
     """Built by name with (dim, num_heads), called with (tokens, grid)."""
 
@@ -43,9 +37,8 @@ class TestEveryMixer:
         y = mixer(tokens(), GRID)
         assert y.shape == tokens().shape
         y.square().sum().backward()
-        assert {
-            key for key, p in mixer.named_parameters() if p.grad is None or p.grad.abs().max() == 0
-        } == EXPECTED[name]
+        for key, parameter in mixer.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
 
     def test_is_close_in_bfloat16_autocast(self, name):
         mixer = randomise(MIXERS.create(name, 8, 2))

@@ -9,7 +9,7 @@ import torch
 from checkpoint import load_weights
 from checkpoint.convert import from_swiftformer
 from config import load_config
-from models.attention.additive import EfficientAdditiveAttention
+from models.attention.mixers.efficient_additive import EfficientAdditiveAttention
 from models.build import ModelError, build_model
 from models.swiftformer import SIZES, SwiftFormer, swiftformer
 from tests.helpers import ROOT, golden, subtree
