@@ -25,7 +25,7 @@ from engine.ema import ParameterEma
 from engine.evaluate import EvalResult, evaluate, write_per_class
 from engine.lock import FolderLock
 from engine.logs import LogError, MetricLog
-from engine.losses import Distillation, make_criterion, with_distillation
+from engine.losses import Distillation, describe_loss, make_criterion, with_distillation
 from engine.report import Report, describe_model
 from engine.resume import choose, resume
 from engine.signals import StopSignal
@@ -209,9 +209,16 @@ class Program:
             report = Report(
                 world,
                 metrics,
-                epochs=settings.EPOCHS,
+                layout=trainer.layout,
                 batches=len(self.data.train_loader),
+                epochs=settings.EPOCHS,
+                max_steps=settings.MAX_STEPS,
                 print_freq=config.PRINT_FREQ,
+                training_loss=describe_loss(
+                    mixing=self.data.mixup is not None,
+                    smoothing=config.MODEL.LABEL_SMOOTHING,
+                    distillation=settings.DISTILL.KIND,
+                ),
             )
             if world.is_main:
                 utils.write_config(self.folder, plain, dump_config(config))
@@ -231,7 +238,7 @@ class Program:
                 stop=stop,
                 extra={"config": plain, "metadata": weights_metadata(self.model)},
             )
-        report.finished(trainer.state, folder, signal, plot=config.LOG.PLOT)
+        report.finish(trainer.state, folder, signal, plot=config.LOG.PLOT)
         return 128 + signal if signal else 0
 
     def build_trainer(self) -> Trainer:

@@ -1,5 +1,5 @@
-"""What every run needs and no method contains: processes, devices, random states, logs, meters and
-files written whole.
+"""What every run needs and no method contains: processes, devices, random states, logs and files
+written whole.
 """
 
 import json
@@ -8,10 +8,8 @@ import os
 import random
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -354,29 +352,6 @@ def _attach(root: logging.Logger, handler: logging.Handler, pattern: str) -> Non
     handler.of_run = True
     handler.setFormatter(logging.Formatter(pattern, datefmt="%Y-%m-%d %H:%M:%S"))
     root.addHandler(handler)
-
-
-class Stopwatch:
-    """Seconds per item: `lap(n)` after every n items; `last` is that of the newest lap, `mean` that
-    of all of them.
-    """
-
-    def __init__(self) -> None:
-        self.start = self.mark = time.perf_counter()
-        self.items = 0
-        self.last = self.mean = 0.0
-
-    def lap(self, items: int = 1) -> None:
-        """Counts the items done since the last lap."""
-        now = time.perf_counter()
-        self.items += items
-        self.last, self.mean = (now - self.mark) / items, (now - self.start) / self.items
-        self.mark = now
-
-
-def clock(seconds: float) -> str:
-    """H:MM:SS."""
-    return str(timedelta(seconds=int(seconds)))
 
 
 def print_error(error: BaseException) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.losses import upcast
+from engine.progress import peak_memory
 from utils import RunError
 
 _logger = logging.getLogger(__name__)
@@ -51,20 +53,18 @@ class Totals:
     """
 
     def __init__(self, num_classes: int, device: torch.device, per_class: bool = False):
-        self.num_classes, self.topk = num_classes, min(5, num_classes)
-        self.loss = torch.zeros(
-            (), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
-        )  # MPS has no float64
-        self.counts = torch.zeros(
-            3, device=device, dtype=torch.int64
-        )  # images, first, among the first topk
+        self.num_classes = num_classes
+        self.topk = min(5, num_classes)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.loss = torch.zeros((), device=device, dtype=dtype)
+        count = partial(torch.zeros, device=device, dtype=torch.int64)
+        self.counts = count(3)  # images; target first; target among the first topk
         classes = num_classes if per_class else 0
         square = classes**2 if classes <= LARGEST_CONFUSION else 0
-        # Of each class: images, first; and pairs [target * K + prediction]. Flat, for only 1-D
-        # scatters are deterministic on CUDA.
-        self.images_of, self.first_of, self.pairs = (
-            torch.zeros(n, device=device, dtype=torch.int64) for n in (classes, classes, square)
-        )
+        # Flat, for only 1-D scatters are deterministic on CUDA.
+        self.images_of = count(classes)  # images of each class
+        self.first_of = count(classes)  # of these, target first
+        self.pairs = count(square)  # at target * K + prediction
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """logits (B, K) of any float dtype, targets (B,)."""
@@ -74,18 +74,18 @@ class Totals:
                 " MODEL.NUM_CLASSES"
             )
         logits = upcast(logits)
-        self.loss += F.cross_entropy(logits, targets, reduction="none").to(self.loss.dtype).sum()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        self.loss += losses.to(self.loss.dtype).sum()
         ranked = logits.topk(self.topk).indices
         right = ranked == targets[:, None]
         first = right[:, 0].long()
-        self.counts += torch.stack([torch.ones_like(first).sum(), first.sum(), right.sum()])
+        ones = torch.ones_like(first)
+        self.counts += torch.stack([ones.sum(), first.sum(), right.sum()])
         if len(self.images_of):
-            self.images_of.scatter_add_(0, targets, torch.ones_like(first))
+            self.images_of.scatter_add_(0, targets, ones)
             self.first_of.scatter_add_(0, targets, first)
         if len(self.pairs):
-            self.pairs.scatter_add_(
-                0, targets * self.num_classes + ranked[:, 0], torch.ones_like(first)
-            )
+            self.pairs.scatter_add_(0, targets * self.num_classes + ranked[:, 0], ones)
 
     def reduce(self) -> None:
         """Adds up all processes' sums, in one message: float64 holds counts exactly up to 2^53."""
@@ -98,24 +98,24 @@ class Totals:
 
     def result(self) -> EvalResult:
         """The means; waits for the device."""
-        count, first, among = self.counts.tolist()
+        count, first, within_topk = self.counts.tolist()
         if not count:
             raise RunError("there is no image to evaluate")
-        means = EvalResult(
-            count, self.loss.item() / count, 100 * first / count, 100 * among / count, self.topk
+        result = EvalResult(
+            count=count,
+            loss=self.loss.item() / count,
+            acc1=100 * first / count,
+            acc5=100 * within_topk / count,
+            topk=self.topk,
         )
-        if not len(self.images_of):
-            return means
-        images = self.images_of.cpu()
-        confusion = (
-            self.pairs.cpu().view(self.num_classes, self.num_classes) if len(self.pairs) else None
-        )
-        return replace(
-            means,
-            per_class=100 * self.first_of.cpu().double() / images.double(),
-            class_images=images,
-            confusion=confusion,
-        )
+        if len(self.images_of):
+            images = self.images_of.cpu()
+            shares = 100 * self.first_of.cpu().double() / images.double()
+            result = replace(result, per_class=shares, class_images=images)
+        if len(self.pairs):
+            confusion = self.pairs.cpu().view(self.num_classes, self.num_classes)
+            result = replace(result, confusion=confusion)
+        return result
 
 
 @torch.no_grad()
@@ -151,21 +151,17 @@ def evaluate(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's forward would wait for processes that have no batch left
     training = model.training
-    totals, lines = (
-        Totals(num_classes, device, per_class),
-        _Lines(loader, print_freq, device, logger),
-    )
+    totals = Totals(num_classes, device, per_class)
+    progress = ProgressLines(loader, print_freq, device, logger)
     model.eval()
     try:
         for index, (images, targets) in enumerate(loader):
-            images, targets = (
-                images.to(device, non_blocking=True),
-                targets.to(device, non_blocking=True),
-            )
+            images = images.to(device, non_blocking=True)
+            targets = targets.to(device, non_blocking=True)
             with entered(autocast):
                 logits = model(images)
             totals.add(logits, targets)
-            lines.after(index, totals)
+            progress.after_batch(index, totals)
     finally:
         model.train(training)
     if reduce and dist.is_available() and dist.is_initialized():
@@ -184,45 +180,45 @@ def entered(autocast: Autocast) -> AbstractContextManager:
     return autocast if hasattr(autocast, "__enter__") else autocast()
 
 
-class _Lines:
-    """The reference's progress lines of this process: value since the last line, and average in
-    brackets.
+class ProgressLines:
+    """Swin's lines of an evaluation, of this process: the value since the last line, and the
+    average so far in brackets.
     """
 
     def __init__(self, loader, print_freq: int, device: torch.device, logger: logging.Logger):
         self.batches = len(loader) if hasattr(loader, "__len__") else "?"
-        self.print_freq, self.device, self.logger = print_freq, device, logger
-        self.begin = self.before = time.perf_counter()
-        self.seen, self.sums = (
-            0,
-            torch.zeros(4, dtype=torch.float64),
-        )  # images, first, among topk, loss
+        self.print_freq = print_freq
+        self.device = device
+        self.logger = logger
+        self.started = time.perf_counter()
+        self.time = self.started  # of the last line
+        self.batch = 0  # batches up to the last line
+        self.sums = torch.zeros(4, dtype=torch.float64)  # images, first, within topk, loss
 
-    def after(self, index: int, totals: Totals) -> None:
+    def after_batch(self, index: int, totals: Totals) -> None:
+        """Logs a line, and waits for the device, after every print_freq batches."""
         if not self.print_freq or index % self.print_freq:
             return
         sums = torch.cat([totals.counts.cpu().double(), totals.loss.cpu().double()[None]])
-        now, new = time.perf_counter(), sums - self.sums
-        batches = index + 1 - self.seen
-        clock = f"Time {(now - self.before) / batches:.3f} ({(now - self.begin) / (index + 1):.3f})"
-        self.before, self.seen, self.sums = now, index + 1, sums
-        memory = (
-            torch.cuda.max_memory_allocated(self.device) / 2**20
-            if self.device.type == "cuda"
-            else 0
-        )
-        self.logger.info(
-            "\t".join(
-                [
-                    f"Test: [{index}/{self.batches}]",
-                    clock,
-                    f"Loss {new[3] / new[0]:.4f} ({sums[3] / sums[0]:.4f})",
-                    f"Acc@1 {100 * new[1] / new[0]:.3f} ({100 * sums[1] / sums[0]:.3f})",
-                    f"Acc@5 {100 * new[2] / new[0]:.3f} ({100 * sums[2] / sums[0]:.3f})",
-                    f"Mem {memory:.0f}MB",
-                ]
-            )
-        )
+        now = time.perf_counter()
+        done = index + 1
+        images, first, within_topk, loss = (sums - self.sums).tolist()
+        all_images, all_first, all_within_topk, all_loss = sums.tolist()
+        batch_time = (now - self.time) / (done - self.batch)
+        mean_time = (now - self.started) / done
+        fields = [
+            f"Test: [{index}/{self.batches}]",
+            f"Time {batch_time:.3f} ({mean_time:.3f})",
+            f"Loss {loss / images:.4f} ({all_loss / all_images:.4f})",
+            f"Acc@1 {100 * first / images:.3f} ({100 * all_first / all_images:.3f})",
+            f"Acc@5 {100 * within_topk / images:.3f} ({100 * all_within_topk / all_images:.3f})",
+        ]
+        if self.device.type == "cuda":
+            fields.append(f"Mem {peak_memory(self.device):.0f}MB")
+        self.logger.info("\t".join(fields))
+        self.time = now
+        self.batch = done
+        self.sums = sums
 
 
 def write_per_class(
@@ -235,21 +231,20 @@ def write_per_class(
         raise ValueError(
             "this result has no per-class counts; evaluate with per_class=True (TEST.PER_CLASS)"
         )
-    names = list(map(str, class_names or range(len(result.per_class))))
+    names = [str(name) for name in class_names or range(len(result.per_class))]
     shares = ["" if math.isnan(share) else f"{share:.4f}" for share in result.per_class.tolist()]
-    tables = {
-        "per_class.csv": [
-            ["class", "images", "accuracy"],
-            *map(list, zip(names, result.class_images.tolist(), shares, strict=True)),
-        ]
-    }
+    images = result.class_images.tolist()
+    rows = [["class", "images", "accuracy"], *zip(names, images, shares, strict=True)]
+    written = [_write_table(Path(folder) / "per_class.csv", rows)]
     if result.confusion is not None:
-        rows = result.confusion.tolist()
-        tables["confusion.csv"] = [
-            ["target", *names],
-            *([name, *row] for name, row in zip(names, rows, strict=True)),
-        ]
-    for file, table in tables.items():
-        with (Path(folder) / file).open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows(table)
-    return [Path(folder) / file for file in tables]
+        counts = result.confusion.tolist()
+        rows = [["target", *names]]
+        rows += [[name, *row] for name, row in zip(names, counts, strict=True)]
+        written.append(_write_table(Path(folder) / "confusion.csv", rows))
+    return written
+
+
+def _write_table(path: Path, rows: list) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+    return path

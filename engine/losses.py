@@ -154,3 +154,20 @@ def with_penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return loss(images, output, targets)
 
     return total
+
+
+def describe_loss(mixing: bool, smoothing: float, distillation: str = "none") -> str:
+    """What sets the training loss apart from the validation's cross-entropy, such as "with
+    mixup/cutmix and label smoothing"; "" for nothing.
+    """
+    parts = []
+    if mixing:
+        parts.append("mixup/cutmix")
+    if smoothing > 0:
+        parts.append("label smoothing")
+    if distillation != "none":
+        parts.append("distillation")
+    if not parts:
+        return ""
+    *first, last = parts
+    return f"with {', '.join(first)} and {last}" if first else f"with {last}"

@@ -1,122 +1,170 @@
-"""What a run tells about itself: the reference's log lines, a progress bar on a terminal, and
-scalars for the metric log.
+"""What a run reports: log lines in Swin's form, a progress bar on a terminal, and scalars for the
+metric log.
 """
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from engine.curves import CurveError, plot_curves
 from engine.evaluate import EvalResult
 from engine.logs import MetricLog
-from engine.state import CheckpointFolder, TrainState
-from utils import Stopwatch, World, clock, on_terminal
+from engine.progress import Progress, clock, peak_memory, time_of_day
+from engine.state import CheckpointFolder, Layout, TrainState
+from utils import World, on_terminal
 
 LOGGER = logging.getLogger(__name__)
+NETWORKS = {"val": "network", "val_ema": "averaged network"}
 
 
 class Report:
     """Lines every `print_freq` updates and at the end of each epoch.
 
-    metrics: writes nothing on other processes than the main one. batches: micro-batches of an
-    epoch. Values are those of this process; the mean loss of an epoch in the metric log is over all
-    processes.
+    Losses and norms are those of this process, images/s of all; the mean loss of an epoch in the
+    metric log is over all processes.
+
+    Args:
+        metrics: writes nothing on other processes than the main one.
+        layout, batches, epochs, max_steps, timer: of `Progress`.
+        training_loss: what sets the training loss apart from the validation's, for the picture.
     """
 
     def __init__(
-        self, world: World, metrics: MetricLog, *, epochs: int, batches: int, print_freq: int
+        self,
+        world: World,
+        metrics: MetricLog,
+        *,
+        layout: Layout,
+        batches: int,
+        epochs: int,
+        print_freq: int,
+        max_steps: int = 0,
+        training_loss: str = "",
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.world, self.metrics = world, metrics
-        self.epochs, self.batches, self.print_freq = epochs, batches, print_freq
+        self.world = world
+        self.metrics = metrics
+        self.batches = batches
+        self.print_freq = print_freq
+        self.training_loss = training_loss
         self.bar: tqdm | None = None
-        self.watch = Stopwatch()
-        self.began = time.perf_counter()
+        self.progress = Progress(
+            layout,
+            batches=batches,
+            epochs=epochs,
+            max_steps=max_steps,
+            timer=timer,
+        )
 
-    def begin(self, state: TrainState) -> None:
-        """An epoch begins, or goes on at state.batch."""
-        self.watch = Stopwatch()
+    def start_epoch(self, state: TrainState) -> None:
+        """An epoch starts, or goes on at state.batch."""
+        self.progress.start_epoch()
         if self.world.is_main and on_terminal():
             self.bar = tqdm(
                 total=self.batches,
                 initial=state.batch,
-                desc=f"epoch {state.epoch}/{self.epochs}",
+                desc=f"epoch {state.epoch}/{self.progress.epochs}",
                 unit="batch",
                 leave=False,
             )
 
-    def updated(self, trainer: Any) -> dict[str, float] | None:
-        """An update is done. Returns its statistics where they were read: every
-        print_freq updates of the epoch.
+    def update(self, trainer: Any) -> dict[str, float] | None:
+        """An update is done. Every print_freq updates of an epoch its statistics are read, which
+        waits for the device, and returned.
         """
-        state, step = trainer.state, trainer.layout.accumulation
-        self.watch.lap(step)
+        state = trainer.state
+        accumulation = trainer.layout.accumulation
+        self.progress.update()
         if self.bar is not None:
-            self.bar.update(step)
-        if (state.batch // step - 1) % self.print_freq:
+            self.bar.update(accumulation)
+        if (state.batch // accumulation - 1) % self.print_freq:
             return None
         read = trainer.statistics.read()
-        group = trainer.optimizer.param_groups[0]
-        LOGGER.info(self._line(state, read, group, trainer), extra={"progress": True})
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        LOGGER.info(self._line(trainer, read), extra={"progress": True})
         if self.bar is not None:
             self.bar.set_postfix(
-                loss=f"{read['loss_mean']:.4f}", lr=f"{group['lr']:.2e}", best=f"{state.best:.2f}%"
+                loss=f"{read['loss_mean']:.4f}",
+                lr=f"{lr:.2e}",
+                best=f"{state.best:.2f}%",
+                run=clock(self.progress.run_remaining(state)),
             )
         self._write(
             state,
             "train",
             loss=read["loss"],
             grad_norm=read["norm"],
-            lr=group["lr"],
+            lr=lr,
             skipped=read["skipped"],
         )
         return read
 
-    def _line(
-        self, state: TrainState, read: dict[str, float], group: dict[str, Any], trainer: Any
-    ) -> str:
-        left = self.watch.mean * (self.batches - state.batch)
-        scale = trainer.scaler.get_scale()
-        fields = (
-            f"Train: [{state.epoch}/{self.epochs}][{state.batch - 1}/{self.batches}]",
-            f"eta {clock(left)} lr {group['lr']:.6f}",
-            f" wd {group['weight_decay']:.4f}",
-            f"time {self.watch.last:.4f} ({self.watch.mean:.4f})",
+    def _line(self, trainer: Any, read: dict[str, float]) -> str:
+        """Swin's line of an update, with the end of the run and images/s; values are the latest,
+        with the epoch's mean in brackets.
+        """
+        progress = self.progress
+        state = trainer.state
+        group = trainer.optimizer.param_groups[0]
+        batch = progress.last / trainer.layout.accumulation
+        mean_batch = progress.mean / trainer.layout.accumulation
+        epoch_left = clock(progress.epoch_remaining(state))
+        run_left = progress.run_remaining(state)
+        recent = progress.recent_images_per_second()
+        fields = [
+            f"Train: [{state.epoch}/{progress.epochs}][{state.batch - 1}/{self.batches}]",
+            f"eta {epoch_left} (run {clock(run_left)}, ends {time_of_day(run_left)})",
+            f"lr {group['lr']:.4g} wd {group['weight_decay']:.4g}",
+            f"time {batch:.4f} ({mean_batch:.4f})",
+            f"images/s {recent:.1f} ({progress.images_per_second():.1f})",
             f"loss {read['loss']:.4f} ({read['loss_mean']:.4f})",
             f"grad_norm {read['norm']:.4f} ({read['norm_mean']:.4f})",
-            f"loss_scale {scale:.4f} ({scale:.4f})",
-            f"skipped {read['skipped']:.0f}",
-            f"mem {memory(trainer.device):.0f}MB",
-        )
+        ]
+        if trainer.scaler.is_enabled():
+            fields.append(f"loss_scale {trainer.scaler.get_scale():.0f}")
+        fields.append(f"skipped {read['skipped']:.0f}")
+        if trainer.device.type == "cuda":
+            fields.append(f"mem {peak_memory(trainer.device):.0f}MB")
         return "\t".join(fields)
 
-    def end(self, trainer: Any, complete: bool = True) -> None:
-        """The epoch's updates are done, or (complete False) broken off by a signal. Every process
-        must call it.
+    def end_epoch(self, trainer: Any, complete: bool = True) -> None:
+        """The epoch's updates are done, or (complete False) a signal has stopped them. Every
+        process must call it.
         """
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         if not complete:
             return
-        state, seconds = trainer.state, self.watch.mean * self.watch.items
+        state = trainer.state
         read = trainer.statistics.read()
         loss = self.world.mean(read["loss_mean"])
         LOGGER.info(
-            "EPOCH %d training takes %s", state.epoch, clock(seconds), extra={"progress": True}
+            "EPOCH %d training takes %s (%.1f images/s)",
+            state.epoch,
+            clock(self.progress.training),
+            self.progress.images_per_second(),
+            extra={"progress": True},
         )
         self._write(
-            state, "epoch", train_loss=loss, grad_norm=read["norm_mean"], skipped=read["skipped"]
+            state,
+            "epoch",
+            train_loss=loss,
+            grad_norm=read["norm_mean"],
+            skipped=read["skipped"],
         )
 
-    def validated(self, state: TrainState, kind: str, result: EvalResult) -> None:
+    def validation(self, state: TrainState, kind: str, result: EvalResult) -> None:
         """An evaluation is done: of the weights (kind val) or of their average (val_ema)."""
-        name = {"val": "network", "val_ema": "averaged network"}[kind]
         LOGGER.info(
-            "Accuracy of the %s on the %d test images: %.1f%%", name, result.count, result.acc1
+            "Accuracy of the %s on the %d test images: %.1f%%",
+            NETWORKS[kind],
+            result.count,
+            result.acc1,
         )
         self._write(state, kind, acc1=result.acc1, acc5=result.acc5, loss=result.loss)
 
@@ -124,20 +172,24 @@ class Report:
         """The best accuracy so far."""
         LOGGER.info("Max accuracy: %.2f%%", state.best, extra={"progress": True})
 
-    def finished(
-        self, state: TrainState, folder: CheckpointFolder, signal: int = 0, plot: bool = True
+    def finish(
+        self,
+        state: TrainState,
+        folder: CheckpointFolder,
+        signal: int = 0,
+        plot: bool = True,
     ) -> None:
-        """The run is over, or (signal above 0) stopped by a signal: what came out, and where it
-        lies. plot: draw the curves.
+        """The run is over, or stopped by a signal (above 0): its result and where its files are.
+        plot: draw the curves.
         """
         if signal:
             LOGGER.warning(
-                "stopped by signal %d; the state is in %s, the same command goes on from it",
+                "stopped by signal %d; the state is in %s, the same command continues from it",
                 signal,
                 folder.last,
             )
             return
-        LOGGER.info("Training time %s", clock(time.perf_counter() - self.began))
+        LOGGER.info("Training time %s", clock(self.progress.since_start()))
         LOGGER.info(
             "best accuracy %.2f%% (epoch %d), checkpoint %s",
             state.best,
@@ -145,20 +197,23 @@ class Report:
             folder.best,
         )
         if plot and self.metrics.path is not None:
-            try:
-                LOGGER.info(
-                    "curves %s", plot_curves(self.metrics.path, folder.folder / "curves.png")
-                )
-            except CurveError as error:  # the training itself has succeeded
-                LOGGER.warning("no curves: %s", error)
+            self._plot(folder)
+
+    def _plot(self, folder: CheckpointFolder) -> None:
+        try:
+            picture = plot_curves(
+                self.metrics.path,
+                folder.folder / "curves.png",
+                updates_per_epoch=self.progress.updates_per_epoch,
+                training_loss=self.training_loss,
+            )
+        except CurveError as error:  # the training itself has succeeded
+            LOGGER.warning("no curves: %s", error)
+        else:
+            LOGGER.info("curves %s", picture)
 
     def _write(self, state: TrainState, kind: str, **scalars: float) -> None:
         self.metrics.write(state.update, state.epoch, kind, **scalars)
-
-
-def memory(device: torch.device) -> float:
-    """Peak memory of the device taken by tensors, in MiB; 0 where torch does not count it."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
 
 
 def describe_model(model: nn.Module, name: str) -> str:

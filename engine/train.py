@@ -93,14 +93,14 @@ def train_epoch(
     state = trainer.state
     if state.batch == 0:
         trainer.statistics.start_epoch()
-    report.begin(state)
+    report.start_epoch(state)
     trainer.parallel.train()
     for window in windows(loader, state, trainer.layout.accumulation):
         if reached(plan, state):
             break
         trainer.update(window)
         trainer.advance(len(loader))
-        if read := report.updated(trainer):
+        if read := report.update(trainer):
             refuse_divergence(trainer, read, plan.max_nonfinite)
         if stop.poll():
             break
@@ -108,7 +108,7 @@ def train_epoch(
             save(trainer, folder, extra)
     refuse_divergence(trainer, trainer.statistics.read(), plan.max_nonfinite)
     signal = stop.agree()
-    report.end(trainer, complete=not signal)
+    report.end_epoch(trainer, complete=not signal)
     return signal
 
 
@@ -121,10 +121,10 @@ def validate(
     # A signal waits until the evaluation is done, and does not end its data workers.
     with signals_blocked():
         result = evaluate(trainer.model)
-        report.validated(trainer.state, "val", result)
+        report.validation(trainer.state, "val", result)
         if trainer.leader is not trainer.model:
             result = evaluate(trainer.leader)
-            report.validated(trainer.state, "val_ema", result)
+            report.validation(trainer.state, "val_ema", result)
     return result.acc1
 
 

@@ -116,17 +116,17 @@ class Silent:
         self.updates, self.validations = 0, []
         self.read_every = 1
 
-    def begin(self, state) -> None:
+    def start_epoch(self, state) -> None:
         logging.debug("begin %s", state)
 
-    def updated(self, trainer):
+    def update(self, trainer):
         self.updates += 1
         return trainer.statistics.read() if self.updates % self.read_every == 0 else None
 
-    def end(self, trainer, complete: bool = True) -> None:
+    def end_epoch(self, trainer, complete: bool = True) -> None:
         logging.debug("end %s", trainer.state)
 
-    def validated(self, state, kind: str, result) -> None:
+    def validation(self, state, kind: str, result) -> None:
         self.validations.append((kind, state.update, result.acc1))
 
     def best(self, state) -> None:

@@ -5,8 +5,19 @@ import struct
 
 import pytest
 
-from engine.curves import CurveError, plot_curves, smooth, validation_curves
-from engine.logs import MetricLog
+from engine.curves import (
+    BLUE,
+    Curve,
+    CurveError,
+    TimeAxis,
+    _draw_accuracy,
+    _draw_loss,
+    plot_curves,
+    smooth,
+    training_curves,
+    validation_curves,
+)
+from engine.logs import MetricLog, read_metrics
 
 
 def write_run(folder, epochs=6, per_epoch=12):
@@ -16,7 +27,7 @@ def write_run(folder, epochs=6, per_epoch=12):
                 log.write(
                     step, epoch, "train", loss=2 * math.exp(-step / 30), lr=1e-3 * (1 - step / 200)
                 )
-            log.write(step, epoch, "epoch", loss=2 * math.exp(-step / 30), lr=1e-3)
+            log.write(step, epoch, "epoch", train_loss=2 * math.exp(-step / 30))
             log.write(
                 step,
                 epoch,
@@ -58,12 +69,46 @@ def test_validation_curves_are_found_by_name_and_told_apart():
     ]
     plain, averaged = validation_curves(entries, "acc1")
     assert (plain.label, averaged.label) == ("validation", "validation, averaged weights")
-    assert (
-        plain.steps == [1, 2]
-        and math.isnan(plain.values[1])
-        and averaged.values == [40.0]
-        and plain.colour != averaged.colour
-    )
+    assert plain.steps == [1, 2] and math.isnan(plain.values[1])
+    assert averaged.values == [40.0]
+    assert plain.colour != averaged.colour
+
+
+def test_the_training_loss_is_the_mean_of_an_epoch_over_faint_single_updates(tmp_path):
+    entries = read_metrics(write_run(tmp_path))
+    single, mean = training_curves(entries, "with label smoothing")
+    assert (single.label, len(single.steps)) == ("", 72)
+    assert (mean.label, mean.steps) == ("training, with label smoothing", [12, 24, 36, 48, 60, 72])
+    updates = [entry for entry in entries if entry["kind"] == "train"]
+    assert [curve.label for curve in training_curves(updates)] == ["", "training"]
+    assert [curve.steps for curve in training_curves(updates[:9])] == [list(range(1, 10))]
+
+
+def axes():
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+def test_the_legend_says_why_the_training_loss_is_not_the_validations():
+    panel = axes()
+    training = Curve("training, with label smoothing", [1, 2], [2.0, 1.0], BLUE)
+    validation = Curve("validation", [1, 2], [1.0, 0.1], "#e8590c")
+    _draw_loss(panel, TimeAxis(), [training], [validation])
+    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert labels == ["training, with label smoothing", "validation"]
+
+
+@pytest.mark.parametrize(
+    "updates, xs, label",
+    [(0, [22, 44], "update"), (22, [1, 2], "epoch (22 updates each)")],
+)
+def test_the_horizontal_axis_is_in_epochs_where_their_length_is_known(updates, xs, label):
+    panel = axes()
+    _draw_accuracy(panel, TimeAxis(updates), [Curve("validation", [22, 44], [50.0, 60.0], BLUE)])
+    curve, best = panel.get_lines()
+    assert list(curve.get_xdata()) == xs and list(best.get_xdata()) == xs[1:]
+    assert panel.get_xlabel() == label
 
 
 @pytest.mark.parametrize("kept", ["train", "epoch", "eval"])

@@ -17,7 +17,7 @@ from sklearn.metrics import (
 )
 from torch import nn
 
-from engine.evaluate import evaluate, write_per_class
+from engine.evaluate import ProgressLines, Totals, evaluate, write_per_class
 from utils import RunError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -174,7 +174,7 @@ def test_model_runs_in_eval_mode_without_gradients_and_gets_its_mode_back(traini
     assert model.training == training
 
 
-def test_log_lines_are_the_references(caplog):
+def test_log_lines_are_swins(caplog):
     with caplog.at_level(logging.INFO):
         result = run(split(10), print_freq=3, logger=logging.getLogger("x"))
     lines = [record.message for record in caplog.records]
@@ -189,12 +189,31 @@ def test_log_lines_are_the_references(caplog):
         "Loss",
         "Acc@1",
         "Acc@5",
-        "Mem",
     ]
     assert lines[-1] == f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}"
-    assert (
-        f"({result.acc1:.3f})" in lines[-2] and f"({result.loss:.4f})" in lines[-2]
-    )  # the last line's averages are over all
+    averages = [field.rpartition(" ")[2] for field in lines[-2].split("\t")[2:]]  # over all images
+    assert averages == [f"({result.loss:.4f})", f"({result.acc1:.3f})", f"({result.acc5:.3f})"]
+
+
+def test_a_line_shows_what_came_since_the_last_one_and_the_average_so_far(caplog):
+    with caplog.at_level(logging.INFO):
+        run(split(10), print_freq=3, logger=logging.getLogger("x"))
+    line = caplog.records[1].message  # batches 1 to 3; the average is over 0 to 3
+    latest, average = run(split(10)[1:4]), run(split(10)[:4])
+    assert f"\tLoss {latest.loss:.4f} ({average.loss:.4f})\t" in line
+    assert f"\tAcc@1 {latest.acc1:.3f} ({average.acc1:.3f})\t" in line
+    assert line.endswith(f"\tAcc@5 {latest.acc5:.3f} ({average.acc5:.3f})")
+
+
+def test_peak_memory_is_told_on_cuda_alone(caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    lines = ProgressLines([], 1, torch.device("cuda"), logging.getLogger("x"))
+    totals = Totals(CLASSES, torch.device("cpu"))
+    images, targets = split(10)[0]
+    totals.add(Lookup()(images), targets)
+    with torch.no_grad(), caplog.at_level(logging.INFO):
+        lines.after_batch(0, totals)
+    assert caplog.records[0].message.endswith("\tMem 3MB")
 
 
 def test_disagreeing_class_counts_and_empty_sets_are_refused():

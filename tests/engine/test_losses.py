@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.losses import Distillation, make_criterion
+from engine.losses import Distillation, describe_loss, make_criterion
 from utils import RunError
 
 
@@ -168,3 +168,17 @@ def test_a_teacher_of_other_classes_is_refused(batch):
         Distillation(Teacher(batch["teacher"][:, :4]), "hard")(
             batch["images"], batch["logits"], batch["targets"], make_criterion(False)
         )
+
+
+@pytest.mark.parametrize(
+    "mixing, smoothing, distillation, words",
+    [
+        (False, 0.0, "none", ""),
+        (False, 0.1, "none", "with label smoothing"),
+        (True, 0.1, "none", "with mixup/cutmix and label smoothing"),
+        (True, 0.1, "soft", "with mixup/cutmix, label smoothing and distillation"),
+        (False, 0.0, "hard", "with distillation"),
+    ],
+)
+def test_what_sets_the_training_loss_apart_is_said(mixing, smoothing, distillation, words):
+    assert describe_loss(mixing, smoothing, distillation) == words
