@@ -34,12 +34,12 @@ from engine.teacher import timm_teacher
 from engine.throughput import describe, throughput
 from engine.train import Plan, fit, validate
 from engine.trainer import Trainer, has_two_heads
+from kernels.linear import describe_products
 from lr_scheduler import ScheduleError, build_scheduler, scaled_rates
 from models import build_model
 from models.attention.report import describe_attention
 from models.build import ModelError
 from models.counting import count_macs
-from models.layers.products import describe_products
 from optimizer import OptimizerError, build_optimizer
 from utils import RunError, World
 

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import kernel_speed
 from benchmarks.machine import environment
-from kernels.window_attention import OffsetTerms, library, window_attention, window_layout
+from kernels.library import loader
+from kernels.window_attention import OffsetTerms, window_attention, window_layout
 from tests.kernels.cases import Case, Drawn, by_part
 from tests.kernels.replay import Kernel, by_pytorch, distances, problems
 
@@ -87,8 +88,8 @@ class Run:
     def load(self) -> Kernel:
         """The kernel's C interface; compiles it if need be."""
         if self.kernel is None:
-            path, reason = library.load()
-            missing = reason if path is None else library.missing(self.device)
+            path, reason = loader.load()
+            missing = reason if path is None else loader.missing(self.device)
             if missing:
                 raise Failure(f"no kernel for {self.device}: {missing}")
             self.kernel = Kernel(
@@ -111,7 +112,7 @@ def part_build(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
     """Seconds until the library is there (0 or so where it was built before)."""
     start = time.perf_counter()
     run.load()
-    return [{"seconds": time.perf_counter() - start, "library": library.load()[0].name}]
+    return [{"seconds": time.perf_counter() - start, "library": loader.load()[0].name}]
 
 
 def part_correctness(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:

@@ -8,8 +8,8 @@ beside this Python, the package is installed all the same and its docstring says
 """
 
 import atexit
-import importlib.util
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,18 +17,12 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from library import build  # kernels/library without kernels, which need not be the folder's name
+from library.compilers import BuildError
+
 PACKAGE = "window_attention_kernels"
-
-
-def load_builder():
-    """window_attention/build.py by its path: importing its package would import PyTorch."""
-    spec = importlib.util.spec_from_file_location(
-        "window_attention_build", HERE / "window_attention" / "build.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class BuildLibrary(build_py):
@@ -44,15 +38,14 @@ class BuildLibrary(build_py):
 
 def compile_into(folder: Path) -> str:
     """Compiles what this machine can; returns one line that says what that was."""
-    builder = load_builder()
     reasons = []
     for kind in ("cuda", "cpu"):
         try:
-            if kind == "cuda" and not builder.has_cuda_sources():
-                raise builder.BuildError("no CUDA sources")
-            library = builder.build(kind, folder, say=print)
+            if kind == "cuda" and not build.has_cuda_sources():
+                raise BuildError("no CUDA sources")
+            library = build.build(kind, folder, say=print)
             return f"{library.name}" + "".join(f"; without {reason}" for reason in reasons)
-        except builder.BuildError as error:
+        except BuildError as error:
             for log in folder.glob("*.log"):
                 print(log.read_text())
             reasons.append(f"{kind}: {str(error).partition(';')[0]}")

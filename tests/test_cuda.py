@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from kernels.window_attention import OffsetTerms, build, library, window_attention, window_layout
+from kernels.library import build, loader
+from kernels.window_attention import OffsetTerms, window_attention, window_layout
 from models import SwinTransformer, SwinTransformerV2
 from models.attention import AttentionSpec
 from tests.engine.runs import arguments, assert_same_run, run, train
@@ -23,7 +24,7 @@ SHARPENED = AttentionSpec(("qk_residual", "crpw"))
 
 @pytest.fixture(autouse=True)
 def kernel():
-    reason = library.missing("cuda")
+    reason = loader.missing("cuda")
     if reason and build.find_compilers().nvcc:
         pytest.fail(f"there is nvcc, and yet no CUDA kernel: {reason}")
     if reason:

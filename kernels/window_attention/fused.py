@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import library, selfcheck
+from kernels.library import loader
+from kernels.library.loader import DTYPES
+
+from . import selfcheck
 from .layout import WindowLayout
 from .operations import Transformable
 from .terms import OffsetTerms
@@ -12,7 +15,6 @@ from .terms import OffsetTerms
 # of it. Other devices have no kernel.
 HEAD_DIMS = {"cuda": (16, 32, 64), "cpu": tuple(range(8, 257, 8))}
 MOST_TOKENS = {"cuda": (576, 576), "cpu": (32, 1024)}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Devices with autocast; asked once, since PyTorch 2.11 cannot trace the question.
 AUTOCAST = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
@@ -24,9 +26,8 @@ def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
     its dtype is what counts.
     """
     if _dtype(qkv) not in DTYPES:
-        return (
-            f"{str(_dtype(qkv)).removeprefix('torch.')}; compiled are float32, float16 and bfloat16"
-        )
+        given = str(_dtype(qkv)).removeprefix("torch.")
+        return f"{given}; compiled are float32, float16 and bfloat16"
     if terms.renormalise:
         return "the map is renormalised after the softmax"
     if terms.prefix:
@@ -37,13 +38,12 @@ def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
         if table is not None and (table.dim() != 2 or table.shape[0] not in allowed):
             return f"{name} is not given per offset"
     kind = "cpu" if qkv.device.type == "cpu" else "cuda"
-    head_dim, compiled = qkv.shape[-1] // (3 * terms.scale.shape[-1]), HEAD_DIMS[kind]
+    head_dim = qkv.shape[-1] // (3 * terms.scale.shape[-1])
+    compiled = HEAD_DIMS[kind]
     if head_dim not in compiled:
-        allowed = (
-            ", ".join(map(str, compiled))
-            if len(compiled) < 5
-            else f"multiples of {compiled[0]} up to {compiled[-1]}"
-        )
+        allowed = ", ".join(map(str, compiled))
+        if len(compiled) > 4:
+            allowed = f"multiples of {compiled[0]} up to {compiled[-1]}"
         return (
             f"head_dim {head_dim} is not compiled (compiled: {allowed}); choose NUM_HEADS so that"
             " EMBED_DIM / NUM_HEADS is one of these"
@@ -74,14 +74,12 @@ def missing(device: str) -> str | None:
     does not fit costs speed, not results.
     """
     if device not in _missing:
-        _missing[device] = library.missing(device)
+        _missing[device] = loader.missing(device)
         if device == "cuda" and _missing[device] is None:
-            found = selfcheck.fault(window_attention_fused, device)
-            _missing[device] = (
-                found and f"it failed its check on this device: {found}; please report it"
-            )
-            if found:
-                library.say(
+            fault = selfcheck.find_fault(window_attention_fused, device)
+            if fault:
+                _missing[device] = f"it failed its check on this device: {fault}; report it"
+                loader.say(
                     f"window_attention: no fused kernel, since {_missing[device]}; PyTorch's own"
                     " operations are used"
                 )

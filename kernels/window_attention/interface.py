@@ -28,7 +28,7 @@ def explain(qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> tuple[str,
     reason.
 
     Where the fused kernel applies, the first call loads it, and compiles it if need be (see
-    build.py).
+    kernels/library).
     """
     unfused = why_not_fused(qkv, terms)
     if unfused is None:

@@ -14,26 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]
-MAX_KEPT_BATCHES = 6  # training, evaluation and their last batches, forward and back
+MAX_CACHED_BATCHES = 6  # training, evaluation and their last batches, forward and back
 
 
-def kept(function: Callable) -> Callable:
+def cache_tensors(function: Callable) -> Callable:
     """lru_cache for functions that make small constant tensors; under torch.compile the compiler
     traces the function itself.
     """
 
     @functools.lru_cache(maxsize=256)
     def cached(*args, **kwargs):
-        with torch.inference_mode(
-            False
-        ):  # what evaluation leaves here, training must be able to use
+        # Training must be able to use what evaluation leaves here.
+        with torch.inference_mode(False):
             return function(*args, **kwargs)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        return (
-            function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
-        )
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return cached(*args, **kwargs)
 
     return call
 
@@ -105,13 +104,12 @@ def _pair_mask(
 
 @dataclass(frozen=True, eq=False)
 class WindowLayout:
-    """How one grid is cut into windows; made by `window_layout`, which keeps it for the next
-    forward.
+    """How one grid is cut into windows; made by `window_layout`, which caches it.
 
-    grid, padded: tokens (rows, columns) before and after padding. tokens: (nW*N,) the padded grid's
-        token behind each
-    window position. mask: (nW, N, N) float32 or None; mask_value: its entries between tokens that
-        the roll brought together.
+    grid, padded: tokens (rows, columns) before and after padding.
+    tokens: (nW*N,) the padded grid's token behind each window position.
+    mask: (nW, N, N) float32 or None.
+    mask_value: its entries between tokens that the roll brought together.
     """
 
     grid: Size
@@ -134,8 +132,8 @@ class WindowLayout:
         return self.window[0] * self.window[1]
 
     def head_rows(self, batch: int, parts: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Row numbers that turn a token-major matrix into a head-major one, and back; kept for the
-        batches seen last.
+        """Row numbers that turn a token-major matrix into a head-major one, and back; cached for
+        the last batch sizes.
 
         The matrix (B*H*W*parts*heads, D) of a padded grid becomes (parts, B, nW, heads, N, D). One
         gather does the cyclic shift, the partition and the split into heads. Returns (there, back),
@@ -143,7 +141,7 @@ class WindowLayout:
         """
         key = (batch, parts, heads)
         if key not in self.rows:
-            while len(self.rows) >= MAX_KEPT_BATCHES:
+            while len(self.rows) >= MAX_CACHED_BATCHES:
                 del self.rows[next(iter(self.rows))]
             self.rows[key] = self._make_head_rows(*key)
         return self.rows[key]
@@ -161,7 +159,7 @@ class WindowLayout:
         return there.to(narrow), back.to(narrow)
 
 
-@kept
+@cache_tensors
 def window_layout(
     grid: Size,
     window: Size,
@@ -172,9 +170,9 @@ def window_layout(
     """The layout of a grid that is padded to whole windows (at its end) and rolled up and left by
     `shift` tokens.
 
-    Pairs that the roll brought together are masked by `mask_value` (the reference uses -100, not
-    -inf); padding and image tokens never see each other. It is worked out on the CPU, whatever the
-    default device, and then moved to `device`.
+    Pairs that the roll brought together are masked by `mask_value` (Swin uses -100, not -inf);
+    padding and image tokens never see each other. It is worked out on the CPU, whatever the default
+    device, and then moved to `device`.
     """
     padded = tuple(-(-length // side) * side for length, side in zip(grid, window, strict=True))
     tokens = (

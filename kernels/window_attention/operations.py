@@ -9,26 +9,24 @@ deterministic, and one node each in a compiled or exported graph.
 import torch
 from torch.autograd.function import once_differentiable
 
+from kernels.library.loader import after_loading
+
 FORWARD, BACKWARD = "idsw::window_attention_forward", "idsw::window_attention_backward"
 
 
+@after_loading
 def register() -> None:
-    """To be called once, after the library that defines the operations was loaded."""
+    """Registers shapes, gradients and autocast with PyTorch."""
     library = torch.library.Library("idsw", "FRAGMENT")
     torch.library.register_fake(FORWARD, _fake_forward)
     torch.library.register_fake(BACKWARD, _fake_backward)
-    torch.library.register_fake("idsw::gelu_forward", lambda before, bias, kept, act: None)
-    torch.library.register_fake(
-        "idsw::gelu_backward",
-        lambda kept, bias, act, grad: act.new_empty(act.shape[1:], dtype=torch.float32),
-    )
     torch.library.register_autograd(FORWARD, _backward, setup_context=_save)
     for device in ("cpu", "cuda"):
         library.impl("window_attention_forward", _autocast(device), f"Autocast{device.upper()}")
-    _keep.append(library)  # what it registered goes with it
+    _registered.append(library)  # its registrations end with the object
 
 
-_keep: list[torch.library.Library] = []
+_registered: list[torch.library.Library] = []
 
 
 def _fake_forward(
@@ -37,9 +35,8 @@ def _fake_forward(
     batch, height, width, channels = qkv.shape
     windows = -(-height // window[0]) * -(-width // window[1])
     shape = (batch, windows, num_heads, window[0] * window[1]) if need_lse else (0,)
-    return qkv.new_empty((batch, height, width, channels // 3)), qkv.new_empty(
-        shape, dtype=torch.float32
-    )
+    out = qkv.new_empty((batch, height, width, channels // 3))
+    return out, qkv.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_backward(

@@ -15,12 +15,12 @@ CASES = (
     ((12, 12), (0, 0), torch.float16),
     ((7, 7), (3, 3), torch.float32),
 )
-ALLOWED = (
-    2e-2  # of the largest entry: a wrong kernel errs by its whole size, rounding to float16 by 1e-3
-)
+# Of the largest entry: a wrong kernel errs by its whole size, rounding to float16 by 1e-3.
+ALLOWED = 2e-2
+RESULTS = ("output", "gradient of qkv", "gradient of scale", "gradient of bias")
 
 
-def fault(kernel, device: str) -> str | None:
+def find_fault(kernel, device: str) -> str | None:
     """What is wrong with `kernel`, called as a backend is, on `device`: "gradient of bias is off by
     ...", or None.
 
@@ -31,19 +31,12 @@ def fault(kernel, device: str) -> str | None:
         generator = torch.Generator().manual_seed(0)
         grid = (window[0] + 3, 2 * window[1])
         rows = (2 * window[0] - 1) * (2 * window[1] - 1)
-        drawn = [
-            torch.randn(shape, generator=generator)
-            for shape in ((2, *grid, 3 * 64), (rows, 2), (rows, 2), (2, *grid, 64))
-        ]
+        shapes = ((2, *grid, 3 * 64), (rows, 2), (rows, 2), (2, *grid, 64))
+        drawn = [torch.randn(shape, generator=generator) for shape in shapes]
         layout = window_layout(grid, window, shift, device=torch.device(device))
         found = _outcome(kernel, drawn, layout, device, dtype)
         expected = _outcome(window_attention_reference, drawn, layout, device, torch.float32)
-        for name, ours, right in zip(
-            ("output", "gradient of qkv", "gradient of scale", "gradient of bias"),
-            found,
-            expected,
-            strict=True,
-        ):
+        for name, ours, right in zip(RESULTS, found, expected, strict=True):
             error = ((ours.float() - right).abs().max() / right.abs().max()).item()
             if not error < ALLOWED:
                 return (

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.layers.linear import Linear
+from kernels.linear import Linear
 
 from .geometry import Geometry
 from .global_attention import GlobalAttention

@@ -9,6 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import (
+    EvalCache,
+    Linear,
+    PreparedLinear,
+    computed_in,
+    linear,
+    may_prepare_weights,
+    result_dtype,
+)
 from kernels.window_attention import (
     OffsetTerms,
     WindowLayout,
@@ -16,10 +25,7 @@ from kernels.window_attention import (
     window_attention,
 )
 from kernels.window_attention.reference import add_mask, merge_windows, split_windows
-from models.layers.cache import EvalCache
 from models.layers.init import trunc_normal
-from models.layers.linear import Linear
-from models.layers.products import Ready, computed_in, keeps_ready, linear, result_dtype
 
 from .geometry import Geometry, relative_coords_table
 from .modified import Modified
@@ -125,7 +131,7 @@ class SoftmaxAttention(Modified):
         tokens is the smaller work.
         """
         kind, dtype, own = x.device.type, result_dtype(x), self.qkv.weight.dtype
-        once = keeps_ready()
+        once = may_prepare_weights()
         wide = torch.float64 if own == torch.float64 else torch.float32
         exact = own == wide and computed_in(dtype, kind) == wide
         fold = own == wide and (
@@ -139,7 +145,7 @@ class SoftmaxAttention(Modified):
             ]
             name = f"projection {fold} {dtype} {kind}"
             qkv = self.cache.get(
-                name, sources, lambda: Ready(*self._projection(fold), dtype, kind)
+                name, sources, lambda: PreparedLinear(*self._projection(fold), dtype, kind)
             )(x)
         else:
             qkv = linear(x, *self._projection(fold))

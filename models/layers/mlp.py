@@ -3,8 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_mlp import fused_mlp
-from .linear import Linear
+from kernels.linear import Linear, fused_mlp
 
 
 class Mlp(nn.Module):

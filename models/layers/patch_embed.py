@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from kernels.linear import Linear
 from kernels.window_attention.layout import Size, to_pair
-
-from .linear import Linear
 
 
 class PatchEmbed(nn.Module):

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from unittest import mock
 
-from kernels.window_attention.build import CXX_FLAGS, read_unit
+from kernels.library.compilers import CXX_FLAGS, read_unit
 from tests.kernels.emulated import CSRC, cache_folder, compiler
 from tests.kernels.replay import Kernel
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kernels.window_attention import build, library
+from kernels.library import build, compilers, loader
 from tests.helpers import ROOT
 
 BINDING = (
@@ -40,8 +40,8 @@ print(*explain(qkv, terms), sep=": ")
 def compiler():
     try:
         build.torch_folder()
-        return build.find_compilers(cuda=False)
-    except build.BuildError as error:
+        return compilers.find_compilers(cuda=False)
+    except compilers.BuildError as error:
         pytest.skip(str(error))
 
 
@@ -134,14 +134,13 @@ def test_a_change_of_the_cuda_sources_leaves_the_library_for_the_cpu(sources):
 def test_several_processes_compile_once(sources, tmp_path):
     compiler()
     code = (
-        "import importlib.util, pathlib, sys\nspec ="
-        f" importlib.util.spec_from_file_location('build', {str(build.__file__)!r})\nbuild ="
-        " importlib.util.module_from_spec(spec);"
-        " spec.loader.exec_module(build)\nbuild.build('cpu',"
-        f" pathlib.Path({str(tmp_path / 'cache')!r}), pathlib.Path({str(sources)!r}), say=print)\n"
+        "import pathlib\n"
+        "from kernels.library import build\n"
+        f"cache, csrc = pathlib.Path({str(tmp_path / 'cache')!r}), pathlib.Path({str(sources)!r})\n"
+        "build.build('cpu', cache, csrc, say=print)\n"
     )
     runs = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(4)
     ]
     said = [run.communicate(timeout=300)[0] for run in runs]
@@ -154,7 +153,7 @@ def test_a_failed_build_names_its_log_and_is_not_repeated_until_that_is_deleted(
     (sources / "cpu" / "plain.cpp").write_text("this is no C++\n")
     said = []
     for expected in ("the compiler failed; its log is", "it failed before"):
-        with pytest.raises(build.BuildError, match=expected) as error:
+        with pytest.raises(compilers.BuildError, match=expected) as error:
             build.build("cpu", tmp_path / "cache", sources, say=said.append)
     log = next((tmp_path / "cache").glob("*.log"))
     assert str(log) in str(error.value) and "plain.cpp" in log.read_text()
@@ -166,21 +165,21 @@ def test_a_failed_build_names_its_log_and_is_not_repeated_until_that_is_deleted(
 
 def test_architectures_become_flags_of_nvcc_and_unknown_ones_are_left_out():
     known = "sm_80\nsm_90\nsm_100\n"
-    assert build.gencode("80;90;100;120+PTX", known) == [
+    assert compilers.gencode("80;90;100;120+PTX", known) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
     ]
-    assert build.gencode("90", known) == ["-gencode=arch=compute_90,code=sm_90"]
-    with pytest.raises(build.BuildError, match=build.ARCHITECTURES):
-        build.gencode("70", known)
+    assert compilers.gencode("90", known) == ["-gencode=arch=compute_90,code=sm_90"]
+    with pytest.raises(compilers.BuildError, match=compilers.ARCHITECTURES):
+        compilers.gencode("70", known)
 
 
 def installed_package(folder, name, monkeypatch):
-    (folder / library.INSTALLED).mkdir()
-    (folder / library.INSTALLED / "__init__.py").write_text("")
-    path = folder / library.INSTALLED / name
+    (folder / loader.INSTALLED).mkdir()
+    (folder / loader.INSTALLED / "__init__.py").write_text("")
+    path = folder / loader.INSTALLED / name
     path.write_bytes(b"")
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()
@@ -189,16 +188,16 @@ def installed_package(folder, name, monkeypatch):
 
 @pytest.fixture
 def no_build(monkeypatch, tmp_path):
-    monkeypatch.setenv(library.BUILD, "0")
+    monkeypatch.setenv(loader.BUILD, "0")
     monkeypatch.setenv(build.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(library, "device_reason", lambda: "there is no CUDA device")
+    monkeypatch.setattr(loader, "device_reason", lambda: "there is no CUDA device")
 
 
 def test_an_installed_library_of_these_sources_is_taken_before_anything_is_built(
     sources, tmp_path, monkeypatch, no_build, capfd
 ):
     path = installed_package(tmp_path, build.library_name("cpu", sources), monkeypatch)
-    assert library.find(sources) == (path, None)
+    assert loader.find(sources) == (path, None)
     assert capfd.readouterr().err == ""
 
 
@@ -207,52 +206,50 @@ def test_an_installed_library_of_other_sources_is_not_used_and_said_so(
 ):
     installed_package(tmp_path, build.library_name("cpu", sources), monkeypatch)
     (sources / "args.h").write_text("#define NUMBER 41\n")
-    path, reason = library.find(sources)
+    path, reason = loader.find(sources)
     assert path is None and "WINDOW_ATTENTION_BUILD is off" in reason
     assert "of other sources" in capfd.readouterr().err
 
 
 def test_with_building_off_an_earlier_build_is_still_used(sources, tmp_path, monkeypatch, no_build):
     compiler()
-    assert library.find(sources)[0] is None
+    assert loader.find(sources)[0] is None
     built = build.build("cpu", tmp_path / "cache", sources)
-    assert library.find(sources) == (built, None)
+    assert loader.find(sources) == (built, None)
 
 
 @pytest.mark.parametrize(
-    ("environment", "lines"), [({}, 1), ({"LOCAL_RANK": "1"}, 0), ({library.BUILD: "0"}, 0)]
+    ("environment", "lines"), [({}, 1), ({"LOCAL_RANK": "1"}, 0), ({loader.BUILD: "0"}, 0)]
 )
 def test_a_missing_kernel_is_said_once_by_one_process_of_a_machine(
     monkeypatch, capfd, environment, lines
 ):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.delenv(library.BUILD, raising=False)
+    monkeypatch.delenv(loader.BUILD, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(library, "_loaded", None)
-    monkeypatch.setattr(library, "_reason", None)
-    monkeypatch.setattr(
-        library, "find", lambda: (None, "the compiler failed; its log is somewhere")
-    )
-    assert [library.missing("cpu") for _ in range(3)] == [
+    monkeypatch.setattr(loader, "_loaded", None)
+    monkeypatch.setattr(loader, "_reason", None)
+    monkeypatch.setattr(loader, "find", lambda: (None, "the compiler failed; its log is somewhere"))
+    assert [loader.missing("cpu") for _ in range(3)] == [
         "the compiler failed; its log is somewhere"
     ] * 3
     assert capfd.readouterr().err.count("the compiler failed") == lines
 
 
 def test_a_compiler_that_is_not_there_is_the_reason(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "device_reason", lambda: "there is no CUDA device")
+    monkeypatch.setattr(loader, "device_reason", lambda: "there is no CUDA device")
     monkeypatch.setenv(build.CACHE, str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert library.find(sources) == (None, "no C++ compiler (no-such-compiler) found")
+    assert loader.find(sources) == (None, "no C++ compiler (no-such-compiler) found")
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason_and_no_error(tmp_path, monkeypatch):
     broken = tmp_path / "broken.so"
     broken.write_text("this is no library")
     for name, value in (("_loaded", None), ("_reason", None), ("find", lambda: (broken, None))):
-        monkeypatch.setattr(library, name, value)
-    assert "broken.so cannot be loaded" in library.missing("cpu")
+        monkeypatch.setattr(loader, name, value)
+    assert "broken.so cannot be loaded" in loader.missing("cpu")
 
 
 def test_a_machine_without_a_compiler_trains_and_says_why_in_one_line(tmp_path):
@@ -278,7 +275,7 @@ def pip_wheel(folder, **environment):
     for needed in ("pip", "setuptools"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
-    environment = {**os.environ, build.ARCHITECTURES: "none", **environment}
+    environment = {**os.environ, compilers.ARCHITECTURES: "none", **environment}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     for words in (
         ["wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), "./kernels"],
@@ -298,7 +295,7 @@ def pip_wheel(folder, **environment):
         )
         assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
-    return wheel.name, (folder / "installed" / library.INSTALLED / "__init__.py").read_text()
+    return wheel.name, (folder / "installed" / loader.INSTALLED / "__init__.py").read_text()
 
 
 @pytest.mark.slow
@@ -325,6 +322,6 @@ def test_pip_without_a_compiler_installs_an_empty_package_that_says_why(tmp_path
 
 
 def test_other_devices_have_no_kernel():
-    assert library.missing("mps") == "there is no kernel for mps"
+    assert loader.missing("mps") == "there is no kernel for mps"
     if not torch.cuda.is_available():
-        assert library.missing("cuda") == "there is no CUDA device"
+        assert loader.missing("cuda") == "there is no CUDA device"

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from kernels.window_attention import fused
-from kernels.window_attention.gelu import compiled, gelu_backward_into, gelu_into
+from kernels.library import loader
+from kernels.linear.gelu import compiled, gelu_backward_into, gelu_into
 from tests.kernels.cpu_kernels import INSTRUCTIONS
 from tests.kernels.test_cpu_kernel import available
 
@@ -202,7 +202,7 @@ def test_tails_and_numbers_that_are_none_come_out_as_in_pytorch(instructions):
 def test_far_left_the_value_keeps_its_relative_precision():
     """Φ(x) itself is formed there, not 1 - Φ(-x), which PyTorch's float32 has lost at -5."""
     if not compiled(F32):
-        pytest.skip(f"the CPU kernel is not here: {fused.missing('cpu')}")
+        pytest.skip(f"the CPU kernel is not here: {loader.missing('cpu')}")
     x = torch.linspace(-9, -3, 5000)[None]
     right = exact(x, None, x)[0]
     own, theirs = (
@@ -215,7 +215,7 @@ def test_far_left_the_value_keeps_its_relative_precision():
 @pytest.fixture
 def kernel():
     if not compiled(F32):
-        pytest.skip(f"the CPU kernel is not here: {fused.missing('cpu')}")
+        pytest.skip(f"the CPU kernel is not here: {loader.missing('cpu')}")
 
 
 @pytest.mark.parametrize("kept_dtype, act_dtype", PAIRS, ids=str)

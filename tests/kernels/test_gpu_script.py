@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.window_attention import library
+from kernels.library import loader
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_kernels.py"
 
@@ -25,7 +25,7 @@ def run(*words):
 
 @pytest.mark.slow
 def test_dry_run_on_the_cpu_checks_and_times_and_writes_json(tmp_path):
-    path, reason = library.load(quiet=True)
+    path, reason = loader.load(quiet=True)
     if path is None:
         pytest.skip(f"no CPU kernel: {reason}")
     done = run(

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from kernels.window_attention import library
+from kernels.library import loader
 from tests.kernels.cases import Case, Drawn, by_part
 from tests.kernels.emulated import build, load
 from tests.kernels.replay import Kernel, by_pytorch, distances, problems
@@ -25,7 +25,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def kernels():
-    path, reason = library.load(quiet=True)
+    path, reason = loader.load(quiet=True)
     if path is None:
         pytest.skip(f"no CPU kernel: {reason}")
     emulated = load(build(SOURCES))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.window_attention.build import CXX_FLAGS, read_unit
+from kernels.library.compilers import CXX_FLAGS, read_unit
 from tests.kernels.cases import Call, Case, Drawn
 from tests.kernels.emulated import CSRC
 from tests.kernels.replay import problems

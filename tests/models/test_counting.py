@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import models.layers.fused_mlp as fused_mlp
+from kernels.linear import mlp, precision
 from models import CaiT, PiT, SwinTransformer, SwinTransformerV2, T2TViT, VisionTransformer
 from models.attention import AttentionSpec
 from models.attention.mixers import MIXERS
@@ -163,9 +163,9 @@ def test_the_count_is_that_of_the_plain_formula_whatever_computes_it(backend):
 def test_an_mlp_worked_on_in_chunks_counts_as_one(monkeypatch):
     model, images = small_swin(), torch.zeros(1, 3, 16, 16)
     whole = count_macs(model, images)
-    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(fused_mlp, "PLAIN_BYTES", {True: 0, False: 0})
-    monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(mlp, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(mlp, "PLAIN_BYTES", {True: 0, False: 0})
+    monkeypatch.setattr(precision, "CHUNK_BYTES", 1)
     assert count_macs(model, images) == whole
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels.linear import precision
 from kernels.window_attention import window_layout
 from models.attention import AttentionSpec, WindowAttention, WindowAttentionV2
 from models.attention.geometry import Geometry
 from models.attention.modifiers import MODIFIERS, MapModifier, TermModifier
-from models.layers import products
 from tests.models.builders import GRID, WINDOW_FAMILIES, identity_options, randomise, small
 
 both_families = pytest.mark.parametrize("family", WINDOW_FAMILIES)
@@ -157,7 +157,7 @@ def test_in_bfloat16_autocast_the_residual_is_added_to_the_tokens_and_costs_no_p
     """The identity folded into a bfloat16 weight would round w to steps of 2^-8; added to the
     tokens the error is the plain model's.
     """
-    monkeypatch.setattr(products, "WIDENED", frozenset())
+    monkeypatch.setattr(precision, "WIDENED", frozenset())
     model = with_modifiers(family, "qk_residual", embed_dim=32)
     for block in (b for layer in model.layers for b in layer.blocks):
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.003)
@@ -179,7 +179,7 @@ def test_in_bfloat16_autocast_the_residual_is_added_to_the_tokens_and_costs_no_p
 def test_where_bfloat16_is_multiplied_in_float32_the_folded_residual_is_rounded_once(
     family, monkeypatch
 ):
-    monkeypatch.setattr(products, "WIDENED", frozenset([torch.bfloat16]))
+    monkeypatch.setattr(precision, "WIDENED", frozenset([torch.bfloat16]))
     attention = with_modifiers(family, "qk_residual", embed_dim=32).layers[0].blocks[0].attn
     torch.nn.init.normal_(attention.qkv.weight, std=0.003)
     x = torch.randn(4, 64, 32)
@@ -196,7 +196,7 @@ def test_where_bfloat16_is_multiplied_in_float32_the_folded_residual_is_rounded_
 def test_in_bfloat16_evaluation_the_residual_is_folded_in_float32_and_errs_little_more(
     family, monkeypatch
 ):
-    monkeypatch.setattr(products, "WIDENED", frozenset())
+    monkeypatch.setattr(precision, "WIDENED", frozenset())
     model = with_modifiers(family, "qk_residual", embed_dim=32)
     attention = model.layers[0].blocks[0].attn
     torch.nn.init.normal_(attention.qkv.weight, std=0.02)

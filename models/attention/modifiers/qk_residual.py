@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from kernels.window_attention.layout import kept
+from kernels.window_attention.layout import cache_tensors
 from models.attention.geometry import Geometry
 
 from .base import MODIFIERS, ProjectionModifier
 
 
-@kept
+@cache_tensors
 def identity_rows(dim: int, parts: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(3C, C): the identity in the rows of each of q, k, v that `parts` names, zero elsewhere."""
     eye = torch.eye(dim, dtype=dtype, device=device)

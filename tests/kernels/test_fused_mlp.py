@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.layers import fused_mlp, products
+from kernels.linear import mlp as fused
+from kernels.linear import precision
 from models.layers.mlp import Mlp
 
 with_and_without_the_kernel = pytest.mark.parametrize("kernel", [True, False])
@@ -15,15 +16,15 @@ with_and_without_the_kernel = pytest.mark.parametrize("kernel", [True, False])
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(fused_mlp, "PLAIN_BYTES", {True: 0, False: 0})
-    monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 1)  # the least number of rows, 64
+    monkeypatch.setattr(fused, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(fused, "PLAIN_BYTES", {True: 0, False: 0})
+    monkeypatch.setattr(precision, "CHUNK_BYTES", 1)  # the least number of rows, 64
 
 
 def choose(kernel: bool, dtype: torch.dtype, monkeypatch) -> None:
     if not kernel:
-        monkeypatch.setattr(fused_mlp, "compiled", lambda dtype: False)
-    elif not fused_mlp.compiled(dtype):
+        monkeypatch.setattr(fused, "compiled", lambda dtype: False)
+    elif not fused.compiled(dtype):
         pytest.skip("the CPU kernel is not here, or not for this dtype")
 
 
@@ -78,7 +79,7 @@ def test_it_errs_no_more_than_the_plain_layers_in_the_same_dtype(
     tokens, autocast, widened, kernel, monkeypatch
 ):
     choose(kernel, torch.float32 if widened or autocast is None else autocast, monkeypatch)
-    monkeypatch.setattr(products, "WIDENED", frozenset([autocast] if widened else []))
+    monkeypatch.setattr(precision, "WIDENED", frozenset([autocast] if widened else []))
     torch.manual_seed(0)
     mlp, x, weight = (
         Mlp(24, 50),
@@ -110,7 +111,7 @@ def test_scratch_memory_is_neither_shared_between_threads_nor_left_over_from_a_t
     mlp, x = Mlp(8, 32), torch.randn(500, 8, requires_grad=True)
     weight = torch.randn(500, 8)
     right = gradients(mlp, x, weight)
-    monkeypatch.setattr(fused_mlp, "_thread", threading.local())
+    monkeypatch.setattr(fused, "_thread", threading.local())
     with FakeTensorMode(allow_non_fake_inputs=True):
         mlp(x).sum().backward()
     x.grad = None

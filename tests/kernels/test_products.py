@@ -1,4 +1,4 @@
-"""x Wᵀ + b by every way there is: in float32 for 16-bit results, with the weight kept ready, in
+"""x Wᵀ + b by every way there is: in float32 for 16-bit results, with the weight prepared, in
 chunks.
 """
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.layers import fused_mlp, products
-from models.layers.linear import Linear
+from kernels.linear import Linear, precision, prepared, products
+from kernels.linear import mlp as fused
 from models.layers.mlp import Mlp
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -17,10 +17,9 @@ both_ways = pytest.mark.parametrize("widened", [True, False])
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(products, "CHUNK_BYTES", 1)  # the least number of rows, 64
-    monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(fused_mlp, "PLAIN_BYTES", {True: 0, False: 0})
+    monkeypatch.setattr(precision, "CHUNK_BYTES", 1)  # the least number of rows, 64
+    monkeypatch.setattr(fused, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(fused, "PLAIN_BYTES", {True: 0, False: 0})
 
 
 def error(found, exact):
@@ -45,14 +44,12 @@ def test_a_16_bit_product_in_float32_errs_no_more_than_pytorch_s_own_in_values_a
 ):
     torch.manual_seed(0)
     module, x = make(), torch.randn(2, tokens, 24, requires_grad=True)
-    monkeypatch.setattr(products, "WIDENED", frozenset([dtype]))
+    monkeypatch.setattr(precision, "WIDENED", frozenset([dtype]))
     with torch.autocast("cpu", dtype):
         weight = torch.randn(module(x).shape)
     ours = outcome(module, x, dtype, weight)
-    monkeypatch.setattr(products, "WIDENED", frozenset())
-    monkeypatch.setattr(
-        fused_mlp, "PLAIN_BYTES", {True: 1 << 40, False: 1 << 40}
-    )  # the plain layers
+    monkeypatch.setattr(precision, "WIDENED", frozenset())
+    monkeypatch.setattr(fused, "PLAIN_BYTES", {True: 1 << 40, False: 1 << 40})  # the plain layers
     native = outcome(module, x, dtype, weight)
     exact = outcome(module.double(), x.detach().double().requires_grad_(), None, weight.double())
     for own, theirs, right in zip(ours, native, exact, strict=True):
@@ -62,7 +59,7 @@ def test_a_16_bit_product_in_float32_errs_no_more_than_pytorch_s_own_in_values_a
 
 
 def test_a_widened_product_keeps_its_input_in_16_bits_for_the_backward(monkeypatch):
-    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]))
+    monkeypatch.setattr(precision, "WIDENED", frozenset([BF16]))
     layer, mlp, kept = Linear(16, 16), Mlp(16, 64), []
     x = torch.randn(300, 16, dtype=BF16, requires_grad=True)
     with (
@@ -83,7 +80,7 @@ def test_a_widened_product_keeps_its_input_in_16_bits_for_the_backward(monkeypat
 def test_in_evaluation_a_layer_and_an_mlp_give_what_they_give_in_training(
     dtype, shape, widened, monkeypatch
 ):
-    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    monkeypatch.setattr(precision, "WIDENED", frozenset([BF16]) if widened else frozenset())
     torch.manual_seed(1)
     for module in (Linear(24, 40), Linear(24, 40, bias=False), Mlp(24, 96)):
         x = torch.randn(shape)
@@ -106,9 +103,9 @@ def test_in_evaluation_a_layer_and_an_mlp_give_what_they_give_in_training(
 def test_the_weight_is_laid_out_once_with_the_gelu_in_the_product(monkeypatch):
     calls = []
     mlp, x = Mlp(24, 96), torch.randn(64, 24)
-    original = products._MKLDNN._reorder_linear_weight
+    original = torch.ops.mkldnn._reorder_linear_weight
     monkeypatch.setattr(
-        products,
+        prepared,
         "_MKLDNN",
         type(
             "",
@@ -124,7 +121,7 @@ def test_the_weight_is_laid_out_once_with_the_gelu_in_the_product(monkeypatch):
             },
         ),
     )
-    monkeypatch.setattr(fused_mlp, "WHOLE_BYTES", 1 << 40)
+    monkeypatch.setattr(fused, "WHOLE_BYTES", 1 << 40)
     with torch.no_grad():
         mlp(x), mlp(x)
     assert calls == ["laid out", "laid out", "gelu", "none", "gelu", "none"]
@@ -203,7 +200,7 @@ def test_a_flop_counter_and_torch_func_see_ordinary_products_in_evaluation():
 
 @both_ways
 def test_a_compiled_layer_gives_the_eager_result_and_gradients(widened, monkeypatch):
-    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    monkeypatch.setattr(precision, "WIDENED", frozenset([BF16]) if widened else frozenset())
     layer = Mlp(16, 32)
     x = torch.randn(100, 16, requires_grad=True)
     weight = torch.randn(100, 16)
@@ -215,17 +212,17 @@ def test_a_compiled_layer_gives_the_eager_result_and_gradients(widened, monkeypa
 
 
 def test_what_is_not_computed_in_its_own_dtype_is_said(monkeypatch):
-    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]))
-    assert "no bfloat16 arithmetic" in products.describe_products(BF16, "cpu")
+    monkeypatch.setattr(precision, "WIDENED", frozenset([BF16]))
+    assert "no bfloat16 arithmetic" in precision.describe_products(BF16, "cpu")
     assert (
-        products.describe_products(BF16, "cuda") is None
-        and products.describe_products(torch.float32, "cpu") is None
+        precision.describe_products(BF16, "cuda") is None
+        and precision.describe_products(torch.float32, "cpu") is None
     )
 
 
 @both_ways
 def test_results_may_be_changed_in_place(widened, monkeypatch):
-    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    monkeypatch.setattr(precision, "WIDENED", frozenset([BF16]) if widened else frozenset())
     for layer in (Linear(16, 16), Mlp(16, 32)):
         x = torch.randn(2, 50, 16, requires_grad=True)
         with torch.autocast("cpu", BF16):
@@ -238,7 +235,7 @@ def test_results_may_be_changed_in_place(widened, monkeypatch):
 
 @both_ways
 def test_frozen_parts_ask_for_nothing(widened, monkeypatch):
-    monkeypatch.setattr(products, "WIDENED", frozenset([BF16]) if widened else frozenset())
+    monkeypatch.setattr(precision, "WIDENED", frozenset([BF16]) if widened else frozenset())
     layer, x = Linear(16, 8), torch.randn(100, 16, requires_grad=True)
     layer.requires_grad_(False)
     with torch.autocast("cpu", BF16):

@@ -1,4 +1,4 @@
-"""Values that follow from parameters and are kept while the parameters stay the same."""
+"""Values computed from parameters and cached while the parameters stay the same."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class EvalCache:
-    """Keeps one value per name, computed from some tensors, as long as no gradient is recorded and
+    """Caches one value per name, computed from some tensors, as long as no gradient is recorded and
     the tensors are unchanged.
 
     Unchanged: the same tensors, not written in place, in the same memory, and no optimizer has made
@@ -24,30 +24,24 @@ class EvalCache:
     steps = 0  # of all optimizers of this process
 
     def __init__(self):
-        self._kept: dict[str, tuple] = {}
+        self._entries: dict[str, tuple[list, object]] = {}
 
     def get(self, name: str, sources: Sequence[Tensor], compute: Callable[[], T]) -> T:
         """compute(), or what it returned before for the same `sources`."""
         if torch.compiler.is_compiling():
             return compute()
         if torch.is_grad_enabled():
-            self._kept.clear()
+            self._entries.clear()
             return compute()
-        key = [
-            EvalCache.steps,
-            *(
-                (source, source._version if not source.is_inference() else 0, source.data_ptr())
-                for source in sources
-            ),
-        ]
-        kept = self._kept.get(name)
-        if kept is None or not _same(kept[0], key):
-            kept = self._kept[name] = (key, compute())
-        return kept[1]
+        key = [EvalCache.steps, *map(_state, sources)]
+        entry = self._entries.get(name)
+        if entry is None or not _same(entry[0], key):
+            entry = self._entries[name] = (key, compute())
+        return entry[1]
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._kept.clear()
+        self._entries.clear()
 
     def __deepcopy__(self, memo: dict) -> "EvalCache":
         return EvalCache()
@@ -56,13 +50,17 @@ class EvalCache:
         return EvalCache, ()
 
 
+def _state(source: Tensor) -> tuple[Tensor, int, int]:
+    """What tells an unchanged tensor: itself, its version, its memory."""
+    version = 0 if source.is_inference() else source._version
+    return source, version, source.data_ptr()
+
+
 def _same(old: list, new: list) -> bool:
-    pairs = zip(old[1:], new[1:], strict=False)
-    return (
-        old[0] == new[0]
-        and len(old) == len(new)
-        and all(a[0] is b[0] and a[1:] == b[1:] for a, b in pairs)
-    )
+    if old[0] != new[0] or len(old) != len(new):
+        return False
+    pairs = zip(old[1:], new[1:], strict=True)
+    return all(a[0] is b[0] and a[1:] == b[1:] for a, b in pairs)
 
 
 def _count_step(*_) -> None:

@@ -1,4 +1,4 @@
-"""The compiled library: installed beforehand, kept from an earlier build, or built now; or the
+"""The compiled library: installed beforehand, stored by an earlier build, or built now; or the
 reason why there is none.
 """
 
@@ -6,21 +6,36 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from . import build, operations
+from . import build
+from .compilers import BuildError
 
 BUILD = "WINDOW_ATTENTION_BUILD"  # environment: 0 = never compile on demand
 INSTALLED = (  # the package that `pip install ./kernels` makes; it holds the library alone
     "window_attention_kernels"
 )
 OLDEST = (8, 0)  # compute capability that the CUDA kernel needs
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the kernels are compiled for
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _loaded: Path | None = None
-_reason: str | None = None  # set once loading was tried in vain
+_reason: str | None = None  # set once loading has failed
+_after_loading: list[Callable[[], None]] = []
+
+
+def after_loading(register: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: calls `register` once, as soon as the library that defines the operations is
+    loaded.
+    """
+    with _lock:
+        _after_loading.append(register)
+        if _loaded is not None:
+            register()
+    return register
 
 
 def missing(device: str) -> str | None:
@@ -37,16 +52,14 @@ def missing(device: str) -> str | None:
     path, reason = load()
     if path is None:
         return reason
-    return (
-        "the library was built without CUDA (no nvcc)"
-        if device == "cuda" and "-cuda" not in path.name
-        else None
-    )
+    if device == "cuda" and "-cuda" not in path.name:
+        return "the library was built without CUDA (no nvcc)"
+    return None
 
 
 def load(quiet: bool = False) -> tuple[Path | None, str | None]:
-    """The library, loaded into PyTorch, or the reason why there is none, which is also said unless
-    `quiet` or by choice.
+    """The library, loaded into PyTorch, or the reason why there is none, which is also printed
+    unless `quiet` or by choice.
 
     The answer stays the same for the life of the process.
     """
@@ -57,7 +70,8 @@ def load(quiet: bool = False) -> tuple[Path | None, str | None]:
             if path is not None:
                 try:
                     torch.ops.load_library(str(path))
-                    operations.register()
+                    for register in _after_loading:
+                        register()
                     _loaded = path
                 except OSError as error:  # made for another PyTorch or system
                     _reason = f"{path} cannot be loaded ({str(error).splitlines()[0]})"
@@ -71,19 +85,19 @@ def load(quiet: bool = False) -> tuple[Path | None, str | None]:
 
 def find(csrc: Path = build.CSRC) -> tuple[Path | None, str | None]:
     """The library for this machine: with CUDA where a device is here, its sources are and nvcc or a
-    ready library is; else for the CPU.
+    built library is; else for the CPU.
     """
     cuda = device_reason() is None and build.has_cuda_sources(csrc)
     try:
-        ready = _installed(csrc)
-    except build.BuildError as error:  # no sources
+        installed = _installed(csrc)
+    except BuildError as error:  # no sources
         return None, str(error)
-    with_cuda = [path for path in ready if "-cuda" in path.name]
-    if with_cuda or (ready and not cuda):
-        return (with_cuda or ready)[0], None
+    with_cuda = [path for path in installed if "-cuda" in path.name]
+    if with_cuda or (installed and not cuda):
+        return (with_cuda or installed)[0], None
     path, reason = _on_demand("cuda", csrc) if cuda else (None, None)
-    if path is None and ready:
-        return ready[0], None
+    if path is None and installed:
+        return installed[0], None
     if path is None:
         path, reason = _on_demand("cpu", csrc)
     return path, reason
@@ -105,15 +119,17 @@ def _installed(csrc: Path) -> list[Path]:
     """What `pip install ./kernels` left here and is made from these very sources."""
     spec = importlib.util.find_spec(INSTALLED)
     found = sorted(Path(spec.origin).parent.glob("*.so")) if spec and spec.origin else []
-    ready = [
-        path for path in found if path.name == build.library_name(path.stem.split("-", 3)[-1], csrc)
-    ]
-    if found and not ready:
+    current = []
+    for path in found:
+        kind = path.stem.split("-", 3)[-1]
+        if path.name == build.library_name(kind, csrc):
+            current.append(path)
+    if found and not current:
         say(
             f"window_attention: the installed {INSTALLED} is of other sources and not used; `pip"
             " install ./kernels` renews it"
         )
-    return ready
+    return current
 
 
 def _on_demand(kind: str, csrc: Path) -> tuple[Path | None, str | None]:
@@ -121,18 +137,16 @@ def _on_demand(kind: str, csrc: Path) -> tuple[Path | None, str | None]:
     architectures = ";".join(map(str, _capabilities())) + "+PTX" if kind == "cuda" else None
     folder = build.cache_folder()
     try:
-        if _off():
-            ready = sorted(folder.glob(build.library_name(f"{kind}*", csrc)))
-            return (
-                (ready[0], None)
-                if ready
-                else (None, f"it is not built, and {BUILD} is off; `make kernels` builds it")
-            )
-        return build.build(kind, folder, csrc, architectures, say), None
-    except build.BuildError as error:
+        if not _off():
+            return build.build(kind, folder, csrc, architectures, say), None
+        built = sorted(folder.glob(build.library_name(f"{kind}*", csrc)))
+    except BuildError as error:
         if kind == "cuda":  # the library for the CPU follows
             say(f"window_attention: no fused kernel for CUDA, since {error}")
         return None, str(error)
+    if built:
+        return built[0], None
+    return None, f"it is not built, and {BUILD} is off; `make kernels` builds it"
 
 
 def _off() -> bool:

@@ -1,0 +1,94 @@
+"""A product x Wᵀ + b whose weight is cast and laid out once for many calls without gradients."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import precision
+from .precision import computed_in, row_chunks
+
+_MKLDNN = torch.ops.mkldnn
+
+
+def is_observed() -> bool:
+    """Whether something looks at single operations and must see an ordinary product: a compiler, a
+    tracer, torch.func, or a dispatch mode such as a FLOP counter or fake tensors.
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )
+
+
+def may_prepare_weights() -> bool:
+    """Whether layers may use prepared weights: no gradients are recorded, and nothing looks at
+    single operations.
+    """
+    return not torch.is_grad_enabled() and not is_observed()
+
+
+def can_pack(weight: Tensor, kind: str) -> bool:
+    """Whether oneDNN can lay out this weight in its own way: a plain matrix in a dtype that it
+    multiplies here.
+    """
+    mkldnn = torch.backends.mkldnn
+    if kind != "cpu" or weight.numel() == 0 or not mkldnn.is_available() or not mkldnn.enabled:
+        return False
+    dtypes = [torch.float32]
+    if _MKLDNN._is_mkldnn_bf16_supported():
+        dtypes.append(torch.bfloat16)
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.dtype in dtypes
+        and hasattr(_MKLDNN, "_linear_pointwise")
+    )
+
+
+class PreparedLinear:
+    """Weight and bias of a linear layer, prepared once for many calls without gradients.
+
+    Args:
+        weight: (out, in). bias: (out,) or None. dtype: of the result. kind: of the device.
+    On the CPU the weight is stored in the layout in which oneDNN multiplies, where it can be; a
+    GELU behind the product is then part of it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kind: str):
+        self.dtype = dtype
+        self.inner = computed_in(dtype, kind)
+        self.weight = weight.detach().to(self.inner)
+        self.bias = None if bias is None else bias.detach().to(self.inner)
+        self.packed = can_pack(self.weight, kind)
+        if self.packed:
+            self.weight = _MKLDNN._reorder_linear_weight(self.weight.contiguous())
+
+    def __call__(self, x: Tensor, gelu: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """(..., in) -> (..., out) of `dtype`, by default of the layer's own."""
+        dtype = dtype or self.dtype
+        width = self.weight.shape[0]
+        result_bytes = x.numel() // x.shape[-1] * width * self.inner.itemsize
+        if self.inner == dtype or result_bytes <= precision.CHUNK_BYTES:
+            return self._product(x, gelu).to(dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = x.new_empty(len(tokens), width, dtype=dtype)
+        for part in row_chunks(len(tokens), x.shape[-1] + width, self.inner):
+            y[part] = self._product(tokens[part], gelu)
+        return y.view(*x.shape[:-1], width)
+
+    def _product(self, x: Tensor, gelu: bool) -> Tensor:
+        x = x.to(self.inner)
+        if not self.packed:
+            y = self._plain_product(x)
+            return F.gelu(y) if gelu else y
+        if x.numel() == 0:
+            return x.new_empty(*x.shape[:-1], self.weight.shape[0])
+        activation = "gelu" if gelu else "none"
+        return _MKLDNN._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
+
+    def _plain_product(self, x: Tensor) -> Tensor:
+        if self.inner == self.dtype:
+            return F.linear(x, self.weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight, self.bias)
