@@ -80,9 +80,12 @@ def recording():
     def stepped(optimizer, *_):
         asked.append(["seed", torch.initial_seed()])
 
-    def convolved(module, inputs, _):
+    def convolved(module, inputs, result):
         if isinstance(module, torch.nn.Conv2d):
-            asked.append(["conv", inputs[0].stride(), module.weight.stride()])
+            weight = module.weight
+            kind = "training" if module.training else "evaluation"
+            strides = [inputs[0].stride(), weight.stride()]
+            asked.append([kind, len(inputs[0]), *strides, str(result.dtype), digest(weight)])
 
     board = SimpleNamespace(
         SummaryWriter=noted(
@@ -155,9 +158,19 @@ def content(path: Path):
     return "a file"
 
 
-def run(folder: Path, settings: dict | None = None, words: tuple = (), times: int = 1) -> dict:
-    """main.py with SETTINGS and `settings` as --opts, output in `folder`: what it left behind."""
+def run(
+    folder: Path,
+    settings: dict | None = None,
+    words: tuple = (),
+    times: int = 1,
+    numbers: bool = False,
+) -> dict:
+    """main.py with SETTINGS and `settings` as --opts, output in `folder`: what it left behind.
+
+    words: more flags. times: how often it is called. numbers: log lines keep theirs.
+    """
     chosen = SETTINGS | {"OUTPUT": str(folder / "output")} | (settings or {})
+    folder.mkdir(parents=True, exist_ok=True)
     base = folder / "base.yaml"
     base.write_text(yaml.safe_dump(nested(SETTINGS)))
     argv = ["--cfg", str(base), *words, "--opts"]
@@ -175,9 +188,14 @@ def run(folder: Path, settings: dict | None = None, words: tuple = (), times: in
         "status": status,
         "errors": errors.getvalue().replace(str(folder), ""),
         "asked": asked,
-        "log": [NUMBER.sub("#", line.replace(str(folder), "")) for line in log.lines],
+        "log": log.lines if numbers else [without(line, folder) for line in log.lines],
         "files": {str(path.relative_to(folder)): content(path) for path in files},
     }
+
+
+def without(line: str, folder: Path) -> str:
+    """A log line without numbers and place."""
+    return NUMBER.sub("#", line.replace(str(folder), ""))
 
 
 def nested(settings: dict) -> dict:
