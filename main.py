@@ -33,7 +33,7 @@ from engine.state import CheckpointFolder, Layout, has_average, holds_state
 from engine.teacher import timm_teacher
 from engine.throughput import describe, throughput
 from engine.train import Plan, fit, validate
-from engine.trainer import Trainer, has_two_heads
+from engine.trainer import Trainer
 from kernels.linear import describe_products
 from lr_scheduler import ScheduleError, build_scheduler, scaled_rates
 from models import build_model
@@ -274,7 +274,7 @@ class Program:
             ema_leads=config.MODEL.EMA.EVAL,
             ema=ParameterEma(model, config.MODEL.EMA.DECAY) if config.MODEL.EMA.ENABLE else None,
             channels_last=config.MODEL.CHANNELS_LAST,
-            two_heads=distillation is not None and has_two_heads(model),
+            two_heads=distillation is not None and model.has_two_heads(),
         )
         trainer.state.epoch = settings.START_EPOCH
         utils.seed_everything(

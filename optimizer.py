@@ -3,8 +3,6 @@ query and key rows.
 """
 
 import logging
-import re
-from dataclasses import dataclass
 
 import timm.optim
 import torch
@@ -87,16 +85,16 @@ def parameter_groups(
     `lr_scale` repeats it for the reader.
     """
     decayed = (lambda name, p: True) if decay_all else decay_rule(model)
-    tree = BlockTree.of(model) if layer_decay != 1 else None
-    groups = {} if tree else {decay: _group(decay, lr, weight_decay) for decay in (True, False)}
+    layers = LayerIds(model) if layer_decay != 1 else None
+    groups = {} if layers else {decay: _group(decay, lr, weight_decay) for decay in (True, False)}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         decay = decayed(name, p)
-        layer = tree.layer_id(name) if tree else None
-        key = (layer, decay) if tree else decay
+        layer = layers[name] if layers else None
+        key = (layer, decay) if layers else decay
         if key not in groups:
-            scale = layer_decay ** (tree.last - layer)
+            scale = layer_decay ** (layers.last - layer)
             label = f"layer_{layer}_{'decay' if decay else 'no_decay'}"
             groups[key] = {
                 "group_name": label,
@@ -125,83 +123,28 @@ def decay_rule(model: nn.Module):
     )
 
 
-STAGES = r"(layers|stages|transformers)\.(\d+)"
-BLOCK = re.compile(rf"(?:{STAGES}\.blocks|(blocks|blocks_token_only)|(layer)(\d+))\.(\d+)\.")
-PART_OF_STAGE = re.compile(rf"{STAGES}\.(\w+)")
-EMBEDDINGS = frozenset(("patch_embed", "mask_token", "pre_mlp"))
+class LayerIds:
+    """How deep each parameter of a model lies: 0 what comes before the blocks, 1 + b block b, and
+    `last` the rest, such as norm and head.
 
-
-@dataclass(frozen=True)
-class BlockTree:
-    """Where the blocks of a model are, read off its parameter names, and how deep each parameter
-    lies.
-
-    counts: (kind, stage) -> blocks, in the order of the forward pass. first: top-level names that
-    come before all blocks. Blocks are named layers.I.blocks.J (Swin), stages.I.blocks.J
-    (SwiftFormer), transformers.I.blocks.J (PiT), blocks.J (ViT), blocks.J and then
-    blocks_token_only.J (CaiT), or layerI.J (ResNet).
+    Raises: OptimizerError for a model that does not say where its blocks are.
     """
 
-    counts: dict[tuple[str, int], int]
-    first: frozenset[str] = EMBEDDINGS
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "BlockTree":
-        """Raises: OptimizerError for a model whose parameters carry none of these names."""
-        blocks, first = {}, set()
-        for name, _ in model.named_parameters():
-            if found := BLOCK.match(name):
-                *place, block = _place(found)
-                blocks.setdefault(tuple(place), set()).add(block)
-            elif not blocks and not name.startswith("absolute_pos_embed"):
-                first.add(name.partition(".")[0])
-        if not blocks:
+    def __init__(self, model: nn.Module):
+        groups = model.layer_groups() if hasattr(model, "layer_groups") else []
+        if len(groups) < 2:
             raise OptimizerError(
-                f"TRAIN.LAYER_DECAY: {type(model).__name__} has no parameters named"
-                " layers.I.blocks.J, stages.I.blocks.J, transformers.I.blocks.J, blocks.J or"
-                " layerI.J, so its depth is unknown; set it to 1.0"
+                f"TRAIN.LAYER_DECAY: {type(model).__name__} names no blocks (layer_groups), so its"
+                " depth is unknown; set it to 1.0"
             )
-        return cls({place: 1 + max(found) for place, found in blocks.items()}, EMBEDDINGS | first)
+        self.last = len(groups)
+        self._ids = {name: layer for layer, names in enumerate(groups) for name in names}
 
-    @property
-    def last(self) -> int:
-        """The layer of the head."""
-        return sum(self.counts.values()) + 1
-
-    def before(self, kind: str, stage: int) -> int:
-        """Blocks that run before those of a stage."""
-        total = 0
-        for (other, position), count in self.counts.items():
-            if other == kind and position >= stage:
-                break
-            total += count
-        return total
-
-    def layer_id(self, name: str) -> int:
-        """Depth of a parameter: 0 what comes before the blocks, 1 + b block b counted over all
-        stages, a downsampling as the block before it, and `last` the rest: norm, head and, as in
-        the reference, Swin's absolute position embedding.
-
-        This project's own: the pre-MLP of the stem counts as patch embedding, that of a stage as
-        the stage's first block.
-        """
-        if found := BLOCK.match(name):
-            kind, stage, block = _place(found)
-            return 1 + self.before(kind, stage) + block
-        if found := PART_OF_STAGE.match(name):
-            kind, stage, part = found[1], int(found[2]), found[3]
-            if part == "pre_mlp":
-                return self.before(kind, stage) + 1
-            return self.before(
-                kind, stage + (kind == "layers")
-            )  # Swin shrinks the map at the end of a stage, the others at its beginning
-        return 0 if name.partition(".")[0] in self.first else self.last
-
-
-def _place(found: re.Match) -> tuple[str, int, int]:
-    """(kind, stage, block) of a match of BLOCK; trees without stages have stage 0."""
-    kind, stage, single, layer, number, block = found.groups()
-    return kind or single or layer, int(stage or number or 0), int(block)
+    def __getitem__(self, name: str) -> int:
+        """The depth of the parameter `name`."""
+        parts = name.split(".")
+        paths = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        return next((self._ids[path] for path in paths if path in self._ids), self.last)
 
 
 # ---- creation
@@ -304,17 +247,15 @@ def _is_hidden(name: str) -> bool:
 
 
 def query_key_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable `attn.qkv.weight` (3C, C) of every block; rows [0:2C] make the queries and
-    keys.
+    """The trainable weights (3C, C) whose rows [0:2C] make queries and keys, as the model names
+    them.
     """
-    found = [
-        p
-        for name, p in model.named_parameters()
-        if name.endswith("attn.qkv.weight") and p.requires_grad
-    ]
+    names = model.query_key_weights() if hasattr(model, "query_key_weights") else []
+    weights = [model.get_parameter(name) for name in names]
+    found = [weight for weight in weights if weight.requires_grad]
     if not found:
         raise OptimizerError(
-            f"TRAIN.QK_WEIGHT_DECAY: {type(model).__name__} has no trainable attn.qkv.weight; set"
+            f"TRAIN.QK_WEIGHT_DECAY: {type(model).__name__} has no trainable qkv weights; set"
             " it to 1.0"
         )
     return found

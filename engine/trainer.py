@@ -75,8 +75,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.memory_format = memory_format(channels_last)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        heads = (getattr(model, name, None) for name in ("head", "head_dist"))
-        self.classifier = [p for head in heads if head is not None for p in head.parameters()]
+        names = model.classifiers() if hasattr(model, "classifiers") else []
+        heads = [model.get_submodule(name) for name in names]
+        self.classifier = [p for head in heads for p in head.parameters()]
         network = BothHeads(model) if two_heads else model  # shares the model's weights
         self.network = torch.compile(network) if compile else network
         self.parallel = parallel(self.network, world)
@@ -209,11 +210,6 @@ class BothHeads(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> (B, K) twice."""
         return self.model.forward_heads(images)
-
-
-def has_two_heads(model: nn.Module) -> bool:
-    """Whether the model has a distillation head beside the class head."""
-    return getattr(model, "head_dist", None) is not None
 
 
 def parallel(network: nn.Module, world: World) -> nn.Module:

@@ -167,6 +167,11 @@ class CaiT(TokenTransformer):
         blocks = sum(block.flops(tokens) for block in (*self.blocks, *self.blocks_token_only))
         return self.embed_flops() + blocks + self.head_flops()
 
+    def layer_groups(self) -> list[list[str]]:
+        """See the base; the class blocks come last."""
+        last = [[f"blocks_token_only.{index}"] for index in range(len(self.blocks_token_only))]
+        return super().layer_groups() + last
+
     def position_names(self) -> set[str]:
         """Position embedding and class token."""
         return {"pos_embed", "cls_token"}

@@ -40,6 +40,7 @@ class PiT(TokenTransformer):
     """
 
     section = "PIT"
+    head_names = ("head", "head_dist")
 
     @classmethod
     def from_config(cls, config, num_classes: int) -> "PiT":
@@ -171,6 +172,19 @@ class PiT(TokenTransformer):
             + sum(stage.flops() for stage in self.transformers)
             + heads * self.head_flops()
         )
+
+    def layer_groups(self) -> list[list[str]]:
+        """See the base; a pooling counts with the block before it."""
+        groups = [["patch_embed", *sorted(self.position_names())]]
+        for index, stage in enumerate(self.transformers):
+            groups[-1].append(f"transformers.{index}.pool")
+            blocks = range(len(stage.blocks))
+            groups += [[f"transformers.{index}.blocks.{block}"] for block in blocks]
+        return groups
+
+    def has_two_heads(self) -> bool:
+        """Whether it is distilled."""
+        return self.head_dist is not None
 
     def position_names(self) -> set[str]:
         """Position embeddings and class tokens."""

@@ -51,6 +51,7 @@ class RefinedViT(TokenTransformer):
     """
 
     section = "REFINED_VIT"
+    head_names = ("head", "aux_head")
 
     @classmethod
     def from_config(cls, config, num_classes: int) -> "RefinedViT":

@@ -41,6 +41,7 @@ class SasaResNet(Backbone):
     Source: Stand-Alone Self-Attention in Vision Models, arXiv:1906.05909, section 4.1.
     """
 
+    head_names = ("fc",)
     optional_settings = frozenset(("MODEL.DROP_PATH_PROFILE", "MODEL.ATTENTION.MIXER"))
 
     @classmethod
@@ -208,6 +209,15 @@ class SasaResNet(Backbone):
         """Pixels of a map whose sides are those of img_size, halved so often and rounded up."""
         height, width = self.img_size
         return -(-height // 2**halvings) * -(-width // 2**halvings)
+
+    def layer_groups(self) -> list[list[str]]:
+        """See the base."""
+        blocks = [
+            [f"layer{group}.{block}"]
+            for group, stage in enumerate(self.stages(), 1)
+            for block in range(len(stage))
+        ]
+        return [["conv1", "bn1"], *blocks]
 
     def flops(self) -> int:
         """Multiply-accumulates of convolutions, linear layers, q · k and the sum of values for one

@@ -109,6 +109,7 @@ class SwiftFormer(Backbone):
     Source: SwiftFormer, arXiv:2303.15446; widths and depths of the released code.
     """
 
+    head_names = ("head", "head_dist")
     optional_settings = frozenset(("MODEL.DROP_PATH_PROFILE", "MODEL.ATTENTION.MIXER"))
 
     @classmethod
@@ -243,6 +244,18 @@ class SwiftFormer(Backbone):
         """(B, in_chans, H, W) -> (B, num_classes), the mean of both heads."""
         logits, distilled = self.forward_heads(x)
         return logits if distilled is logits else (logits + distilled) / 2
+
+    def layer_groups(self) -> list[list[str]]:
+        """See the base; a downsampling counts with the block before it."""
+        groups = [["stem"]]
+        for index, stage in enumerate(self.stages):
+            groups[-1].append(f"stages.{index}.downsample")
+            groups += [[f"stages.{index}.blocks.{block}"] for block in range(len(stage.blocks))]
+        return groups
+
+    def has_two_heads(self) -> bool:
+        """Whether there is a distillation head."""
+        return self.head_dist is not None
 
     def flops(self) -> int:
         """Multiply-accumulates of convolutions, linear layers and q w_g for one image; norms and

@@ -60,6 +60,20 @@ class TimmBackbone(Backbone):
     def initialise_weights(self) -> None:
         """Nothing: timm has drawn its own."""
 
+    def layer_groups(self) -> list[list[str]]:
+        """See the base; timm registers what comes before the blocks in front of them."""
+        tops = list(dict.fromkeys(name.partition(".")[0] for name, _ in self.named_parameters()))
+        groups = [tops[: tops.index("blocks")]]
+        for name in ("blocks", "blocks_token_only"):
+            groups += [[f"{name}.{index}"] for index in range(len(getattr(self, name, ())))]
+        return groups
+
+    def classifiers(self) -> list[str]:
+        """What timm calls the classifier, one name or several."""
+        names = self.pretrained_cfg.get("classifier") or ()
+        names = (names,) if isinstance(names, str) else names
+        return [name for name in names if isinstance(self.get_submodule(name), nn.Linear)]
+
     def position_names(self) -> set[str]:
         """What timm does not decay."""
         theirs = getattr(super(Backbone, self), "no_weight_decay", set)

@@ -5,6 +5,7 @@ values, and what it says of its parameters.
 from torch import nn
 
 from models.attention.modified import Modified
+from models.attention.softmax import SoftmaxAttention
 from models.layers.init import init_linear_and_norm
 from models.layers.pre_mlp import PreMlp
 from registry import Registry
@@ -18,10 +19,12 @@ class Backbone(nn.Module):
     Attributes every backbone has: num_classes, num_features (channels of the pooled features), and
         `forward_features`, `forward`, `flops`.
     optional_settings: the settings of models.base.options.NEUTRAL that `from_config` reads; a
-        config that changes another one is refused.
+        config that changes another one is refused. head_names: attributes that are linear layers to
+        the classes, or None or Identity where the model has none.
     """
 
     optional_settings: frozenset[str] = frozenset()
+    head_names: tuple[str, ...] = ("head",)
 
     @classmethod
     def from_config(cls, config, num_classes: int) -> nn.Module:
@@ -50,6 +53,32 @@ class Backbone(nn.Module):
         for name, module in self.named_modules():
             if not any(name.startswith(prefix) for prefix in own):
                 init_linear_and_norm(module)
+
+    def layer_groups(self) -> list[list[str]]:
+        """Names of parameters, or of modules with all they hold, by depth: first what comes before
+        the blocks, then one list a block in the order of the forward pass. What is in none of them
+        comes after the blocks.
+
+        A block's list has everything that is as deep: a downsampling behind the block, and the
+        pre-MLP in front of it.
+        """
+        raise NotImplementedError
+
+    def classifiers(self) -> list[str]:
+        """Names of the linear layers to the classes, as far as the model has them."""
+        return [name for name in self.head_names if isinstance(getattr(self, name), nn.Linear)]
+
+    def has_two_heads(self) -> bool:
+        """Whether `forward_heads` gives logits of a class head and of a distillation head."""
+        return False
+
+    def query_key_weights(self) -> list[str]:
+        """Names of the weights (3C, C) whose rows [0:2C] make queries and keys."""
+        return [
+            f"{name}.qkv.weight"
+            for name, module in self.named_modules()
+            if isinstance(module, SoftmaxAttention)
+        ]
 
     def position_names(self) -> set[str]:
         """Names of position embeddings and tokens, which are not decayed."""

@@ -327,6 +327,17 @@ class PyramidTransformer(Backbone):
         )
         return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(tokens))
 
+    def layer_groups(self) -> list[list[str]]:
+        """See the base. As in Swin, the absolute position embedding is in none of them."""
+        groups, before = [["patch_embed", "pre_mlp"]], []
+        for stage, layer in enumerate(self.layers):
+            before.append(f"layers.{stage}.pre_mlp")
+            for block in range(layer.depth):
+                groups.append([f"layers.{stage}.blocks.{block}", *before])
+                before = []
+            groups[-1].append(f"layers.{stage}.downsample")
+        return groups
+
     def position_names(self) -> set[str]:
         """The absolute position embedding."""
         return {"absolute_pos_embed"}

@@ -90,6 +90,11 @@ class TokenTransformer(Backbone):
         """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.head(self.forward_features(x))
 
+    def layer_groups(self) -> list[list[str]]:
+        """See the base: the embedding, then `blocks`."""
+        blocks = [[f"blocks.{index}"] for index in range(len(self.blocks))]
+        return [["patch_embed", *sorted(self.position_names())], *blocks]
+
     def embed_flops(self) -> int:
         """Multiply-accumulates of the patch embedding for one image."""
         return self.patch_embed.flops()

@@ -29,6 +29,9 @@ class Net(nn.Module):
             self.calls += 1
         return self.head(self.body(x))
 
+    def classifiers(self):
+        return ["head"]
+
 
 class Cosine:
     """A schedule with the interface of lr_scheduler's."""
@@ -85,11 +88,12 @@ def make_trainer(
     ema: bool = False,
     optimizer=None,
     world=None,
+    model=None,
     **options,
 ) -> Trainer:
-    """A trainer of `Net` with AdamW; options go to Trainer."""
+    """A trainer of `model` (default: `Net`) with AdamW; options go to Trainer."""
     seed_everything(seed)
-    model, world = Net(), world or World("cpu")
+    model, world = model or Net(), world or World("cpu")
     optimizer = (optimizer or torch.optim.AdamW)(model.parameters(), lr=0.01)
     return Trainer(
         model,

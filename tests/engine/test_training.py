@@ -17,10 +17,11 @@ from engine.state import CheckpointFolder, Layout, TrainState
 from engine.train import Plan, fit, full_windows
 from engine.trainer import Trainer
 from lr_scheduler import LRScheduler, Schedule
-from models import SwinTransformer
+from models import SasaResNet, SwinTransformer
 from optimizer import parameter_groups
 from tests.engine.small import Loader, Net, Silent, make_trainer, weights
 from tests.helpers import golden, subtree
+from tests.models.builders import small
 from utils import World
 
 
@@ -269,6 +270,22 @@ def test_the_adaptive_clip_leaves_the_classifier_alone():
         if not torch.allclose(p, before[name], atol=1e-7)
     }
     assert moved == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("build", "heads"),
+    [
+        (lambda: small("refined_vit", aux_head=True), {"head", "aux_head"}),
+        (lambda: small("pit", distilled=True), {"head", "head_dist"}),
+        (lambda: SasaResNet(num_classes=3, width=16, depths=(1,)), {"fc"}),
+        (lambda: small("timm"), {"head"}),
+    ],
+)
+def test_the_adaptive_clip_is_told_of_every_classifier(build, heads):
+    model = build()
+    trainer = make_trainer(model=model)
+    expected = {p for name in heads for p in model.get_submodule(name).parameters()}
+    assert set(trainer.classifier) == expected
 
 
 def run_fit(trainer: Trainer, loader, epochs: int, folder=None, validate=None, **plan):

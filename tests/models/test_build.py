@@ -9,7 +9,7 @@ from models.base.options import NEUTRAL
 from models.build import ModelError
 from models.sasa_resnet import SasaResNet
 from models.swiftformer import SwiftFormer
-from optimizer import BlockTree
+from optimizer import LayerIds
 from tests.models.builders import FAMILIES, small
 
 VIT = [
@@ -108,10 +108,10 @@ def test_neutral_values_are_the_defaults_of_the_config():
 def test_layer_decay_finds_the_blocks_of_every_family_in_the_order_of_the_forward_pass(family):
     others = {"swiftformer": SwiftFormer, "sasa_resnet": SasaResNet}
     model = others[family](num_classes=5) if family in others else small(family)
-    tree = BlockTree.of(model)
-    ids = {name: tree.layer_id(name) for name, _ in model.named_parameters()}
-    assert sorted(set(ids.values())) == list(range(tree.last + 1))
-    classifiers = {name for name in ids if name.split(".")[0] in ("head", "head_dist", "fc")}
-    assert classifiers and {ids[name] for name in classifiers} == {tree.last}
+    layers = LayerIds(model)
+    ids = {name: layers[name] for name, _ in model.named_parameters()}
+    assert sorted(set(ids.values())) == list(range(layers.last + 1))
+    assert model.classifiers()
+    assert {ids[f"{name}.weight"] for name in model.classifiers()} == {layers.last}
     blocks = [depth for name, depth in ids.items() if "block" in name or name.startswith("layer1.")]
     assert blocks == sorted(blocks)

@@ -15,7 +15,7 @@ from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS, TermModifier
 from models.attention.softmax import SoftmaxAttention
 from models.build import ModelError
-from optimizer import BlockTree, parameter_groups
+from optimizer import LayerIds, parameter_groups
 from tests.models.builders import randomise
 
 SMALL = "depth=2, embed_dim=48, num_heads=4"
@@ -125,7 +125,7 @@ class TestEveryModel:
             for p in group["params"]
         }
         assert not decayed & spared and any(key.endswith("attn.qkv.weight") for key in decayed)
-        assert BlockTree.of(model).last == 3 + (name == "cait")
+        assert LayerIds(model).last == 3 + (name == "cait")
 
     def test_copies_are_independent(self, name):
         model = ours(MODELS[name], "crpw").eval()
