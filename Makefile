@@ -1,5 +1,6 @@
 # make quickstart          install into .venv, then train the digits example: accuracy, checkpoint and curves in about two minutes
 # make test                install the same way, then the default tests; make test-slow: those that train longer; make test-all: both
+# make test-long           the tests that take minutes: every mutant of the wiring has to be seen by the tests it names
 # make kernels             compile the fused attention kernel where a compiler is; the commands above do so too
 # make lint | bench | clean
 #
@@ -26,7 +27,7 @@ DEV_READY = $(VENV)/requirements-dev.done
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help kernels quickstart test test-slow test-all lint bench clean check-run check-dev
+.PHONY: help kernels quickstart test test-slow test-all test-long lint bench clean check-run check-dev
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -37,15 +38,19 @@ quickstart: $(RUN_READY)
 
 test: $(DEV_READY)
 	@$(KERNELS)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not long" $(ARGS)
 
 test-slow: $(DEV_READY)
 	@$(KERNELS)
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not long" $(ARGS)
 
 test-all: $(DEV_READY)
 	@$(KERNELS)
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-long: $(DEV_READY)
+	@$(KERNELS)
+	$(PYTEST) -m long $(ARGS)
 
 kernels: $(RUN_READY)
 	@$(KERNELS)
