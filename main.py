@@ -12,13 +12,20 @@ state saved.
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
 import utils
-from checkpoint import CheckpointError, load_weights, read_weights, weights_metadata
-from checkpoint.read import check_readable, download
+from checkpoint import (
+    TRAINING,
+    Checkpoint,
+    CheckpointError,
+    load_weights,
+    locate,
+    read_checkpoint,
+    read_weights,
+    weights_metadata,
+)
 from config import ConfigError, dump_config, get_config, load_config, parse_args, to_dict
 from data import DataError, build_data
 from engine.ema import ParameterEma
@@ -29,7 +36,7 @@ from engine.losses import Distillation, describe_loss, make_criterion, with_dist
 from engine.report import Report, describe_model
 from engine.resume import choose, resume
 from engine.signals import StopSignal
-from engine.state import CheckpointFolder, Layout, has_average, holds_state
+from engine.state import CheckpointFolder, Layout
 from engine.teacher import timm_teacher
 from engine.throughput import describe, throughput
 from engine.train import Plan, fit, validate
@@ -134,11 +141,12 @@ class Program:
                 "--eval needs weights: give --resume CHECKPOINT (such as"
                 f" {self.folder / 'best.pth'}) or --pretrained WEIGHTS"
             )
-        averaged = (
-            model.EMA.ENABLE and model.EMA.EVAL and bool(model.RESUME) and has_average(model.RESUME)
-        )
-        for entry, name in [(None, "network"), ("ema", "averaged network")][: 1 + averaged]:
-            self.load_weights(entry)
+        checkpoint = read_checkpoint(model.RESUME or model.PRETRAINED)
+        networks = {None: "network"}
+        if model.EMA.ENABLE and model.EMA.EVAL and model.RESUME and checkpoint.has_average:
+            networks["ema"] = "averaged network"
+        for entry, name in networks.items():
+            self.load_weights(checkpoint, entry)
             result = self.test(self.model)
             self.logger.info(
                 "Accuracy of the %s on the %d test images: %.1f%%", name, result.count, result.acc1
@@ -163,13 +171,12 @@ class Program:
             write_per_class(result, self.folder, data.class_names)
         return result
 
-    def load_weights(self, entry: str | None = None) -> None:
+    def load_weights(self, checkpoint: Checkpoint, entry: str | None = None) -> None:
         model, rule = self.config.MODEL, "exact" if self.config.MODEL.RESUME else "finetune"
-        weights = read_weights(model.RESUME or model.PRETRAINED, entry)
         head = "evaluate" if self.config.EVAL_MODE else "reset" if model.HEAD_RESET else "auto"
         load_weights(
             self.model,
-            weights,
+            checkpoint.weights(entry),
             rule=rule,
             head=head,
             allow_partial=model.PARTIAL_LOAD,
@@ -184,17 +191,19 @@ class Program:
             self.config.TRAIN,
             to_dict(self.config),
         )
-        pretrained = local(config.MODEL.PRETRAINED)
-        path = choose(self.folder, local(config.MODEL.RESUME), settings.AUTO_RESUME, world)
-        fresh = path is None or not holds_state(
-            path
-        )  # no training state of this program to go on from, only weights at most
-        loaded = fresh and bool(path or pretrained)
+        pretrained = config.MODEL.PRETRAINED
+        if pretrained:
+            locate(pretrained)  # a missing file is an error even where the run goes on without it
+        checkpoint = choose(self.folder, config.MODEL.RESUME, settings.AUTO_RESUME, world)
+        # no training state of this program to go on from, only weights at most
+        fresh = checkpoint is None or checkpoint.kind != TRAINING
+        loaded = fresh and bool(checkpoint or pretrained)
         if loaded:
-            self.load_weights()
+            self.load_weights(checkpoint or read_checkpoint(pretrained))
         trainer = self.build_trainer()
-        if path:
-            resume(trainer, path, plain, len(self.data.train_loader))
+        if checkpoint:
+            resume(trainer, checkpoint, plain, len(self.data.train_loader))
+        checkpoint = None  # its tensors are no longer needed
         with (
             MetricLog(
                 self.folder if world.is_main else None,
@@ -293,17 +302,6 @@ class Program:
         else:
             teacher = timm_teacher(node.TEACHER, node.TEACHER_WEIGHTS, self.data.num_classes)
         return Distillation(teacher.to(self.world.device), node.KIND, node.ALPHA, node.TAU)
-
-
-def local(source: str) -> Path | None:
-    """A file on this machine: the path, or an https URL's download; None for ''. Raises:
-    CheckpointError where there is none.
-    """
-    if not source:
-        return None
-    path = download(source) if "://" in source else Path(source).expanduser()
-    check_readable(path)
-    return path
 
 
 if __name__ == "__main__":

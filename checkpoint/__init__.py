@@ -1,7 +1,9 @@
-"""Released weights -> this model: read a file safely, convert its names, fit it, load it, say what
-happened.
+"""Checkpoint files, in one place: read once and safely, say what they are, fit a model, be written.
 
-report = load_weights(model, read_weights("swin_tiny_patch4_window7_224.pth"))
+    checkpoint = read_checkpoint("last.pth")              # a training state, Swin's, or weights
+    report = load_weights(model, checkpoint.weights())    # names converted, sizes fitted
+
+Knows state dicts and torch modules, but no model, no trainer and no config.
 """
 
 from .convert import (
@@ -14,15 +16,22 @@ from .convert import (
     to_reference,
 )
 from .errors import CheckpointError
+from .files import locate
 from .heads import map_22k_to_1k, synsets_22k
 from .load import LoadReport, load_weights
-from .read import Weights, read_weights, unwrap
+from .reader import SWIN, TRAINING, Checkpoint, peek_checkpoint, read_checkpoint, read_weights
 from .residual import from_qk_residual, model_residual, to_qk_residual
 from .save import save_weights, weights_metadata
+from .schema import FORMAT
+from .weights import Weights, unwrap
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
+    "FORMAT",
     "LoadReport",
+    "SWIN",
+    "TRAINING",
     "Weights",
     "detect",
     "from_identity",
@@ -32,8 +41,11 @@ __all__ = [
     "from_timm",
     "from_torchvision",
     "load_weights",
+    "locate",
     "map_22k_to_1k",
     "model_residual",
+    "peek_checkpoint",
+    "read_checkpoint",
     "read_weights",
     "save_weights",
     "synsets_22k",

@@ -1,14 +1,25 @@
-"""What every part of this package raises, and how it lists keys in one line."""
+"""What every part of this package raises, and how it says things in one line."""
+
+from collections.abc import Iterable
 
 
 class CheckpointError(ValueError):
-    """A weights file cannot be read, or does not fit the model. The message is one line that says
-    how to mend it.
+    """A checkpoint or weights file that cannot be read, has another structure than it should, or
+    does not fit the model or run. The message is one line that says how to mend it.
     """
 
 
-def list_keys(keys, limit: int = 5) -> str:
+def list_keys(keys: Iterable[str], limit: int = 5) -> str:
     """First `limit` names, then how many more there are."""
     keys = list(keys)
     more = f", ... and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Type and message of another library's error, at most 160 characters of its first line."""
+    # torch puts two lines of advice before the message of its restricted unpickler
+    text = str(error).rsplit("WeightsUnpickler error:", 1)[-1].strip()
+    if not text:
+        return type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .convert import from_rpe_mlp, is_rebuilt, to_reference
 from .errors import CheckpointError, list_keys
 from .heads import CLASSIFIERS, fit_head
-from .read import Weights, unwrap
 from .residual import (
     OURS,
     file_residual,
@@ -24,6 +23,7 @@ from .residual import (
     side_named,
 )
 from .resize import grid_extent, resize_absolute, resize_bias_table, table_extent
+from .weights import Weights, unwrap
 
 TABLE = re.compile(r"^(.*\.attn\.)(relative_position_bias_table|modifiers\.\w+\.table)$")
 GROUP = re.compile(r"attn\.modifiers\.\w+|pre_mlp|sw_mlp")  # what a fresh parameter belongs to

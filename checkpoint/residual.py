@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from registry import parse_call
 
 from .errors import CheckpointError
-from .read import Weights, decode
+from .weights import Weights, decode
 
 SIDES = {"both": (0, 1), "q": (0,), "k": (1,), "none": ()}  # which thirds of the qkv weight
 SPELLINGS = {"qk": "both", True: "both", False: "none", "plain": "none", "qk_residual": "both"}

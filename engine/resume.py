@@ -1,104 +1,166 @@
 """Which checkpoint a run goes on from, and going on from it."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.state import (
+from checkpoint import (
+    SWIN,
+    TRAINING,
+    Checkpoint,
     CheckpointError,
-    TrainState,
-    config_changes,
-    foreign,
-    holds_state,
-    newest,
-    read,
+    locate,
+    peek_checkpoint,
+    read_checkpoint,
 )
+from engine.state import TrainState, config_changes, epoch_files
 from engine.trainer import Trainer
 from utils import World
 
 LOGGER = logging.getLogger(__name__)
+# Settings that decide which parameters have a gradient.
+TRAINED_BY = ("MODEL.", "TRAIN.DISTILL.")
 
 
-def choose(folder: Path, explicit: Path | None, auto: bool, world: World) -> Path | None:
-    """The checkpoint to go on from; None: a new run. Decided on the main process for all.
+def choose(
+    folder: Path, explicit: str | Path | None, auto: bool, world: World
+) -> Checkpoint | None:
+    """The checkpoint to go on from, read; None: a new run. Decided on the main process for all.
 
     A run that is started again with the same command goes on where it was: the output folder's
     furthest checkpoint comes before an explicit one from elsewhere. An explicit one of the output
     folder itself is taken at its word.
-    Raises: CheckpointError where the explicit file is missing, or the folder holds damaged
-        checkpoints only.
+
+    Args:
+        explicit: path or URL given by the user, "" or None for none. auto: look into the folder.
+    Raises: CheckpointError where the explicit file is missing or cannot be read, or the folder
+        holds damaged checkpoints only.
     """
-    if explicit is not None and not explicit.is_file():
-        raise CheckpointError(f"--resume {explicit}: no such file")
-    path = explicit
+    path = locate(explicit) if explicit else None
+    inside = path is not None and path.resolve().parent == folder.resolve()
+    found = None
+    if world.is_main and auto and not inside:
+        found = newest(folder)
     if world.is_main and not auto and (folder / "last.pth").exists():
         LOGGER.warning(
             "TRAIN.AUTO_RESUME is False: the checkpoints in %s will be written over", folder
         )
-    if world.is_main and auto and not (explicit and explicit.resolve().parent == folder.resolve()):
-        found = newest(folder)
-        if found and explicit:
-            LOGGER.warning(
-                "going on with this output folder's own %s, not with --resume %s", found, explicit
-            )
-        path = found or explicit
-    return world.broadcast(path)
+    if found and path:
+        LOGGER.warning(
+            "going on with this output folder's own %s, not with --resume %s", found.path, path
+        )
+    path = world.broadcast(found.path if found else path)
+    if found or path is None:
+        return found
+    return read_checkpoint(path)
 
 
-def resume(trainer: Trainer, path: Path, config: dict[str, Any], batches_per_epoch: int) -> None:
-    """Goes on from a file: a checkpoint of this program, one of the reference, or weights alone;
-    the latter two are loaded already.
+def newest(folder: Path) -> Checkpoint | None:
+    """The furthest whole training state of a folder, judged by its content; None where the folder
+    has no checkpoint at all.
+
+    last.pth is read as a whole, the others only where they are further or it cannot be used. Those
+    that cannot be used are named in a warning and left alone.
+    Raises: CheckpointError where there are checkpoints but none is whole: starting anew would write
+        over them.
+    """
+    last = _usable(folder / "last.pth", read_checkpoint)
+    done = _updates(last) if last else -1
+    paths = [folder / "best.pth", *(path for _, path in epoch_files(folder))]
+    others = [_usable(path, peek_checkpoint) for path in paths]
+    further = [other for other in others if other and _updates(other) > done]
+    for other in sorted(further, key=_updates, reverse=True):
+        if found := _usable(other.path, read_checkpoint):
+            return found
+    present = sum(path.exists() for path in [folder / "last.pth", *paths])
+    if present and last is None:
+        raise CheckpointError(
+            f"{folder} holds {present} checkpoint(s) and none can be used (the newest problem: see"
+            " the lines above): move them away, or choose another --output or --tag"
+        )
+    return last
+
+
+def _usable(path: Path, reader: Callable[[Path], Checkpoint]) -> Checkpoint | None:
+    """A whole training state of this program; None, with a warning, for any other file, and None
+    where there is no file.
+    """
+    if not path.exists():
+        return None
+    try:
+        checkpoint = reader(path)
+        checkpoint.training_state()
+    except CheckpointError as error:
+        LOGGER.warning("SKIPPED in auto-resume: %s", error)
+        return None
+    return checkpoint
+
+
+def _updates(checkpoint: Checkpoint) -> int:
+    return checkpoint.training_state()["progress"]["update"]
+
+
+def resume(
+    trainer: Trainer, checkpoint: Checkpoint, config: dict[str, Any], batches_per_epoch: int
+) -> None:
+    """Goes on from a training state of this program, or from one of Swin's or weights alone, whose
+    weights are loaded already.
 
     Reports where the run stands, and which settings have changed since.
     Raises: CheckpointError.
     """
-    if not holds_state(path):
-        return adopt(trainer, path, batches_per_epoch)
-    saved = read(path)
-    for line in config_changes(saved.get("config", {}), config):
+    if checkpoint.kind == TRAINING:
+        resume_training(trainer, checkpoint, config)
+    elif checkpoint.kind == SWIN:
+        resume_swin(trainer, checkpoint, batches_per_epoch)
+    else:
+        LOGGER.warning(
+            "%s holds weights alone: training starts at epoch %d with them",
+            checkpoint.source,
+            trainer.state.epoch,
+        )
+
+
+def resume_training(trainer: Trainer, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Goes on, bit by bit, from a training state of this program."""
+    saved = checkpoint.training_state()
+    changes = config_changes(saved.get("config", {}), config)
+    for line in changes:
         LOGGER.warning("resuming with a changed setting, the new one holds: %s", line)
     trainer.restore(saved)
+    if any(line.startswith(TRAINED_BY) for line in changes):
+        trainer.without_moments = []
     state = trainer.state
     LOGGER.info(
         "resumed from %s: epoch %d, batch %d, %d updates done, best accuracy %.2f%%",
-        path,
+        checkpoint.source,
         state.epoch,
         state.batch,
         state.update,
         state.best,
     )
-    return None
 
 
-def adopt(trainer: Trainer, path: Path, batches_per_epoch: int) -> None:
-    """Goes on from what the reference saved beside the weights (optimizer, epoch, max_accuracy,
-    scaler), which are loaded already.
+def resume_swin(trainer: Trainer, checkpoint: Checkpoint, batches_per_epoch: int) -> None:
+    """Goes on from what Swin saved beside the weights: optimizer, epoch, max_accuracy, scaler.
 
-    Its random states were never saved, so the continued run is not exact. A file of weights alone
-    starts at the first epoch.
+    Its random states were never saved, so the continued run is not exact.
     """
-    raw = foreign(path)
-    if not {"optimizer", "epoch"} <= raw.keys():
-        LOGGER.warning(
-            "%s holds weights alone: training starts at epoch %d with them",
-            path,
-            trainer.state.epoch,
-        )
-        return
-    accumulation, epoch = trainer.layout.accumulation, int(raw["epoch"]) + 1
-    trainer.optimizer.load_state_dict(raw["optimizer"])
-    if trainer.scaler.is_enabled() and raw.get("scaler"):
-        trainer.scaler.load_state_dict(raw["scaler"])
+    saved = checkpoint.swin_state()
+    epoch = saved["epoch"] + 1
+    accumulation = trainer.layout.accumulation
+    trainer.restore_optimizer(saved["optimizer"], saved.get("scaler"))
     trainer.state = TrainState(
         epoch=epoch,
         update=epoch * (batches_per_epoch // accumulation),
-        best=float(raw.get("max_accuracy", 0.0)),
+        best=float(saved.get("max_accuracy", 0.0)),
         best_epoch=epoch - 1,
     )
     trainer.scheduler.step_update((epoch * batches_per_epoch - 1) // accumulation)
     LOGGER.info(
-        "resumed the reference's checkpoint %s: epoch %d, best accuracy %.2f%%",
-        path,
+        "resumed Swin's checkpoint %s: epoch %d, best accuracy %.2f%%",
+        checkpoint.source,
         epoch,
         trainer.state.best,
     )

@@ -1,5 +1,4 @@
-"""The files of a training run: what is in a checkpoint, how it is written whole, and which one a
-run goes on from.
+"""The files of a training run: what is in a checkpoint, and how it is written whole.
 
     last.pth            after every epoch, and every TRAIN.SAVE_STEPS updates inside one
     ckpt_epoch_{e}.pth  after epoch e, every SAVE_FREQ epochs; the newest TRAIN.KEEP of them stay
@@ -9,18 +8,12 @@ run goes on from.
 A checkpoint is a dictionary of tensors and plain data that loads under
 `torch.load(..., weights_only=True)`:
 model, ema, optimizer, lr_scheduler, scaler, progress (`TrainState`), layout (`Layout`), ranks
-(random states of every process), config. Each record of the file carries a checksum, so a damaged
-file is told from a whole one.
+(random states of every process), config. `checkpoint.schema` has its types and ranges. Each record
+of the file carries a checksum, so a damaged file is told from a whole one.
 """
 
-import logging
-import pickle
 import re
 import shutil
-import struct
-import zipfile
-import zlib
-from collections import OrderedDict
 from collections.abc import Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,29 +22,10 @@ from typing import Any
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from utils import RunError, atomic_write
+from checkpoint import FORMAT, TRAINING, CheckpointError, peek_checkpoint
+from utils import atomic_write
 
-LOGGER = logging.getLogger(__name__)
-FORMAT = 1
 EPOCH_FILE = re.compile(r"ckpt_epoch_(\d+)\.pth")
-DAMAGE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    NotImplementedError,
-    OverflowError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-class CheckpointError(RunError):
-    """A checkpoint that is missing, damaged, or not one of this run's kind."""
 
 
 @dataclass
@@ -119,126 +93,17 @@ def place(state: TrainState, saved: Layout, now: Layout) -> TrainState:
     )
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """A whole checkpoint, on the CPU. Raises: CheckpointError, one line, where it is missing,
-    damaged or something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except DAMAGE as error:
-        raise CheckpointError(
-            f"checkpoint {path}: damaged or incomplete ({path.stat().st_size} bytes; {error})"
-        ) from error
-    if broken:
-        raise CheckpointError(
-            f"checkpoint {path}: damaged (checksum of its record {broken} is wrong)"
-        )
-    return _unpickle(path, mmap=False)
-
-
-def peek(path: Path) -> TrainState:
-    """The position stored in a checkpoint, without reading its tensors. Raises: CheckpointError."""
-    return TrainState(**_unpickle(path, mmap=True)["progress"])
-
-
-def _unpickle(path: Path, mmap: bool) -> dict[str, Any]:
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path}: cannot be read ({reason})") from error
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path}: holds no training state of this program, only weights at most; "
-            "start from its weights with --pretrained"
-        )
-    return payload
-
-
-def foreign(path: Path) -> dict[str, Any]:
-    """All of a checkpoint of the reference (model, optimizer, epoch, ...); {} for a file that holds
-    no such dictionary.
-
-    Its pickled yacs node becomes an ordered dictionary, one of the few types that torch's
-    restricted reader fills.
-    """
-    try:
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def holds_state(path: str | Path) -> bool:
-    """Whether a file is a training checkpoint of this program, as far as its first record tells."""
-    try:
-        return bool(peek(Path(path)))
-    except CheckpointError:
-        return False
-
-
-def has_average(path: str | Path) -> bool:
-    """Whether a file is a training checkpoint of this program with averaged weights in it."""
-    return holds_state(path) and _unpickle(Path(path), mmap=True)["ema"] is not None
-
-
-def newest(folder: Path) -> Path | None:
-    """The furthest checkpoint of a folder that is whole, judged by its content; None where the
-    folder has none at all.
-
-    Damaged ones on the way are named in a warning and left alone.
-    Raises: CheckpointError where there are checkpoints but none is whole: starting anew would write
-        over them.
-    """
-    paths = _checkpoints(folder)
-    for path in _furthest_first(paths):
-        try:
-            read(path)
-        except CheckpointError as error:
-            LOGGER.warning("SKIPPED in auto-resume: %s", error)
-            continue
-        return path
-    if paths:
-        raise CheckpointError(
-            f"{folder} holds {len(paths)} checkpoint(s) and none can be used (the newest problem:"
-            " see the lines above): move them away, or choose another --output or --tag"
-        )
-    return None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    named = [folder / "last.pth", folder / "best.pth"]
-    return [path for path in named if path.exists()] + sorted(
-        p for p in folder.glob("ckpt_epoch_*.pth") if EPOCH_FILE.fullmatch(p.name)
-    )
-
-
-def _furthest_first(paths: list[Path]) -> list[Path]:
-    """Readable ones by updates done, most first, at equality in the given order; unreadable ones
-    are named in a warning.
-    """
-    updates = {}
-    for path in paths:
-        try:
-            updates[path] = peek(path).update
-        except CheckpointError as error:
-            LOGGER.warning("SKIPPED in auto-resume: %s", error)
-    return sorted(updates, key=updates.get, reverse=True)
-
-
 class CheckpointFolder:
     """Writes the checkpoints of one run. save_freq: epochs between two ckpt_epoch files; keep: how
     many of them stay, 0 all.
     """
 
     def __init__(self, folder: Path, save_freq: int = 1, keep: int = 3) -> None:
-        self.folder, self.save_freq, self.keep = Path(folder), save_freq, keep
-        self.last, self.best = self.folder / "last.pth", self.folder / "best.pth"
+        self.folder = Path(folder)
+        self.save_freq = save_freq
+        self.keep = keep
+        self.last = self.folder / "last.pth"
+        self.best = self.folder / "best.pth"
 
     def save(self, payload: dict[str, Any]) -> None:
         """Writes last.pth."""
@@ -262,25 +127,32 @@ class CheckpointFolder:
         """
         _copy(self.last, self.best)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        header = {"format": "pt", **{key: str(value) for key, value in about.items()}}
         with atomic_write(self.folder / "model.safetensors") as file:
-            file.write(
-                safetensors_bytes(
-                    tensors, {"format": "pt", **{key: str(value) for key, value in about.items()}}
-                )
-            )
+            file.write(safetensors_bytes(tensors, header))
 
     def _drop_old(self, epoch: int) -> None:
-        ours = {
-            int(EPOCH_FILE.fullmatch(p.name)[1]): p
-            for p in _checkpoints(self.folder)
-            if EPOCH_FILE.fullmatch(p.name)
-        }
-        old = sorted(number for number in ours if number < epoch)
-        for number in old[: max(0, len(old) + 1 - self.keep)] if self.keep else []:
-            if holds_state(
-                ours[number]
-            ):  # other programs use these names too: theirs are never deleted
-                ours[number].unlink()
+        if not self.keep:
+            return
+        older = {number: path for number, path in epoch_files(self.folder) if number < epoch}
+        for number in sorted(older)[: max(0, len(older) + 1 - self.keep)]:
+            # other programs use these names too: theirs are never deleted
+            if _is_training_state(older[number]):
+                older[number].unlink()
+
+
+def epoch_files(folder: Path) -> list[tuple[int, Path]]:
+    """The numbers and paths of all ckpt_epoch_{e}.pth of a folder, by name."""
+    named = [(EPOCH_FILE.fullmatch(path.name), path) for path in folder.glob("ckpt_epoch_*.pth")]
+    found = [(int(match[1]), path) for match, path in named if match]
+    return sorted(found, key=lambda entry: entry[1])
+
+
+def _is_training_state(path: Path) -> bool:
+    try:
+        return peek_checkpoint(path).kind == TRAINING
+    except CheckpointError:
+        return False
 
 
 def _copy(source: Path, target: Path) -> None:

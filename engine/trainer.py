@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import CheckpointError
 from engine.clip import clip_gradients
 from engine.ema import ParameterEma
 from engine.guard import guarded_step
-from engine.state import CheckpointError, Layout, TrainState, place
+from engine.restore import check_shapes, refuse_lost_moments, restoring, without_moments
+from engine.state import Layout, TrainState, place
 from engine.statistics import UpdateStatistics
 from utils import World, autocast_factory, capture_rng, memory_format, restore_rng
 
@@ -83,6 +85,7 @@ class Trainer:
         self.parallel = parallel(self.network, world)
         self.statistics = UpdateStatistics(self.device)
         self.state = TrainState()
+        self.without_moments: list[tuple[str, nn.Parameter]] = []  # of a restored optimizer
 
     def update(self, batches: list[Batch]) -> None:
         """One optimizer update from the micro-batches of a window. Nothing is read back from the
@@ -98,6 +101,9 @@ class Trainer:
         # Gradients, and so the norm, are the same on all processes.
         norm = clip_gradients(self.parameters, self.clip, self.clip_mode, self.classifier)
         finite = torch.isfinite(norm)
+        if self.without_moments:
+            refuse_lost_moments(self.without_moments)
+            self.without_moments = []
         guarded_step(self.optimizer, finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -165,15 +171,16 @@ class Trainer:
             raise CheckpointError(
                 f"the checkpoint holds another model: {' '.join(str(error).split())[:300]}"
             ) from error
-        self._restore_ema(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["lr_scheduler"])
-        if self.scaler.is_enabled() and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
+        with restoring("ema"):
+            self._restore_ema(saved["ema"])
+        self.restore_optimizer(saved["optimizer"], saved["scaler"])
+        with restoring("lr_scheduler"):
+            self.scheduler.load_state_dict(saved["lr_scheduler"])
         if layout.world_size == self.layout.world_size:
             mine = saved["ranks"][self.world.rank]
             self.statistics.values = mine["tally"].to(self.statistics.values)
-            restore_rng(mine["rng"], self.device)
+            with restoring(f"ranks[{self.world.rank}].rng"):
+                restore_rng(mine["rng"], self.device)
         else:
             LOGGER.warning(
                 "resuming with %d processes a run of %d: drop path and mixup draw other numbers"
@@ -181,6 +188,21 @@ class Trainer:
                 self.layout.world_size,
                 layout.world_size,
             )
+
+    def restore_optimizer(
+        self, optimizer: dict[str, Any], scaler: dict[str, Any] | None = None
+    ) -> None:
+        """Puts back the moments and, where gradients are scaled, the scaler.
+
+        Raises: CheckpointError where a moment does not have its parameter's shape.
+        """
+        with restoring("optimizer"):
+            self.optimizer.load_state_dict(optimizer)
+        if self.scaler.is_enabled() and scaler:
+            with restoring("scaler"):
+                self.scaler.load_state_dict(scaler)
+        check_shapes(self.model, self.optimizer)
+        self.without_moments = without_moments(self.model, self.optimizer)
 
     def _restore_ema(self, saved: dict[str, Tensor] | None) -> None:
         if self.ema is None:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint import CheckpointError, read_weights, save_weights
-from checkpoint import read as reading
+from checkpoint.weights import decode
 from tests.helpers import GOLDEN, golden
 
 STATE = {
@@ -105,7 +105,7 @@ def test_saved_weights_keep_their_metadata(tmp_path, name):
     weights = read_weights(tmp_path / name)
     assert (
         same(weights, STATE)
-        and reading.decode(weights.metadata.get("metadata", weights.metadata))["qk_residual"] == "k"
+        and decode(weights.metadata.get("metadata", weights.metadata))["qk_residual"] == "k"
     )
     assert os.listdir(tmp_path) == [name]
 

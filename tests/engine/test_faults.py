@@ -372,45 +372,6 @@ def test_cutmix_alone_trains(tmp_path):  # trap T7
     assert program.main(arguments(tmp_path, **QUICK, AUG__MIXUP=0, AUG__CUTMIX=1.0)) == 0
 
 
-def test_a_run_of_the_reference_goes_on_with_its_optimizer(tmp_path, capsys):
-    from yacs.config import CfgNode
-
-    quick = {**QUICK, "MODEL__EMA__ENABLE": False, "SAVE_FREQ": 1}
-    argv = [*arguments(tmp_path / "a", **{**quick, "TRAIN__MAX_STEPS": 0, "TRAIN__EPOCHS": 1})]
-    argv[1] = "configs/digits/digits_swin.yaml"
-    assert program.main(argv) == 0
-    ours = torch.load(tmp_path / "a" / "digits_swin" / "default" / "last.pth", weights_only=True)
-    for group in ours["optimizer"]["param_groups"]:
-        del group["optimizer"]
-    reference = {
-        "model": ours["model"],
-        "optimizer": ours["optimizer"],
-        "lr_scheduler": {"t_initial": 5},
-        "max_accuracy": 33.0,
-        "scaler": {},
-        "epoch": 0,
-        "config": CfgNode({"MODEL": CfgNode({"TYPE": "swin"})}),
-    }
-    torch.save(reference, tmp_path / "ckpt_epoch_0.pth")
-    argv = [
-        *arguments(tmp_path / "b", **{**quick, "TRAIN__MAX_STEPS": 24}),
-        "--resume",
-        str(tmp_path / "ckpt_epoch_0.pth"),
-    ]
-    argv[1] = "configs/digits/digits_swin.yaml"
-    assert program.main(argv) == 0
-    assert "resumed the reference's checkpoint" in capsys.readouterr().out
-    after = torch.load(tmp_path / "b" / "digits_swin" / "default" / "last.pth", weights_only=True)
-    assert after["progress"] | {"best_epoch": 0} == {
-        "epoch": 1,
-        "batch": 2,
-        "update": 24,
-        "best": 33.0,
-        "best_epoch": 0,
-    }
-    assert float(after["optimizer"]["state"][0]["step"]) == 24
-
-
 @pytest.mark.slow
 def test_one_and_two_processes_evaluate_to_the_same_numbers(trained, tmp_path):
     outputs = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import main as program
-from engine.state import read
+from checkpoint import read_checkpoint
 from tests.engine.runs import run
 from tests.helpers import ROOT
 
@@ -46,7 +46,7 @@ def test_a_configuration_trains_and_resumes(path, tmp_path):
     argv = ["--cfg", str(ROOT / path), "--output", str(tmp_path), "--opts", *OPTIONS]
     assert program.main(argv) == 0
     assert program.main([*argv, "TRAIN.MAX_STEPS", "3"]) == 0
-    payload = read(tmp_path / path.stem / "default" / "last.pth")
+    payload = read_checkpoint(tmp_path / path.stem / "default" / "last.pth").content
     assert payload["progress"]["update"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in payload["model"].values())
 

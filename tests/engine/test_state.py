@@ -3,45 +3,27 @@ nothing of others deleted.
 """
 
 import os
-import pickle
 import random
 import resource
-import time
 
 import pytest
 import torch
 
-from engine.resume import choose
-from engine.state import (
+from checkpoint import (
     CheckpointError,
-    CheckpointFolder,
-    Layout,
-    TrainState,
-    config_changes,
-    foreign,
-    has_average,
-    holds_state,
-    newest,
-    peek,
-    place,
-    read,
+    peek_checkpoint,
+    read_checkpoint,
 )
+from engine.resume import choose, newest
+from engine.state import CheckpointFolder, Layout, TrainState, config_changes, place
+from tests.checkpoint.states import changed, training_state
 from tests.engine.runs import differences
 from utils import RunError, World
 
 
-def payload(update: int = 5, epoch: int = 1, ema: bool = False) -> dict:
-    generator = torch.Generator().manual_seed(update)
-    return {
-        "model": {"w": torch.randn(64, 32, generator=generator)},
-        "ema": {"w": torch.ones(2)} if ema else None,
-        "optimizer": {
-            "state": {0: {"step": torch.tensor(3.0)}},
-            "param_groups": [{"lr": 0.1, "params": [0], "betas": (0.9, 0.99)}],
-        },
-        "progress": {"epoch": epoch, "batch": 2, "update": update, "best": 12.5, "best_epoch": 0},
-        "config": {"TRAIN": {"EPOCHS": 3, "NAMES": ["a"], "NONE": None}},
-    }
+def read(path):
+    """A whole training state."""
+    return read_checkpoint(path).training_state()
 
 
 @pytest.fixture
@@ -49,7 +31,7 @@ def saved(tmp_path):
     """A folder with the checkpoints of three epochs and a best one."""
     files = CheckpointFolder(tmp_path)
     for epoch in range(3):
-        files.save(payload(update=10 * (epoch + 1), epoch=epoch + 1))
+        files.save(training_state(update=10 * (epoch + 1), epoch=epoch + 1))
         files.keep_epoch(epoch)
         if epoch == 1:
             files.keep_best({"w": torch.ones(2)}, epoch=1, accuracy=50.0)
@@ -57,14 +39,15 @@ def saved(tmp_path):
 
 
 def test_a_checkpoint_reads_back_bit_by_bit_as_plain_data(tmp_path):
-    CheckpointFolder(tmp_path).save(payload())
-    assert differences(read(tmp_path / "last.pth"), payload() | {"format": 1}) == []
-    assert peek(tmp_path / "last.pth") == TrainState(1, 2, 5, 12.5, 0)
+    CheckpointFolder(tmp_path).save(training_state())
+    assert differences(read(tmp_path / "last.pth"), training_state() | {"format": 1}) == []
+    peeked = peek_checkpoint(tmp_path / "last.pth").training_state()
+    assert TrainState(**peeked["progress"]) == TrainState(1, 2, 5, 12.5, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]  # no temporary file is left
 
 
 def test_every_truncation_is_noticed_in_one_line(tmp_path):
-    CheckpointFolder(tmp_path).save(payload())
+    CheckpointFolder(tmp_path).save(training_state())
     path, whole = tmp_path / "last.pth", (tmp_path / "last.pth").read_bytes()
     for size in [0, 1, 100, len(whole) // 2, len(whole) - 16, len(whole) - 1]:
         path.write_bytes(whole[:size])
@@ -74,7 +57,7 @@ def test_every_truncation_is_noticed_in_one_line(tmp_path):
 
 
 def test_a_flipped_bit_is_noticed_or_without_effect(tmp_path):
-    CheckpointFolder(tmp_path).save(payload())
+    CheckpointFolder(tmp_path).save(training_state())
     path, whole = tmp_path / "last.pth", (tmp_path / "last.pth").read_bytes()
     expected, draw, noticed = read(path), random.Random(0), 0
     for _ in range(400):
@@ -96,26 +79,15 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     torch.save({"format": 1, "model": Attack()}, tmp_path / "last.pth")
     with pytest.raises(CheckpointError):
         read(tmp_path / "last.pth")
-    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Attack(), protocol=2))
-    assert foreign(tmp_path / "raw.pth") == {} and not (tmp_path / "attacked").exists()
-
-
-def test_weights_alone_are_told_from_a_training_checkpoint(tmp_path):
-    torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="--pretrained"):
-        read(tmp_path / "weights.pth")
-    assert not holds_state(tmp_path / "weights.pth")
-    for ema in (True, False):
-        CheckpointFolder(tmp_path).save(payload(ema=ema))
-        assert holds_state(tmp_path / "last.pth") and has_average(tmp_path / "last.pth") == ema
+    assert not (tmp_path / "attacked").exists()
 
 
 def test_the_furthest_checkpoint_is_chosen_by_content_not_by_date(saved):
     os.utime(saved / "last.pth", (0, 0))
     (saved / "ckpt_epoch_0.pth").touch()
-    assert newest(saved) == saved / "last.pth"
+    assert newest(saved).path == saved / "last.pth"
     (saved / "last.pth").unlink()
-    assert newest(saved) == saved / "ckpt_epoch_2.pth"
+    assert newest(saved).path == saved / "ckpt_epoch_2.pth"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "html"])
@@ -132,7 +104,7 @@ def test_auto_resume_falls_back_to_the_previous_whole_one_and_says_so(saved, cap
             }[damage]
         )
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    assert choose(saved, None, auto=True, world=World("cpu")).name in (
+    assert choose(saved, None, auto=True, world=World("cpu")).path.name in (
         "ckpt_epoch_1.pth",
         "best.pth",
     )
@@ -150,25 +122,60 @@ def test_a_folder_with_nothing_but_damaged_checkpoints_is_not_written_over(saved
 
 def test_an_explicit_checkpoint_is_taken_at_its_word(saved, tmp_path_factory):
     world, elsewhere = World("cpu"), tmp_path_factory.mktemp("elsewhere")
-    assert choose(saved, saved / "ckpt_epoch_0.pth", True, world) == saved / "ckpt_epoch_0.pth"
-    assert (
-        choose(elsewhere, saved / "ckpt_epoch_0.pth", True, world) == saved / "ckpt_epoch_0.pth"
-    )  # the output folder is empty
+    explicit = saved / "ckpt_epoch_0.pth"
+    assert choose(saved, explicit, True, world).path == explicit
+    assert choose(elsewhere, explicit, True, world).path == explicit  # the output folder is empty
     assert choose(elsewhere, None, True, world) is None
-    CheckpointFolder(elsewhere).save(payload())
-    assert (
-        choose(elsewhere, saved / "ckpt_epoch_0.pth", True, world) == elsewhere / "last.pth"
-    )  # the same command, run again
-    assert choose(elsewhere, saved / "ckpt_epoch_0.pth", False, world) == saved / "ckpt_epoch_0.pth"
-    with pytest.raises(CheckpointError, match="no such file"):
+    CheckpointFolder(elsewhere).save(training_state())
+    # the same command, run again
+    assert choose(elsewhere, explicit, True, world).path == elsewhere / "last.pth"
+    assert choose(elsewhere, explicit, False, world).path == explicit
+    with pytest.raises(CheckpointError, match="missing.pth does not exist"):
         choose(elsewhere, saved / "missing.pth", True, world)
+
+
+@pytest.mark.parametrize("place", ["optimizer", "progress.epoch", "ranks.0.rng.torch"])
+def test_auto_resume_falls_back_from_another_structure_too(saved, caplog, place):
+    for name in ("last.pth", "ckpt_epoch_2.pth"):
+        whole = torch.load(saved / name, weights_only=True)
+        torch.save(changed(whole, place), saved / name)
+    assert newest(saved).training_state()["progress"]["update"] == 20
+    assert caplog.text.count(f"{place.split('.')[-1]} is missing") == 2
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts what is read: (names of files opened whole, names of files mapped)."""
+    opened, mapped = [], []
+    load = torch.load
+
+    def counted(file, *args, mmap=False, **options):
+        name = os.path.basename(file if mmap else file.path)
+        (mapped if mmap else opened).append(name)
+        return load(file, *args, mmap=mmap, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    return opened, mapped
+
+
+def test_the_last_checkpoint_is_read_once_and_of_the_others_only_what_is_no_tensor(saved, reads):
+    assert choose(saved, None, True, World("cpu")).path == saved / "last.pth"
+    opened, mapped = reads
+    assert opened == ["last.pth"]
+    assert sorted(mapped) == ["best.pth", *(f"ckpt_epoch_{epoch}.pth" for epoch in range(3))]
+
+
+def test_a_further_checkpoint_than_the_last_one_is_found(saved, reads):
+    CheckpointFolder(saved).save(training_state(update=15))
+    assert newest(saved).path == saved / "ckpt_epoch_2.pth"
+    assert reads[0] == ["last.pth", "ckpt_epoch_2.pth"]
 
 
 def test_only_the_newest_checkpoints_of_this_program_are_kept(tmp_path):
     torch.save({"model": {}, "config": 1}, tmp_path / "ckpt_epoch_1.pth")  # of another program
     files = CheckpointFolder(tmp_path, save_freq=2, keep=2)
     for epoch in range(10):
-        files.save(payload(epoch=epoch))
+        files.save(training_state(epoch=epoch))
         files.keep_epoch(epoch, last=epoch == 9)
     assert sorted(path.name for path in tmp_path.glob("ckpt*")) == [
         "ckpt_epoch_1.pth",
@@ -183,18 +190,18 @@ def test_only_the_newest_checkpoints_of_this_program_are_kept(tmp_path):
 def test_a_copy_on_disk_shares_no_bytes_with_the_original(saved):
     with open(saved / "last.pth", "r+b") as file:
         file.truncate(10)
-    assert peek(saved / "ckpt_epoch_2.pth").update == 30
+    assert read(saved / "ckpt_epoch_2.pth")["progress"]["update"] == 30
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_path(tmp_path):
     files = CheckpointFolder(tmp_path)
-    files.save(payload(update=1))
+    files.save(training_state(update=1))
     before = (tmp_path / "last.pth").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(RunError, match="cannot write .*last.pth") as caught:
-            files.save(payload(update=2))
+            files.save(training_state(update=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value) and "MiB" in str(caught.value)
@@ -227,28 +234,3 @@ def test_changed_settings_are_listed_by_their_full_names():
         "TRAIN.BASE_LR: 0.001 -> 0.002",
     ]
     assert config_changes(now, now) == []
-
-
-def test_a_checkpoint_of_the_reference_is_read_without_its_config_class(tmp_path):
-    from yacs.config import CfgNode
-
-    config = CfgNode({"MODEL": CfgNode({"TYPE": "swin"})})
-    config.freeze()
-    content = {
-        "model": {"w": torch.ones(2)},
-        "optimizer": {"state": {}, "param_groups": []},
-        "lr_scheduler": {"t": 1},
-        "max_accuracy": 81.2,
-        "scaler": {"scale": 2.0},
-        "epoch": 7,
-        "config": config,
-    }
-    torch.save(content, tmp_path / "ckpt_epoch_7.pth")
-    back = foreign(tmp_path / "ckpt_epoch_7.pth")
-    assert (back["epoch"], back["max_accuracy"], back["config"]["MODEL"]["TYPE"]) == (
-        7,
-        81.2,
-        "swin",
-    )
-    started = time.time()
-    assert not holds_state(tmp_path / "ckpt_epoch_7.pth") and time.time() - started < 5

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import main as program
+from checkpoint import read_checkpoint
 from engine.losses import Distillation, make_criterion, with_distillation
-from engine.state import read
 from engine.trainer import BothHeads
 from models import PiT, SwiftFormer
 from tests.helpers import ROOT
@@ -78,7 +78,7 @@ def test_a_run_with_a_teacher_trains_both_heads(tmp_path):
         "0.01",
     ]
     assert program.main(["--cfg", teacher, *student]) == 0
-    state = read(tmp_path / "digits_swiftformer" / "student" / "last.pth")
+    state = read_checkpoint(tmp_path / "digits_swiftformer" / "student" / "last.pth").content
     assert (
         state["model"]["head.bias"].abs().max() > 0
         and state["model"]["head_dist.bias"].abs().max() > 0
