@@ -3,7 +3,7 @@ operations, in one interleaved run.
 
     python benchmarks/cpu_attention.py --json benchmarks/results/cpu_attention.json
 
-Forward is without a gradient; backward is that of qkv, weight and bias, its forward not timed.
+Forward is without a gradient; backward is that of qkv, scale and bias, its forward not timed.
 Seconds are this process' CPU time with one thread, so that other programs disturb less; each round
 takes every backend once, in rotating order, and a ratio is the median over rounds of the ratio
 within a round. "reference" is the plain formula, operation by operation, as in eager Swin; "eager"
@@ -28,7 +28,7 @@ from benchmarks.machine import environment
 from kernels.window_attention import BACKENDS, OffsetTerms, window_layout
 from kernels.window_attention.fused import missing
 
-# name, grid side, window side, shift, heads of 32 channels, a weight per offset, cosine attention
+# name, grid side, window side, shift, heads of 32 channels, a scale per offset, cosine attention
 SHAPES = (
     ("Swin-T stage 1", 56, 7, 0, 3, False, False),
     ("Swin-T stage 1, shifted, CRPW", 56, 7, 3, 3, True, False),
@@ -51,7 +51,7 @@ class Work:
             window_layout((side, side), (window, window), (shift, shift)),
         )
         self.qkv = torch.randn(batch, side, side, 96 * heads).to(dtype)
-        self.weight = (10.0 if self.cosine else 32**-0.5) * (
+        self.scale = (10.0 if self.cosine else 32**-0.5) * (
             1 + 0.1 * torch.randn(offsets if per_offset else 1, heads)
         )
         self.bias, self.grad = (
@@ -59,17 +59,17 @@ class Work:
             torch.randn(batch, side, side, 32 * heads).to(dtype),
         )
 
-    def forward(self, backend: str, qkv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, backend: str, qkv: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         """(B, H, W, C)."""
         return BACKENDS[backend](
-            qkv, OffsetTerms(self.layout.window, weight, bias), self.layout, self.heads, self.cosine
+            qkv, OffsetTerms(self.layout.window, scale, bias), self.layout, self.heads, self.cosine
         )
 
     def outcome(self, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Output and gradients of qkv, weight and bias, all computed in `dtype` if one is given."""
+        """Output and gradients of qkv, scale and bias, all computed in `dtype` if one is given."""
         leaves = [
             tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_()
-            for tensor in (self.qkv, self.weight, self.bias)
+            for tensor in (self.qkv, self.scale, self.bias)
         ]
         y = self.forward(backend, *leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, self.grad.to(y.dtype))]
@@ -78,9 +78,9 @@ class Work:
         """CPU seconds of a forward and of a backward."""
         with torch.inference_mode():
             start = time.process_time()
-            self.forward(backend, self.qkv, self.weight, self.bias)
+            self.forward(backend, self.qkv, self.scale, self.bias)
             forward = time.process_time() - start
-        leaves = [tensor.detach().requires_grad_() for tensor in (self.qkv, self.weight, self.bias)]
+        leaves = [tensor.detach().requires_grad_() for tensor in (self.qkv, self.scale, self.bias)]
         y = self.forward(backend, *leaves)
         start = time.process_time()
         torch.autograd.grad(y, leaves, self.grad)
@@ -112,7 +112,7 @@ def measure(shape: tuple, dtype: torch.dtype, batch: int, rounds: int) -> dict:
         work.outcome("reference"),
     )
     for name, right, ours, theirs in zip(
-        ("y", "dqkv", "dweight", "dbias"), exact, fused, plain, strict=True
+        ("y", "dqkv", "dscale", "dbias"), exact, fused, plain, strict=True
     ):
         row[f"error {name}"] = [
             ((tensor.double() - right).norm() / right.norm()).item() for tensor in (ours, theirs)
@@ -138,13 +138,13 @@ def table(rows: list[dict]) -> str:
         lines.append(f"| {row['shape']} | {row['dtype']} | {times} | {' | '.join(ratios)} |")
     lines += [
         "",
-        "| shape | dtype | error of y | of dqkv | of dweight | of dbias |",
+        "| shape | dtype | error of y | of dqkv | of dscale | of dbias |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         errors = " | ".join(
             "{:.1e} ({:.1e})".format(*row[f"error {name}"])
-            for name in ("y", "dqkv", "dweight", "dbias")
+            for name in ("y", "dqkv", "dscale", "dbias")
         )
         lines.append(f"| {row['shape']} | {row['dtype']} | {errors} |")
     return "\n".join(lines)

@@ -33,8 +33,17 @@ from benchmarks import kernel_speed
 from benchmarks.machine import environment
 from kernels.library import loader
 from kernels.window_attention import OffsetTerms, window_attention, window_layout
-from tests.kernels.cases import Case, Drawn, by_part
-from tests.kernels.replay import Kernel, by_pytorch, distances, problems
+from kernels.window_attention.testing import (
+    SMALL_CASES,
+    TILED_CASES,
+    Case,
+    Drawn,
+    by_part,
+    by_pytorch,
+    draw_case,
+)
+from kernels.window_attention.testing_accuracy import distances, problems
+from kernels.window_attention.testing_call import GRADIENTS, Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -52,25 +61,25 @@ SECONDS = {
     "compiled": 240,
 }
 QUICK = [
-    Case((7, 7), missing=(2, 3), shift=(3, 3), weight="table"),
+    Case((7, 7), missing=(2, 3), shift=(3, 3), scale="table"),
     Case((8, 8), (1, 2), cosine=True, dropout=0.2, dtype=F32),
-    Case((9, 12), (1, 1), weight="table", post=True, dtype=F16),
+    Case((9, 12), (1, 1), scale="table", post=True, dtype=F16),
     Case((16, 16), (1, 1), heads=1),
 ]
 # more windows than there are multiprocessors, so that a block takes several
 LARGE = [
-    Case((7, 7), (8, 8), shift=(3, 3), batch=8, heads=3, weight="table"),
+    Case((7, 7), (8, 8), shift=(3, 3), batch=8, heads=3, scale="table"),
     Case((8, 8), (8, 8), shift=(4, 4), batch=8, heads=3, cosine=True),
     Case((16, 16), (4, 4), shift=(8, 8), batch=8, cosine=True),
-    Case((24, 24), (2, 2), shift=(12, 12), batch=2, heads=1, weight="table"),
+    Case((24, 24), (2, 2), shift=(12, 12), batch=2, heads=1, scale="table"),
     Case((12, 12), (3, 3), missing=(5, 0), shift=(6, 6), batch=4, dtype=F16, dropout=0.1),
 ]
 SANITIZED = [
-    Case((7, 7), (2, 2), missing=(2, 3), shift=(3, 3), weight="table"),
+    Case((7, 7), (2, 2), missing=(2, 3), shift=(3, 3), scale="table"),
     Case((8, 8), (1, 2), cosine=True, dropout=0.1, dtype=F16),
-    Case((9, 12), (1, 2), shift=(4, 6), weight="table", post=True),
+    Case((9, 12), (1, 2), shift=(4, 6), scale="table", post=True),
     Case((10, 10), (1, 1), heads=1, dtype=F32),
-    Case((24, 24), (1, 1), heads=1, weight="table"),
+    Case((24, 24), (1, 1), heads=1, scale="table"),
 ]
 
 
@@ -101,11 +110,9 @@ class Run:
         """The shapes that are compared with float64."""
         if self.quick:
             return QUICK
-        from tests.kernels import test_emulated_small, test_emulated_tiled
-
         source = random.Random(2026)
-        drawn = [test_emulated_tiled.draw_case(source) for _ in range(200)]
-        return [*test_emulated_small.CASES, *test_emulated_tiled.CASES, *LARGE, *drawn]
+        drawn = [draw_case(source) for _ in range(200)]
+        return [*SMALL_CASES, *TILED_CASES, *LARGE, *drawn]
 
 
 def part_build(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
@@ -140,27 +147,26 @@ def part_correctness(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
 def check_operation(case: Case, device: str) -> list[str]:
     """What errs of the output and gradients of window_attention(backend="fused") with autograd."""
     drawn = Drawn(case)
-    inputs = {name: getattr(drawn, name) for name in ("qkv", "weight", "bias", "post")}
+    inputs = {name: getattr(drawn, name) for name in GRADIENTS}
     leaves = {
         name: t.to(device, copy=True).requires_grad_()
         for name, t in inputs.items()
         if t is not None
     }
-    terms = OffsetTerms(case.window, leaves["weight"], leaves.get("bias"), leaves.get("post"))
+    terms = OffsetTerms(case.window, leaves["scale"], leaves.get("bias"), leaves.get("post"))
     layout = window_layout(case.grid, case.window, case.shift, device=torch.device(device))
     out = window_attention(leaves["qkv"], terms, layout, case.heads, case.cosine, 0.0, "fused")
     out.backward(drawn.grad_out.to(device))
-    ours = by_part(
-        {"out": out.detach().cpu(), **{name: leaf.grad.cpu() for name, leaf in leaves.items()}},
-        case,
-    )
+    grads = {name: leaf.grad.cpu() for name, leaf in leaves.items()}
+    ours = by_part({"out": out.detach().cpu(), **grads}, case)
     exact, plain = by_pytorch(drawn, torch.float64), by_pytorch(drawn, case.dtype)
-    return [
-        f"{name}: {distances(ours[name], exact[name])[0]:.2e}"
-        for name in exact
-        if distances(ours[name], exact[name])[0]
-        > 2 * distances(plain[name], exact[name])[0] + 1e-4 * exact[name].norm().item()
-    ]
+    wrong = []
+    for name, truth in exact.items():
+        error, _ = distances(ours[name], truth)
+        allowed = 2 * distances(plain[name], truth)[0] + 1e-4 * truth.norm().item()
+        if error > allowed:
+            wrong.append(f"{name}: {error:.2e}")
+    return wrong
 
 
 def part_determinism(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
@@ -185,13 +191,13 @@ def part_determinism(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
 def check_graph() -> None:
     """The operation's forward and backward captured and replayed on new inputs."""
     inputs = kernel_speed.Inputs(kernel_speed.SHAPES[1].but(batch=4), "cuda", BF16)
-    qkv, weight, bias = (
-        t.detach().clone().requires_grad_() for t in (inputs.qkv[0], inputs.weight, inputs.bias)
-    )
+    leaves = [
+        t.detach().clone().requires_grad_() for t in (inputs.qkv[0], inputs.scale, inputs.bias)
+    ]
 
     def step() -> tuple[torch.Tensor, ...]:
-        out = kernel_speed.backend("fused")(qkv, weight, bias, inputs)
-        return out, *torch.autograd.grad(out, (qkv, weight, bias), inputs.grad)
+        out = kernel_speed.backend("fused")(*leaves, inputs)
+        return out, *torch.autograd.grad(out, leaves, inputs.grad)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -201,7 +207,7 @@ def check_graph() -> None:
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        qkv.copy_(torch.randn_like(qkv))
+        leaves[0].copy_(torch.randn_like(leaves[0]))
     graph.replay()
     if not all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True)):
         raise Failure("a CUDA graph gives another result than the call")

@@ -27,7 +27,7 @@ CACHE_BYTES = 128 << 20  # more than the second-level cache of any device to dat
 @dataclass(frozen=True)
 class Shape:
     """One stage of a model: grid side, window side, heads of 32 channels. v2: cosine attention, one
-    weight a head.
+    scale a head.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Shape:
     batch: int
     shift: bool = True
     v2: bool = False
-    table: bool = False  # a weight for each offset, which SDPA cannot apply
+    table: bool = False  # a scale for each offset, which SDPA cannot apply
     compiled: bool = False  # FlexAttention and torch.compile too: half a minute each
 
     def but(self, **changes) -> "Shape":
@@ -79,7 +79,7 @@ class Inputs:
         ]
         self.grad = torch.randn(shape.batch, *size, width, device=device, dtype=dtype)
         factor = 10.0 if shape.v2 else 32**-0.5
-        self.weight = factor * (
+        self.scale = factor * (
             1 + 0.1 * torch.randn(rows if shape.table else 1, shape.heads, device=device)
         )
         self.bias = 0.5 * torch.randn(rows, shape.heads, device=device)
@@ -92,12 +92,12 @@ class Inputs:
 
 
 def backend(name: str) -> Callable:
-    """One of the project's implementations as a function of (qkv, weight, bias, inputs)."""
+    """One of the project's implementations as a function of (qkv, scale, bias, inputs)."""
 
-    def call(qkv: Tensor, weight: Tensor, bias: Tensor, inputs: Inputs) -> Tensor:
+    def call(qkv: Tensor, scale: Tensor, bias: Tensor, inputs: Inputs) -> Tensor:
         return BACKENDS[name](
             qkv,
-            OffsetTerms(inputs.layout.window, weight, bias),
+            OffsetTerms(inputs.layout.window, scale, bias),
             inputs.layout,
             inputs.heads,
             inputs.shape.v2,
@@ -106,21 +106,21 @@ def backend(name: str) -> Callable:
     return call
 
 
-def flex(qkv: Tensor, weight: Tensor, bias: Tensor, inputs: Inputs) -> Tensor:
+def flex(qkv: Tensor, scale: Tensor, bias: Tensor, inputs: Inputs) -> Tensor:
     """FlexAttention over windows as the batch, terms from the tables, with the copies that it needs
     around it.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
     layout, index = inputs.layout, relative_position_index(inputs.layout.window, qkv.device)
-    weight = weight.expand(len(bias), -1)
+    scale = scale.expand(len(bias), -1)
     q, k, v = (x.contiguous() for x in split_windows(qkv, layout, inputs.heads))
     if inputs.shape.v2:
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
 
     def score(logit, window, head, i, j):
         row = index[i, j]
-        logit = logit * weight[row, head] + bias[row, head]
+        logit = logit * scale[row, head] + bias[row, head]
         return (
             logit if layout.mask is None else logit + layout.mask[window % layout.num_windows, i, j]
         )
@@ -202,21 +202,21 @@ def copy_rate(device: str, repeats: int = 5) -> float:
 
 def op_calls(inputs: Inputs, function: Callable) -> dict[str, Callable]:
     """The forward in inference, and forward with backward to qkv, the bias and, unless it is the
-    constant scale of V1, the weight.
+    constant scale of V1, the scale.
     """
     learnt = inputs.shape.table or inputs.shape.v2
 
     def forward() -> None:
         with torch.no_grad():
-            function(inputs.next(), inputs.weight, inputs.bias, inputs)
+            function(inputs.next(), inputs.scale, inputs.bias, inputs)
 
     def both() -> None:
-        qkv, weight, bias = (
-            t.detach().requires_grad_() for t in (inputs.next(), inputs.weight, inputs.bias)
+        qkv, scale, bias = (
+            t.detach().requires_grad_() for t in (inputs.next(), inputs.scale, inputs.bias)
         )
-        weight.requires_grad_(learnt)
-        leaves = (qkv, weight, bias) if learnt else (qkv, bias)
-        torch.autograd.grad(function(qkv, weight, bias, inputs), leaves, inputs.grad)
+        scale.requires_grad_(learnt)
+        leaves = (qkv, scale, bias) if learnt else (qkv, bias)
+        torch.autograd.grad(function(qkv, scale, bias, inputs), leaves, inputs.grad)
 
     return {"forward": forward, "forward and backward": both}
 

@@ -7,15 +7,17 @@ import fcntl
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
 from unittest import mock
 
-from kernels.library.compilers import CXX_FLAGS, read_unit
+import pytest
+
+from kernels.library.compilers import CXX_FLAGS, find_units
+from kernels.window_attention.testing import Case
+from kernels.window_attention.testing_call import Kernel
 from tests.kernels.emulated import CSRC, cache_folder, compiler
-from tests.kernels.replay import Kernel
 
 INSTRUCTIONS = ["scalar", "avx2", "avx512", "avx512bf16", "amx_emulated", "amx"]
 VARIABLE = "WINDOW_ATTENTION_CPU_ISA"
@@ -27,8 +29,7 @@ def build_cpu(flags: tuple[str, ...] = (), csrc: Path = CSRC) -> Path:
     """
     tool = compiler()
     command = [tool, *CXX_FLAGS, "-Werror", *flags]
-    units = [read_unit(path, platform.machine()) for path in sorted((csrc / "cpu").glob("*.cpp"))]
-    units = [unit for unit in units if unit and (not unit.tagged or _takes(tool, unit.flags))]
+    units = find_units("cpu", csrc, tool)
     have = [f"-DWA_HAVE_{unit.path.stem.upper()}=1" for unit in units if unit.tagged]
     digest = hashlib.sha256(repr((command, units, have)).encode())
     for path in sorted([*csrc.glob("*.h"), *(csrc / "cpu").glob("*")]):
@@ -67,14 +68,6 @@ def build_cpu(flags: tuple[str, ...] = (), csrc: Path = CSRC) -> Path:
     return library
 
 
-def _takes(tool: str, flags: list[str]) -> bool:
-    command = [tool, *flags, "-x", "c++", "-fsyntax-only", "-"]
-    return (
-        subprocess.run(command, input="", capture_output=True, text=True, check=False).returncode
-        == 0
-    )
-
-
 @functools.cache
 def cpu_kernel(instructions: str = "") -> Kernel:
     """The kernel with this instruction set, or with its own choice. A library reads its variable
@@ -90,4 +83,13 @@ def cpu_kernel(instructions: str = "") -> Kernel:
         loaded.wa_cpu_instructions()
     kernel = Kernel(loaded, "wa_cpu")
     kernel.library = loaded
+    return kernel
+
+
+def available(instructions: str):
+    """The kernel of this instruction set; skips where the processor or the compiler lacks it."""
+    kernel = cpu_kernel(instructions)
+    reason = kernel.why_not(Case())
+    if reason:
+        pytest.skip(reason)
     return kernel

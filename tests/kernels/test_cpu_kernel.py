@@ -1,5 +1,5 @@
 """The CPU kernel of every instruction set against the specification in float64, by the accuracy
-rule of replay.problems.
+rule of testing_accuracy.problems.
 """
 
 import itertools
@@ -8,20 +8,21 @@ import platform
 import pytest
 import torch
 
-from tests.kernels.cases import Call, Case, Drawn, keep_mask
-from tests.kernels.cpu_kernels import INSTRUCTIONS, cpu_kernel
-from tests.kernels.replay import exact_lse, problems
+from kernels.window_attention.testing import Case, Drawn, keep_mask
+from kernels.window_attention.testing_accuracy import exact_lse, problems
+from kernels.window_attention.testing_call import Call
+from tests.kernels.cpu_kernels import INSTRUCTIONS, available, cpu_kernel
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [F32, F16, BF16]
 WINDOWS = [(7, 7), (8, 8), (5, 9), (1, 4), (12, 12), (16, 16), (4, 24)]
 VARIANTS = [
     dict(),
-    dict(weight="table", shift=True),
-    dict(weight="table", missing=True, shift=True, cosine=True),
+    dict(scale="table", shift=True),
+    dict(scale="table", missing=True, shift=True, cosine=True),
     dict(post=True, dropout=0.2, batch=2),
     dict(
-        weight="table",
+        scale="table",
         post=True,
         dropout=0.1,
         shift=True,
@@ -30,8 +31,8 @@ VARIANTS = [
         heads=3,
         head_dim=16,
     ),
-    dict(head_dim=64, weight="table", heads=1, bias=False),
-    dict(head_dim=24, heads=5, batch=2, scale=3.0, missing=True),
+    dict(head_dim=64, scale="table", heads=1, bias=False),
+    dict(head_dim=24, heads=5, batch=2, magnitude=3.0, missing=True),
 ]
 
 
@@ -54,27 +55,18 @@ SHORT = [
     )
 ]
 EXTREMES = [
-    Case(window=(7, 7), heads=48, dtype=BF16, weight="table"),
+    Case(window=(7, 7), heads=48, dtype=BF16, scale="table"),
     Case(window=(24, 24), windows=(1, 1), heads=1, dtype=F32),
-    Case(window=(24, 24), windows=(2, 1), shift=(12, 12), heads=1, dtype=BF16, weight="table"),
+    Case(window=(24, 24), windows=(2, 1), shift=(12, 12), heads=1, dtype=BF16, scale="table"),
     Case(window=(1, 1), dtype=F32),
     Case(window=(7, 7), ties=True, dtype=F32),
-    Case(window=(7, 7), scale=8.0, dtype=BF16),
+    Case(window=(7, 7), magnitude=8.0, dtype=BF16),
 ]
 SUMS = [
-    Case(dtype=F32, shift=(3, 3), weight="table"),
+    Case(dtype=F32, shift=(3, 3), scale="table"),
     Case(dtype=F32, missing=(2, 1), cosine=True),
     Case(window=(12, 12), dtype=BF16),
 ]
-
-
-def available(instructions: str):
-    """The kernel of this instruction set; skips where the processor or the compiler lacks it."""
-    kernel = cpu_kernel(instructions)
-    reason = kernel.why_not(Case())
-    if reason:
-        pytest.skip(reason)
-    return kernel
 
 
 @pytest.mark.parametrize("case", TABLE, ids=str)
@@ -110,7 +102,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads_and_again(instructi
             batch=5,
             windows=(3, 3),
             shift=(3, 3),
-            weight="table",
+            scale="table",
             post=True,
             dropout=0.1,
             dtype=dtype,
@@ -179,9 +171,9 @@ def test_dropped_entries_are_those_of_the_common_hash():
 
 
 def test_gradients_nobody_asked_for_change_nothing():
-    drawn = Drawn(Case(weight="table", post=True))
+    drawn = Drawn(Case(scale="table", post=True))
     everything = cpu_kernel().run(drawn)
-    for name in ("weight", "bias", "post"):
+    for name in ("scale", "bias", "post"):
         some = cpu_kernel().run(drawn, ("qkv", name))
         assert set(some) == {"out", "qkv", name, "lse"}
         assert all(torch.equal(some[key], everything[key]) for key in some)

@@ -14,73 +14,13 @@ import torch
 
 from kernels.window_attention import window_layout
 from kernels.window_attention.reference import split_windows
-from tests.kernels.cases import Call, Case, Drawn, by_part, check_accuracy, distances
+from kernels.window_attention.testing import CRPW_V2, SMALL_CASES, TABLE, V2, Case, Drawn, by_part
+from kernels.window_attention.testing_accuracy import distances
+from kernels.window_attention.testing_call import Call
 from tests.kernels.emulated import compiler, counters
-from tests.kernels.small_kernels import FEW, Small, library
+from tests.kernels.small_kernels import FEW, Small, check_accuracy, library
 
 F16, BF16 = torch.float16, torch.bfloat16
-
-TABLE, V2 = {"weight": "table"}, {"cosine": True}
-CRPW_V2 = {**TABLE, **V2}
-
-CASES = [
-    # the shapes of Swin (7 x 7) and SwinV2 (8 x 8), lean kernels
-    Case(),
-    Case(dtype=F16),
-    Case(shift=(3, 3)),
-    Case(**TABLE, shift=(3, 3)),
-    Case(**TABLE, dtype=F16),
-    Case(**V2),
-    Case(**CRPW_V2, shift=(3, 3)),
-    Case(**V2, dtype=F16, **TABLE),
-    Case(window=(8, 8)),
-    Case(window=(8, 8), **TABLE, shift=(4, 4)),
-    Case(window=(8, 8), **V2, shift=(4, 4)),
-    Case(window=(8, 8), **CRPW_V2, dtype=F16, shift=(4, 4)),
-    Case(bias=False),
-    Case(bias=False, **TABLE, **V2),
-    # rectangular windows and grids, padding, edges and corners, other mask values
-    Case(window=(7, 8), windows=(1, 3), shift=(3, 4)),
-    Case(window=(8, 7), windows=(3, 1), shift=(0, 2), **TABLE),
-    Case(missing=(3, 2), shift=(3, 3)),
-    Case(missing=(6, 0), shift=(0, 3), **V2),
-    Case(window=(8, 8), missing=(1, 7), shift=(4, 1)),
-    Case(missing=(4, 4), mask_value=-5.0, shift=(2, 5), **TABLE),
-    Case(windows=(1, 1), shift=(3, 3)),
-    Case(windows=(1, 1), missing=(2, 3)),
-    # other areas and head dims, general kernels
-    Case(window=(4, 4), shift=(1, 2)),
-    Case(window=(2, 3), dtype=F16, **V2),
-    Case(window=(4, 8), **TABLE),
-    Case(window=(3, 11), missing=(1, 4), shift=(2, 5)),
-    Case(window=(6, 6), **CRPW_V2),
-    Case(window=(2, 24), shift=(1, 12)),
-    Case(window=(24, 2), windows=(1, 2), **TABLE),
-    Case(window=(1, 17), shift=(0, 4)),
-    Case(window=(6, 8), shift=(3, 4)),
-    Case(head_dim=16, **TABLE, shift=(3, 3)),
-    Case(head_dim=64, dtype=F16),
-    Case(head_dim=64, **CRPW_V2, missing=(2, 2)),
-    Case(head_dim=16, window=(4, 4), **V2),
-    Case(head_dim=64, window=(5, 6), **TABLE),
-    # post-softmax weight and dropout
-    Case(post=True),
-    Case(post=True, shift=(3, 3), **TABLE, **V2),
-    Case(dropout=0.1),
-    Case(dropout=0.5, window=(8, 8), shift=(4, 4)),
-    Case(window=(3, 5), dtype=F16, **TABLE, post=True, dropout=0.2, missing=(1, 2), shift=(1, 2)),
-    Case(head_dim=16, post=True, dropout=0.3, **V2),
-    Case(head_dim=64, post=True, dropout=0.9, batch=2),
-    # heads and batch
-    Case(heads=1, batch=3),
-    Case(heads=3, **TABLE, windows=(1, 2)),
-    Case(heads=48, windows=(1, 1), window=(4, 4)),
-    # large logits
-    Case(scale=4.0),
-    Case(scale=10.0, dtype=F16),
-    Case(**V2, scale=100.0),
-    Case(scale=6.0, **TABLE, shift=(3, 3)),
-]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +28,7 @@ def small():
     return Small(library())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_results_err_no_more_than_pytorch_in_the_same_dtype(small, case):
     drawn = Drawn(case)
     check_accuracy(small.run(drawn).results(), drawn)
@@ -116,7 +56,7 @@ def test_every_combination_errs_no_more_than_pytorch(small, part):
     for number, (
         window,
         dtype,
-        weight,
+        scale,
         cosine,
         post,
         dropout,
@@ -127,7 +67,7 @@ def test_every_combination_errs_no_more_than_pytorch(small, part):
         case = Case(
             window=window,
             dtype=dtype,
-            weight=weight,
+            scale=scale,
             cosine=cosine,
             post=post,
             dropout=dropout,
@@ -144,7 +84,7 @@ def test_every_combination_errs_no_more_than_pytorch(small, part):
 
 @pytest.mark.parametrize(
     "case",
-    [CASES[6], CASES[11], Case(dropout=0.2, post=True, missing=(2, 2), shift=(3, 3))],
+    [SMALL_CASES[6], SMALL_CASES[11], Case(dropout=0.2, post=True, missing=(2, 2), shift=(3, 3))],
     ids=str,
 )
 def test_every_schedule_and_every_run_gives_the_same_bits(small, case):
@@ -157,7 +97,7 @@ def test_every_schedule_and_every_run_gives_the_same_bits(small, case):
 
 @pytest.mark.parametrize(
     "case",
-    [Case(weight="table", shift=(3, 3)), Case(cosine=True, post=True), Case(cosine=True)],
+    [Case(scale="table", shift=(3, 3)), Case(cosine=True, post=True), Case(cosine=True)],
     ids=str,
 )
 def test_spreading_windows_over_more_blocks_changes_nothing_but_the_order_of_sums(small, case):
@@ -185,10 +125,10 @@ def test_lse_is_the_log_sum_exp_of_the_logits_and_padding_rows_are_not_written(s
     area, width = case.window[0] * case.window[1], 2 * case.window[1] - 1
     y, x = torch.arange(area) // case.window[1], torch.arange(area) % case.window[1]
     index = (y[:, None] - y + case.window[0] - 1) * width + x[:, None] - x + case.window[1] - 1
-    weight = drawn.weight.double()[
-        index if len(drawn.weight) > 1 else torch.zeros_like(index)
+    scale = drawn.scale.double()[
+        index if len(drawn.scale) > 1 else torch.zeros_like(index)
     ].permute(2, 0, 1)
-    logits = q @ k.mT * weight + drawn.bias.double()[index].permute(2, 0, 1)
+    logits = q @ k.mT * scale + drawn.bias.double()[index].permute(2, 0, 1)
     if layout.mask is not None:
         logits = (
             logits.unflatten(0, (-1, layout.num_windows)) + layout.mask[:, None].double()
@@ -220,7 +160,7 @@ def test_exact_ties_share_the_softmax_evenly(small):
     check_accuracy(results, drawn, only="out v")
     exact = drawn.expected[0]
     found = by_part(results, drawn.case)
-    for name in ("q", "k", "weight"):  # sums that cancel: PyTorch's error is as accidental as ours
+    for name in ("q", "k", "scale"):  # sums that cancel: PyTorch's error is as accidental as ours
         assert distances(found[name], exact[name])[1] < 1e-2, name
 
 
@@ -230,7 +170,7 @@ def test_vectors_of_zeros_have_cosine_zero_and_leave_no_nan(small, dtype):
     found = by_part(small.run(drawn).results(), drawn.case)
     exact = drawn.expected[0]
     zero = (drawn.qkv.unflatten(-1, (3, 2, 32))[:, :, :, 0] == 0).all(-1)
-    for name in ("out", "v", "bias", "weight"):
+    for name in ("out", "v", "bias", "scale"):
         error, worst = distances(found[name], exact[name])
         assert error <= 2 * torch.finfo(dtype).eps * exact[name].norm(), name
     for name in ("q", "k"):
@@ -255,10 +195,10 @@ def test_bf16_errs_no_more_than_eager_autocast(small, case):
 
 
 def test_gradients_nobody_asked_for_are_not_written_and_change_nothing(small):
-    for case in (Case(), Case(weight="table", cosine=True), Case(post=True, head_dim=16)):
+    for case in (Case(), Case(scale="table", cosine=True), Case(post=True, head_dim=16)):
         drawn = Drawn(case)
         full = small.run(drawn).results()
-        for wanted in (("qkv",), ("qkv", "bias"), ("qkv", "weight"), ("qkv", "post")):
+        for wanted in (("qkv",), ("qkv", "bias"), ("qkv", "scale"), ("qkv", "post")):
             part = small.run(drawn, gradients=wanted).results()
             assert {"out", *wanted} >= set(part)
             for name, value in part.items():
@@ -288,14 +228,14 @@ def test_what_is_not_supported_is_refused_with_a_reason(small, changes, words):
 def test_devices_with_little_shared_memory_refuse_only_the_largest_backward(small):
     small.lib.wa_emu_set_shared_bytes(101376)  # sm_86, sm_89, sm_120
     try:
-        everything = Case(head_dim=64, window=(8, 8), post=True, cosine=True, weight="table")
+        everything = Case(head_dim=64, window=(8, 8), post=True, cosine=True, scale="table")
         assert "shared memory" in small.refusal(Call(Drawn(everything)))
         assert small.refusal(Call(Drawn(everything), gradients=())) is None
-        assert small.refusal(Call(Drawn(everything), gradients=("qkv", "weight", "bias"))) is None
+        assert small.refusal(Call(Drawn(everything), gradients=("qkv", "scale", "bias"))) is None
         for case in (
-            Case(weight="table", cosine=True, window=(8, 8)),
-            Case(head_dim=64, weight="table"),
-            Case(post=True, weight="table"),
+            Case(scale="table", cosine=True, window=(8, 8)),
+            Case(head_dim=64, scale="table"),
+            Case(post=True, scale="table"),
         ):
             small.run(Drawn(case))
     finally:

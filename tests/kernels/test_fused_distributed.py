@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from kernels.window_attention import fused
-from models.attention import AttentionSpec
 from tests.helpers import ROOT
-from tests.models.builders import randomise, small
+from tests.kernels.fused_training import build, train
 
 SCRIPT = """
 import sys
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from tests.kernels.test_fused_distributed import build, train
+from tests.kernels.fused_training import build, train
 
 mode, out = sys.argv[1:]
 dist.init_process_group("gloo")
@@ -41,22 +40,6 @@ torch.save({name: p.detach().clone() for name, p in state.items()}, f"{out}.{ran
 dist.barrier()
 dist.destroy_process_group()
 """
-
-
-def build():
-    """A small SwinV2 with shifted windows and weights per offset, all of it fused."""
-    spec = AttentionSpec(("qk_residual", "crpw"), backend="fused")
-    return randomise(small("swinv2", embed_dim=32, attention=spec), std=0.1)
-
-
-def train(model, part):
-    """Three steps on images part of 4."""
-    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(3):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images[part]), torch.arange(4)[part]).backward()
-        optimizer.step()
 
 
 def run(mode, folder, name):

@@ -19,7 +19,7 @@ from kernels.window_attention import (
     window_layout,
 )
 from models.attention import AttentionSpec
-from tests.kernels.test_window_attention import GRIDS, offsets
+from tests.kernels.grids import GRIDS, offsets
 from tests.models.builders import randomise, small
 
 HEADS, DIM = 2, 16
@@ -32,12 +32,12 @@ def kernel():
         pytest.skip(f"the CPU kernel is not here: {reason}")
 
 
-def draw(window, batch=2, grid=(7, 10), weight="table", dtype=torch.float32, post=False):
+def draw(window, batch=2, grid=(7, 10), scale="table", dtype=torch.float32, post=False):
     """qkv (batch, *grid, 3 * HEADS * DIM) and the tables, all asking for gradients."""
     generator = torch.Generator().manual_seed(1)
     rows = offsets(window)
     tables = {
-        "weight": torch.rand(rows if weight == "table" else 1, HEADS, generator=generator) + 0.2,
+        "scale": torch.rand(rows if scale == "table" else 1, HEADS, generator=generator) + 0.2,
         "bias": torch.randn(rows, HEADS, generator=generator),
     }
     if post:
@@ -47,10 +47,10 @@ def draw(window, batch=2, grid=(7, 10), weight="table", dtype=torch.float32, pos
 
 
 def attend(layout, cosine=False, dropout=0.0, backend="fused"):
-    def function(qkv, weight, bias=None, post=None):
+    def function(qkv, scale, bias=None, post=None):
         return window_attention(
             qkv,
-            OffsetTerms(layout.window, weight, bias, post),
+            OffsetTerms(layout.window, scale, bias, post),
             layout,
             HEADS,
             cosine,
@@ -75,7 +75,7 @@ def identical(left, right):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
-    ("weight", "cosine", "post"),
+    ("scale", "cosine", "post"),
     [
         ("table", False, False),
         ("table", True, True),
@@ -83,9 +83,9 @@ def identical(left, right):
         ("uniform", False, True),
     ],
 )
-def test_the_result_and_its_gradients_are_the_specification_s(grid, weight, cosine, post):
+def test_the_result_and_its_gradients_are_the_specification_s(grid, scale, cosine, post):
     layout = window_layout(*grid)
-    qkv, tables = draw(layout.window, grid=layout.grid, weight=weight, post=post)
+    qkv, tables = draw(layout.window, grid=layout.grid, scale=scale, post=post)
     inputs = [qkv, *tables.values()]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = with_gradients(
@@ -100,30 +100,30 @@ def test_the_result_and_its_gradients_are_the_specification_s(grid, weight, cosi
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ["everything", "one weight, dropout", "no gradient"])
+@pytest.mark.parametrize("case", ["everything", "one scale, dropout", "no gradient"])
 def test_forward_passes_pytorch_s_checks_of_an_operation(case):
     qkv, tables = draw((4, 4), post=True)
-    weight, bias, post, seed, dropout = tables["weight"], tables["bias"], tables["post"], None, 0.0
-    if case == "one weight, dropout":
-        weight, bias, post, seed, dropout = (
-            weight.detach()[:1].requires_grad_(),
+    scale, bias, post, seed, dropout = tables["scale"], tables["bias"], tables["post"], None, 0.0
+    if case == "one scale, dropout":
+        scale, bias, post, seed, dropout = (
+            scale.detach()[:1].requires_grad_(),
             None,
             None,
             torch.tensor([5]),
             0.3,
         )
     if case == "no gradient":
-        qkv, weight, bias, post = qkv.detach(), weight.detach(), bias.detach(), None
+        qkv, scale, bias, post = qkv.detach(), scale.detach(), bias.detach(), None
     arguments = (
         qkv,
-        weight,
+        scale,
         bias,
         post,
         seed,
         [4, 4],
         [2, 2],
         HEADS,
-        case != "one weight, dropout",
+        case != "one scale, dropout",
         -100.0,
         dropout,
         qkv.requires_grad,
@@ -254,20 +254,20 @@ def test_16_bits_err_no_more_than_twice_pytorch_in_the_same_dtype(dtype, cosine)
 def test_tables_in_16_bits_and_one_mixture_for_all_heads_are_taken():
     layout = window_layout((8, 8), (4, 4), (2, 2))
     qkv, tables = draw(layout.window, grid=(8, 8))
-    weight = tables["weight"].detach()[:, :1].clone().requires_grad_()  # (T, 1)
+    scale = tables["scale"].detach()[:, :1].clone().requires_grad_()  # (T, 1)
     low = tables["bias"].detach().bfloat16().requires_grad_()
-    terms = OffsetTerms(layout.window, tables["weight"], low, weight)
+    terms = OffsetTerms(layout.window, tables["scale"], low, scale)
     y = window_attention(qkv, terms, layout, HEADS, backend="fused")
     expected = window_attention(
         qkv,
-        OffsetTerms(layout.window, tables["weight"], low.float(), weight),
+        OffsetTerms(layout.window, tables["scale"], low.float(), scale),
         layout,
         HEADS,
         backend="reference",
     )
     torch.testing.assert_close(y, expected)
     for ours, truth in zip(
-        with_gradients(y, [weight, low]), with_gradients(expected, [weight, low]), strict=True
+        with_gradients(y, [scale, low]), with_gradients(expected, [scale, low]), strict=True
     ):
         assert ours.shape == truth.shape and ours.dtype == truth.dtype
         torch.testing.assert_close(
@@ -311,21 +311,21 @@ def test_the_seed_decides_what_is_dropped_and_the_mean_is_kept():
 def test_transforms_of_torch_func_give_the_gradient_of_each_sample():
     layout = window_layout((7, 10), (4, 4), (2, 2))
     qkv, tables = draw(layout.window, batch=3)
-    weight, bias = (tables[name].detach() for name in ("weight", "bias"))
+    scale, bias = (tables[name].detach() for name in ("scale", "bias"))
 
-    def loss(weight, sample):
-        return attend(layout)(sample[None], weight, bias).square().sum()
+    def loss(scale, sample):
+        return attend(layout)(sample[None], scale, bias).square().sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, qkv.detach())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(scale, qkv.detach())
     for sample, ours in zip(qkv.detach(), each, strict=True):
-        leaf = weight.clone().requires_grad_()
+        leaf = scale.clone().requires_grad_()
         torch.testing.assert_close(ours, torch.autograd.grad(loss(leaf, sample), leaf)[0])
 
 
 def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch):
     layout = window_layout((8, 8), (4, 4))
     qkv, tables = draw(layout.window, grid=(8, 8))
-    y = attend(layout)(qkv, tables["weight"].detach(), tables["bias"])
+    y = attend(layout)(qkv, tables["scale"].detach(), tables["bias"])
     asked = []
     call = torch.ops.idsw.window_attention_backward
 
@@ -368,7 +368,7 @@ def test_strided_inputs_and_any_mask_value_are_right():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.ones(5, HEADS)}, r"weight must be \(49 or 1, 2\)"),
+        ({"scale": torch.ones(5, HEADS)}, r"weight must be \(49 or 1, 2\)"),
         ({"bias": torch.ones(49, 3)}, r"bias must be \(49, 2\)"),
         ({"bias": torch.ones(49, HEADS).double()}, "bias must be float32"),
         ({"qkv": torch.ones(1, 8, 8, 97)}, r"qkv must be \(B, H, W, 3 \* heads \* head_dim\)"),
@@ -383,7 +383,7 @@ def test_strided_inputs_and_any_mask_value_are_right():
 def test_what_the_operation_cannot_take_is_said_in_one_line(change, message):
     arguments = {
         "qkv": torch.ones(1, 8, 8, 96),
-        "weight": torch.ones(1, HEADS),
+        "scale": torch.ones(1, HEADS),
         "bias": None,
         "post": None,
         "seed": None,
@@ -416,7 +416,7 @@ def test_a_forced_backend_that_does_not_apply_is_an_error_and_auto_takes_another
 ):
     window = terms.get("window", (4, 4))
     qkv = torch.randn(1, *window, 3 * HEADS * dim)
-    terms = OffsetTerms(**{"window": window, "weight": torch.ones(1, HEADS), **terms})
+    terms = OffsetTerms(**{"window": window, "scale": torch.ones(1, HEADS), **terms})
     with pytest.raises(ValueError, match=f"fused backend does not apply: .*{message}"):
         window_attention(qkv, terms, window_layout(window, window), HEADS, backend="fused")
     backend, reason = explain(qkv, terms)

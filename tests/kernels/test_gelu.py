@@ -12,8 +12,7 @@ from torch.library import opcheck
 
 from kernels.library import loader
 from kernels.linear.gelu import compiled, gelu_backward_into, gelu_into
-from tests.kernels.cpu_kernels import INSTRUCTIONS
-from tests.kernels.test_cpu_kernel import available
+from tests.kernels.cpu_kernels import INSTRUCTIONS, available
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PAIRS = [

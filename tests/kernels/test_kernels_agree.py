@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from kernels.library import loader
-from tests.kernels.cases import Case, Drawn, by_part
+from kernels.window_attention.testing import Case, Drawn, by_part, by_pytorch
+from kernels.window_attention.testing_accuracy import distances, problems
+from kernels.window_attention.testing_call import Kernel
 from tests.kernels.emulated import build, load
-from tests.kernels.replay import Kernel, by_pytorch, distances, problems
-from tests.kernels.test_emulated_tiled import SOURCES
+from tests.kernels.tiled_kernels import SOURCES
 
 CASES = [
-    Case((7, 7), missing=(2, 3), shift=(3, 3), weight="table"),
+    Case((7, 7), missing=(2, 3), shift=(3, 3), scale="table"),
     Case((8, 8), (1, 2), cosine=True, dropout=0.2, dtype=torch.float32),
-    Case((8, 8), (2, 1), shift=(4, 0), weight="table", dropout=0.3, dtype=torch.float16, batch=2),
-    Case((9, 12), missing=(1, 5), shift=(4, 6), weight="table", post=True, dropout=0.1),
+    Case((8, 8), (2, 1), shift=(4, 0), scale="table", dropout=0.3, dtype=torch.float16, batch=2),
+    Case((9, 12), missing=(1, 5), shift=(4, 6), scale="table", post=True, dropout=0.1),
     Case((12, 12), (1, 2), shift=(6, 6), cosine=True, head_dim=16, dtype=torch.float32),
-    Case((16, 16), (1, 1), heads=1, weight="table", head_dim=64, post=True),
+    Case((16, 16), (1, 1), heads=1, scale="table", head_dim=64, post=True),
 ]
 
 
@@ -44,9 +45,7 @@ def test_cpu_and_emulated_cuda_kernels_differ_by_rounding_alone(kernels, case):
         assert apart <= 3 * rounding + 1e-5 * exact[name].norm().item(), name
     lse = torch.stack([cpu["lse"], cuda["lse"]])
     assert torch.equal(*lse.isnan())
-    slack = (
-        2 * torch.finfo(case.dtype).eps * drawn.weight.abs().max().item() if case.cosine else 0.0
-    )
+    slack = 2 * torch.finfo(case.dtype).eps * drawn.scale.abs().max().item() if case.cosine else 0.0
     assert (lse[0] - lse[1]).nan_to_num().abs().max() <= 2e-5 * lse.nan_to_num().abs().max() + slack
 
 

@@ -1,52 +1,18 @@
 """Bugs planted in the tiled kernels: the comparison with float64 finds every one, and passes on the
 sources as they are.
-
-    python -m tests.kernels.test_mutations_tiled LIBRARY    what is wrong with a library of them
 """
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.cases import Case, Drawn
-from tests.kernels.emulated import CSRC, build, load
-from tests.kernels.replay import Kernel, KernelError, problems
+from tests.kernels.emulated import CSRC
+from tests.kernels.tiled_kernels import judge
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FORWARD, QUERIES, KEYS, WINDOW, TILE, PAIRS = (
     f"cuda/tiled_{name}.h" for name in ("forward", "queries", "keys", "window", "tile", "pairs")
 )
-# One instance alone, so that a mutant is built in a few seconds.
-ONE = """#include "tiled_launch.h"
-using One = tiled::Kernels<bf16, 32, tiled::kFull>;
-#define WA_EXPORT extern "C" __attribute__((visibility("default")))
-WA_EXPORT const char* wa_emu_supports(const WindowAttentionArgs*) { return nullptr; }
-WA_EXPORT int64_t wa_emu_workspace(const WindowAttentionArgs* a, int backward) {
-  return backward ? One::workspace(*a) : 0;
-}
-WA_EXPORT int wa_emu_forward(const WindowAttentionArgs* a) { return One::forward(*a, nullptr); }
-WA_EXPORT int wa_emu_backward(const WindowAttentionArgs* a) { return One::backward(*a, nullptr); }
-"""
-# Each with the shared memory a block may have (20000: keys are streamed; 101376: four warps share a
-# tile's keys) and the number of multiprocessors (1: several windows a block).
-TRIALS = [
-    (
-        Case((9, 11), missing=(3, 4), shift=(4, 5), weight="table", post=True, dropout=0.2),
-        232448,
-        1,
-    ),
-    (
-        Case((12, 12), (2, 2), heads=1, shift=(6, 6), cosine=True, weight="table", scale=3.0),
-        101376,
-        1,
-    ),
-    (Case((8, 13), (3, 2), heads=1, weight="table", post=True), 20000, 1),
-    (Case((4, 18), (1, 1), heads=1, cosine=True, shift=(2, 0), missing=(0, 1)), 232448, 132),
-]
-
 # name: (file, what stands there, what a slip would have written)
 MUTANTS = {
     "the forward does not wait for its keys": (
@@ -191,42 +157,6 @@ MUTANTS = {
 }
 
 
-def verdict(library: Path) -> str:
-    """What is wrong with it, or an empty text."""
-    loaded = load(library)
-    kernel = Kernel(loaded, "wa_emu")
-    for case, shared_bytes, multiprocessors in TRIALS:
-        drawn = Drawn(case)
-        loaded.wa_emu_set_shared_bytes(shared_bytes)
-        loaded.wa_emu_set_multiprocessors(multiprocessors)
-        for schedule in range(5):
-            loaded.wa_emu_set_seed(schedule)
-            try:
-                found = problems(kernel.run(drawn), drawn)
-            except (KernelError, AssertionError) as error:
-                found = [str(error)]
-            if found:
-                return f"{case}, schedule {schedule}: {found[0]}"
-    return ""
-
-
-def judge(csrc: Path) -> str:
-    """Builds the one instance from these sources and says what is wrong; in a process of its own,
-    since a bug may end it.
-    """
-    (csrc / "cuda" / "tiled_one.cu").write_text(ONE)
-    library = build(["cuda/tiled_one.cu", "emulator/emulator.cpp"], csrc=csrc)
-    done = subprocess.run(
-        [sys.executable, "-m", __spec__.name, str(library)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.stdout.strip() or (f"ended with {done.returncode}" if done.returncode else "")
-
-
 @pytest.fixture
 def sources(tmp_path):
     return Path(shutil.copytree(CSRC, tmp_path / "csrc"))
@@ -246,7 +176,3 @@ def test_a_planted_bug_is_found(sources, name):
     assert right in text, "the sources have changed: plant this bug elsewhere"
     path.write_text(text.replace(right, wrong))
     assert judge(sources) != ""
-
-
-if __name__ == "__main__":
-    print(verdict(Path(sys.argv[1])))

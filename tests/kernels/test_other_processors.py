@@ -13,21 +13,19 @@ import pytest
 import torch
 
 from kernels.library.compilers import CXX_FLAGS, read_unit
-from tests.kernels.cases import Call, Case, Drawn
+from kernels.window_attention.testing import Case, Drawn
+from kernels.window_attention.testing_accuracy import problems
+from kernels.window_attention.testing_call import POINTERS, Call
 from tests.kernels.emulated import CSRC
-from tests.kernels.replay import problems
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-POINTERS = (
-    "qkv weight bias post seed out lse grad_out grad_qkv grad_weight grad_bias grad_post".split()
-)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [
     Case(dtype=F32, shift=(3, 3)),
-    Case(dtype=F32, weight="table", missing=(2, 1), shift=(3, 2), cosine=True),
-    Case((8, 8), (1, 2), dtype=BF16, weight="table", shift=(4, 4)),
+    Case(dtype=F32, scale="table", missing=(2, 1), shift=(3, 2), cosine=True),
+    Case((8, 8), (1, 2), dtype=BF16, scale="table", shift=(4, 4)),
     Case((5, 9), dtype=F16, missing=(2, 1), post=True, dropout=0.2),
-    Case((8, 8), (1, 1), dtype=F16, scale=1e-4),
+    Case((8, 8), (1, 1), dtype=F16, magnitude=1e-4),
     Case((12, 12), (1, 1), heads=1, head_dim=24, dtype=BF16, cosine=True),
 ]
 

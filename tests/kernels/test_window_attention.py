@@ -20,19 +20,7 @@ from kernels.window_attention import (
     window_reverse,
 )
 from tests.helpers import golden
-
-GRIDS = [
-    ((8, 8), (4, 4), (0, 0)),
-    ((8, 8), (4, 4), (2, 2)),
-    ((6, 9), (2, 3), (1, 1)),
-    ((7, 10), (4, 4), (2, 2)),
-    ((5, 3), (4, 4), (0, 0)),
-    ((3, 8), (3, 4), (0, 2)),
-]
-
-
-def offsets(window):
-    return (2 * window[0] - 1) * (2 * window[1] - 1)
+from tests.kernels.grids import GRIDS, offsets
 
 
 def draw(
