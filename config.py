@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.sets import DATASETS
+from models import BACKBONES
 from settings.flags import FLAGS, add_flags, add_local_rank, build_parser
 from settings.kinds import (
     Choice,
@@ -76,19 +77,6 @@ POLICY = text(
 NAME = text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'")
 OPTIMIZERS = ("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb")
 OPTIMIZER = Choice(OPTIMIZERS, pattern=r"timm:\w+", also="timm:<name>")
-FAMILIES = (
-    "swin",
-    "swinv2",
-    "swin_mlp",
-    "vit",
-    "cait",
-    "pit",
-    "t2t",
-    "refined_vit",
-    "swiftformer",
-    "sasa_resnet",
-    "timm",
-)
 NO_MOE = {"swin_moe": "mixture-of-experts models (Tutel) are not part of this project"}
 
 
@@ -163,7 +151,7 @@ KEYS: dict[str, Key] = {
         "unreadable training images replaced before the run stops; in validation none is "
         "tolerated"),
     # model
-    "MODEL.TYPE": Key("swin", Choice(FAMILIES, refused=NO_MOE),
+    "MODEL.TYPE": Key("swin", Choice(BACKBONES, refused=NO_MOE),
         "family; its own section below describes the network"),
     "MODEL.NAME": Key("swin_tiny_patch4_window7_224", FOLDER,
         "names the output folder and the logger, nothing else"),

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,14 @@ import main
 from checkpoint import save_weights
 from config import KEYS, SECTIONS, get_config, load_config, parse_args
 from models import build_model
-from tests.helpers import ROOT, imported_packages, run_main
+from tests.helpers import ROOT, copy_project, imported_packages, run_main
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("kernels/*/*.md")]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in PAGES)
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCS}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-CREATED = re.compile(r"^# file: (\S+)\n")  # first line of an example that is a file of its own
+# First line of a part of an example: a file of its own, lines for the end of one, changed lines.
+PART = re.compile(r"# (file|append|edit): (\S+)\n")
 YAML_PATH = re.compile(r"(?<![\w/.])(?:configs/)[\w./*-]*\.yaml")
 
 
@@ -52,10 +54,56 @@ def main_commands(name: str) -> list[list[str]]:
     ]
 
 
-def examples() -> dict[str, str]:
-    """Path -> content of the files that CONTRIBUTING.md tells a reader to write."""
-    bodies = blocks(TEXT["CONTRIBUTING.md"], "python") + blocks(TEXT["CONTRIBUTING.md"], "yaml")
-    return {found[1]: body[found.end() :] for body in bodies if (found := CREATED.match(body))}
+@dataclass(frozen=True)
+class Example:
+    """A section of CONTRIBUTING.md that adds a part: (what to do, path, text) of each file, and
+    the commands.
+    """
+
+    parts: list[tuple[str, str, str]]
+    commands: list[list[str]]
+
+    @property
+    def files(self) -> list[str]:
+        """The files that a reader writes."""
+        return [path for action, path, _ in self.parts if action == "file"]
+
+    def write(self, folder: Path) -> None:
+        """Does to a copy of the project what the section says."""
+        for action, path, text in self.parts:
+            target = folder / path
+            if action == "file":
+                assert not target.exists(), f"{path} is an example; a reader could not write it"
+            else:
+                text = changed(target.read_text(encoding="utf-8"), action, text)
+            target.write_text(text, encoding="utf-8")
+
+
+def changed(content: str, action: str, text: str) -> str:
+    """`content` with `text` at its end, or after the lines of a diff, found where they stand."""
+    if action == "append":
+        return f"{content}\n\n{text}"
+    lines = text.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    new = "".join(line[1:] for line in lines if line[0] in " +")
+    assert content.count(old) == 1, old
+    return content.replace(old, new)
+
+
+def examples() -> dict[str, Example]:
+    """Heading -> what CONTRIBUTING.md tells a reader to write under it."""
+    found = {}
+    for section in TEXT["CONTRIBUTING.md"].split("\n### ")[1:]:
+        bodies = [body for _, body in BLOCK.findall(section.partition("\n## ")[0])]
+        parts = [
+            (part[1], part[2], body[part.end() :]) for body in bodies if (part := PART.match(body))
+        ]
+        found[section.partition("\n")[0]] = Example(parts, commands(section))
+    return found
+
+
+def example_files() -> set[str]:
+    return {path for example in examples().values() for path in example.files}
 
 
 def test_all_documents_are_looked_at():
@@ -70,7 +118,7 @@ def test_all_documents_are_looked_at():
     } <= set(DOCS)
     assert len(main_commands("README.md")) >= 8
     assert len(main_commands("get_started.md")) >= 10
-    assert len(examples()) == 3
+    assert len(examples()) == 4
 
 
 def test_the_readme_is_a_page_of_at_most_200_lines():
@@ -84,7 +132,7 @@ def test_the_readme_is_a_page_of_at_most_200_lines():
 def test_flags_keys_and_values_of_every_documented_command_are_accepted(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in main_commands(name):
-        if not set(words) & set(examples()):
+        if not set(words) & example_files():
             get_config(parse_args(words))
 
 
@@ -112,7 +160,7 @@ def test_scripts_tests_and_modules_named_in_commands_exist(name):
                 if words[2] == "pytest"
                 else words[2].replace(".", "/") + ".py"
             )
-            assert (ROOT / target).is_file() or target in examples(), words
+            assert (ROOT / target).is_file() or target in example_files(), words
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -153,7 +201,7 @@ def slugs(text: str) -> set[str]:
 @pytest.mark.parametrize("name", DOCS)
 def test_every_yaml_that_is_named_exists(name):
     for path in YAML_PATH.findall(TEXT[name]):
-        assert path in examples() or glob.glob(str(ROOT / path)), path
+        assert path in example_files() or glob.glob(str(ROOT / path)), path
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -379,47 +427,72 @@ def test_documented_commands_on_imagenet_and_own_images_run(name, quiet, places,
             assert module.main(argv) == 0, words
 
 
-def test_the_example_of_contributing_works_as_it_stands(tmp_path):
-    for name in ("checkpoint", "configs", "data", "engine", "kernels", "models"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [
-        *ROOT.glob("*.py"),
-        ROOT / "pyproject.toml",
-        ROOT / "tests/__init__.py",
-        ROOT / "tests/models/__init__.py",
-    ]:
-        (tmp_path / path.relative_to(ROOT).parent).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    for path, content in examples().items():
-        assert not (ROOT / path).exists(), f"{path} is an example; a reader could not write it"
-        (tmp_path / path).write_text(content)
-    tests, training = [
-        words for words in commands(TEXT["CONTRIBUTING.md"]) if set(words) & set(examples())
+def run_examples(chosen: list[Example], project: Path) -> None:
+    """Their tests in one process, one update of each of their trainings in another, in a copy of
+    the project that has their files.
+    """
+    copy_project(project)
+    for path in ("pyproject.toml", "tests/__init__.py"):
+        (project / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, project / path)
+    for name in ("models", "data"):
+        (project / "tests" / name).mkdir()
+        shutil.copy(ROOT / "tests" / name / "__init__.py", project / "tests" / name)
+    for example in chosen:
+        example.write(project)
+    tests, trainings = zip(*(example.commands for example in chosen))
+    run_in(project, "-m", "pytest", "-q", *(words[-1] for words in tests))
+    once = ("--output", "out", "--opts", "TRAIN.MAX_STEPS", "1", "LOG.TENSORBOARD", "False")
+    argvs = [[*words[words.index("main.py") + 1 :], *once] for words in trainings]
+    run_in(project, "-c", f"import main\nfor argv in {argvs}: assert main.main(argv) == 0")
+    assert len(list(project.glob("out/*/default/best.pth"))) == len(chosen)
+
+
+def run_in(project: Path, *words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=project,
+        env={**clean_environment(), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_examples_of_contributing_work_as_they_stand(tmp_path):
+    run_examples(list(examples().values()), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", examples())
+def test_each_example_of_contributing_works_alone(name, tmp_path):
+    run_examples([examples()[name]], tmp_path)
+
+
+@pytest.mark.parametrize("name", examples())
+def test_contributing_counts_the_files_and_edits_of_each_example(name):
+    (row,) = [
+        line
+        for line in TEXT["CONTRIBUTING.md"].splitlines()
+        if line.startswith(f"| [{name[0].lower()}{name[1:]}]")
     ]
-    environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    for words in (
-        tests,
-        [
-            *training,
-            "--output",
-            "out",
-            "--opts",
-            "TRAIN.MAX_STEPS",
-            "1",
-            "LOG.TENSORBOARD",
-            "False",
-        ],
-    ):
-        done = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out/digits_swin_head_temperature/default/best.pth").is_file()
+    _, files, edits = [cell.strip() for cell in row.strip("| ").split("|")]
+    parts = examples()[name].parts
+    assert files.split(":")[0] == str(len(examples()[name].files))
+    assert edits.split(":")[0] == str(sum(action != "file" for action, _, _ in parts))
+
+
+def test_the_map_of_contributing_has_every_room_in_at_most_25_lines():
+    section = TEXT["CONTRIBUTING.md"].partition("\n## A map\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) <= 25
+    assert all("?" in row for row in rows[2:])
+    named = re.findall(r"`([\w./]+)`", "\n".join(rows))
+    rooms = {path.name for path in ROOT.glob("*.py")}
+    rooms |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert rooms <= {path.partition("/")[0] for path in named}
+    assert all((ROOT / path).exists() for path in named)
 
 
 # Installation
@@ -576,25 +649,18 @@ def test_every_package_that_is_imported_is_required():
         for line in (ROOT / "requirements.txt").read_text().splitlines()
         if line and line[0] != "#"
     }
-    own = {path.stem for path in ROOT.glob("*.py")} | {
-        path.name for path in ROOT.iterdir() if path.is_dir()
-    }
-    optional = {
-        "wandb",
-        "filelock",
-        "setuptools",
-    }  # an extra; a dependency of torch; what pip builds with (kernels/setup.py)
-    for path in [
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    own = packages | {path.stem for path in ROOT.glob("*.py")}
+    own |= {"library"}  # kernels/setup.py runs in its own folder
+    # an extra; a dependency of torch; what pip builds with
+    optional = {"wandb", "filelock", "setuptools"}
+    files = [
         *ROOT.glob("*.py"),
-        *(
-            found
-            for name in ("checkpoint", "data", "engine", "kernels", "models")
-            for found in (ROOT / name).rglob("*.py")
-        ),
-    ]:
-        for name in imported_packages(path):
-            if name not in sys.stdlib_module_names and name not in own:
-                assert known.get(name, name) in required | optional, f"{path}: {name}"
+        *(path for name in packages for path in (ROOT / name).rglob("*.py")),
+    ]
+    for path in files:
+        for name in imported_packages(path) - own - set(sys.stdlib_module_names):
+            assert known.get(name, name) in required | optional, f"{path}: {name}"
 
 
 def test_ci_runs_the_two_commands_and_checks_the_accuracy():
