@@ -2,10 +2,12 @@
 block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
@@ -13,12 +15,147 @@ from models.attention.build import global_attention
 from models.attention.shared_map import MapAttention, SharedMapAttention
 from models.base.backbone import BACKBONES
 from models.base.options import pixels
+from models.base.token_block import LayerScale, TokenBlock
 from models.base.tokens import TokenTransformer
-from models.layers.conv_stem import patch_embedding
 from models.layers.drop_path import drop_path_rates
 from models.layers.init import trunc_normal
-from models.layers.map_block import MapBlock, run_map_blocks
+from models.layers.patch_embed import PatchEmbed
 from registry import check_choice
+
+WIDTHS = (32, 64, 128)  # of the convolutions of the stem
+Step = tuple[Tensor, Tensor | None]  # tokens and map
+
+
+class ConvStem(PatchEmbed):
+    """7 x 7 of stride 2, two 3 x 3 (each with a batch norm and a ReLU, without bias), then patches
+    of half the side on what is left.
+
+    patch_size: pixels of the image, even. Shapes: (B, in_chans, H, W) -> (B, L, embed_dim), as
+        PatchEmbed.
+    Raises: ValueError for an odd patch or image side.
+    Source: the stem of github.com/zhoudaquan/Refiner_ViT; its widths are fixed.
+    """
+
+    def __init__(self, img_size: int | Size, patch_size: int | Size, in_chans: int, embed_dim: int):
+        super().__init__(img_size, patch_size, in_chans, embed_dim, None)
+        if any(side % 2 for side in (*self.img_size, *self.patch_size)):
+            raise ValueError(
+                f"stem conv halves the image: sides of image {self.img_size} and patch"
+                f" {self.patch_size} must be even; change them, or take STEM linear"
+            )
+        first, second, last = WIDTHS
+        half = (self.patch_size[0] // 2, self.patch_size[1] // 2)
+        self.proj = nn.Sequential(
+            *_unit(in_chans, first, 7, 2),
+            *_unit(first, second, 3),
+            *_unit(second, last, 3),
+            nn.Conv2d(last, embed_dim, half, half),
+        )
+
+    def flops(self) -> int:
+        """Multiply-accumulates of the convolutions for one image of `img_size`."""
+        pixels = self.img_size[0] * self.img_size[1] // 4
+        *stem, patches = (
+            layer.weight.numel() for layer in self.proj if isinstance(layer, nn.Conv2d)
+        )
+        return pixels * sum(stem) + self.num_patches * patches
+
+
+def _unit(dim: int, out_dim: int, kernel: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(out_dim),
+        nn.ReLU(),
+    )
+
+
+def patch_embedding(
+    stem: str, img_size: int | Size, patch_size: int | Size, in_chans: int, embed_dim: int
+) -> PatchEmbed:
+    """stem: "conv" or "linear", one convolution whose kernel is the patch."""
+    return (
+        ConvStem(img_size, patch_size, in_chans, embed_dim)
+        if stem == "conv"
+        else PatchEmbed(img_size, patch_size, in_chans, embed_dim, None)
+    )
+
+
+class MapBlock(TokenBlock):
+    """x + 2 drop_path(attn(norm1(x), A)), then x + 2 drop_path(gamma mlp(norm2(x))); the map of the
+    attention is returned too.
+
+    Args:
+        attn: (x, previous map) -> (y, map) where `hands_on`, else x -> y. gain: initial gamma, per
+            channel. eps: of the norms.
+    Shapes: x (B, N, C), previous (B, H, N, N) or None -> x, and the map (B, H, N, N) or None. State
+        dict: as TokenBlock; gamma is ls2.gamma.
+    Source: github.com/zhoudaquan/Refiner_ViT writes the branches as 2 f(norm(x / 2)). As norm(x /
+        2) with eps is norm(x) with 4 eps, this is the same function.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        hidden: int,
+        drop: float,
+        drop_path: float,
+        gain: float,
+        eps: float,
+        hands_on: bool,
+    ):
+        super().__init__(
+            dim, attn, hidden, drop, drop_path, None, lambda width: nn.LayerNorm(width, 4 * eps)
+        )
+        self.ls2 = LayerScale(dim, gain)
+        self.hands_on = hands_on
+
+    @property
+    def shared(self) -> bool:
+        """Whether it works with the map it is handed, and hands on the same."""
+        return isinstance(self.attn, SharedMapAttention)
+
+    def forward(self, x: Tensor, previous: Tensor | None = None) -> Step:
+        """x (B, N, C), previous (B, H, N, N) or None -> x and the map."""
+        y, attn = (
+            self.attn(self.norm1(x), previous)
+            if self.hands_on
+            else (self.attn(self.norm1(x)), None)
+        )
+        x = x + 2 * self.drop_path(y)
+        return x + 2 * self.drop_path(self.ls2(self.mlp(self.norm2(x)))), attn
+
+
+def run_map_blocks(
+    blocks: Iterable[MapBlock], x: Tensor, again: bool, pairs: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """Tokens through the blocks, each handed the map of the one before.
+
+    again: activations are computed again in the backward. pairs: neighbouring blocks, from the
+        first on, whose maps are compared.
+    Returns: tokens (B, N, C), and the `map_similarity` of each pair.
+    """
+    attn, similarities = None, []
+    for index, block in enumerate(blocks):
+        previous = attn
+        x, made = (
+            checkpoint(block, x, attn, use_reentrant=False)
+            if again and torch.is_grad_enabled()
+            else block(x, attn)
+        )
+        attn = attn if block.shared else made
+        if 0 < index <= pairs:
+            similarities.append(map_similarity(previous, attn))
+    return x, similarities
+
+
+def map_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Mean over images and pairs of tokens of the cosine, over the heads, of two maps (B, H, N, N);
+    1 if they are one object.
+    """
+    return (
+        first.new_ones(()) if first is second else F.cosine_similarity(first, second, dim=1).mean()
+    )
 
 
 @BACKBONES.register("refined_vit")

@@ -8,7 +8,7 @@ import torch
 
 from models import PiT
 from models.attention import AttentionSpec
-from models.layers.pooling import TokenPooling
+from models.pit import TokenPooling
 from tests.models.builders import size, small
 from tests.models.originals import MASK, assert_same_as_original, renamed, trained
 

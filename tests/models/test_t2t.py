@@ -7,8 +7,7 @@ import torch
 
 from models import T2TViT
 from models.attention import AttentionSpec, GlobalAttention
-from models.attention.skip_attention import SkipAttention
-from models.layers.tokens_to_token import sinusoid, soft_split
+from models.t2t import SkipAttention, sinusoid, soft_split
 from tests.models.builders import randomise, size, small
 from tests.models.originals import MASK, assert_same_as_original, renamed, trained
 
