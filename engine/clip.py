@@ -21,8 +21,7 @@ def clip_gradients(
     their device.
 
     Args:
-        value: None or 0 only measures (the reference's 0.0 zeroed every gradient, trap T30); else,
-            by mode:
+        value: None or 0 only measures (in Swin 0.0 zeroes every gradient); else, by mode:
             norm: the largest total norm; value: the largest absolute entry;
             agc: the largest ratio of a row's gradient norm to its weight norm, adaptive clipping,
                 arXiv:2102.06171.

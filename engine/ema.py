@@ -30,7 +30,7 @@ class ParameterEma:
         return self._ema.module
 
     def update(self, model: nn.Module) -> None:
-        """Takes in the parameters after one update; no host synchronisation."""
+        """Averages in the parameters after one update; no host synchronisation."""
         self._ema.update(unwrap(model))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -45,9 +45,9 @@ class ParameterEma:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and torch.compile."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or (
-            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        )
-        if inner is None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
             return model
-        model = inner

@@ -1,5 +1,5 @@
-"""Updates whose gradient is not finite: skipped and counted on the device, so that the host never
-waits for the answer.
+"""Updates whose gradient is not finite: skipped on the device, so that the host never waits for
+the answer.
 """
 
 import torch
@@ -14,8 +14,8 @@ class DivergedError(RunError):
 
 @torch.no_grad()
 def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """`optimizer.step()` if `finite` (a boolean scalar on the gradients' device) holds; otherwise
-    the weights stay as they are.
+    """`optimizer.step()` if `finite` (a boolean scalar on the gradients' device) is True;
+    otherwise the weights stay as they are.
 
     On the CPU, and with torch's fused Adam and AdamW, the optimizer's own state stays as well. The
     others take a step with a zero gradient whose effect on the weights is undone: their moments
@@ -25,12 +25,16 @@ def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     if finite.device.type == "cpu":
         if finite:
             optimizer.step()
-    elif isinstance(optimizer, torch.optim.Adam) and getattr(
-        optimizer, "_step_supports_amp_scaling", False
-    ):
+    elif is_fused_adam(optimizer):
         fused_step(optimizer, finite)
     else:
         masked_step(optimizer, finite)
+
+
+def is_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is torch's fused Adam or AdamW."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return fused and isinstance(optimizer, torch.optim.Adam)
 
 
 def fused_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
@@ -40,7 +44,8 @@ def fused_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     Not for its fused SGD, which leaves the momentum unset where the very first step is skipped
     (torch 2.15).
     """
-    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+    optimizer.grad_scale = None
+    optimizer.found_inf = (~finite).float()
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
 

@@ -1,6 +1,4 @@
-"""One training run per output folder: a lock file that a killed run does not leave closed for
-ever.
-"""
+"""One training run per output folder: a lock file that outlives a killed run only for a while."""
 
 import json
 import os
@@ -12,17 +10,18 @@ from pathlib import Path
 from utils import RunError
 
 NAME = ".lock"
-BEAT = 30.0  # seconds between two signs of life
-EXPIRES = 300.0  # seconds without one after which a lock of another machine counts as abandoned
+HEARTBEAT = 30.0  # seconds between two touches of the file
+EXPIRES = 300.0  # seconds without a touch after which a lock of another machine has expired
+WRITING = 2.0  # seconds until an empty file, whose owner may be writing it, has expired
 
 
 class FolderLock:
-    """Holds `folder/.lock` (host, process, its start time) from `with` to the end of the block.
+    """A context manager that owns `folder/.lock` (host, process, its start time).
 
-    A lock whose process is gone is taken over: on the same machine by asking the system for the
-    process, on another one when its file has not been touched for five minutes (the holder touches
-    it every 30 s).
-    Raises: RunError on entering where a living run holds the folder.
+    A lock whose process has ended is replaced: on the same machine the system is asked for the
+    process, on another one the lock has expired when its file has not been touched for five minutes
+    (the owner touches it every 30 s).
+    Raises: RunError on entering where a running process owns the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,36 +47,34 @@ class FolderLock:
         self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._done.wait(BEAT):
+        while not self._done.wait(HEARTBEAT):
             if self.path.exists():
                 os.utime(self.path)
 
     def _remove_if_stale(self) -> None:
         try:
             age = time.time() - self.path.stat().st_mtime
-            holder = json.loads(self.path.read_text() or "{}")
+            owner = json.loads(self.path.read_text() or "{}")
         except FileNotFoundError:
             return  # released just now
         except ValueError:
-            holder = {}
-        if _alive(holder, age):
+            owner = {}
+        if _alive(owner, age):
             raise RunError(
-                f"output folder {self.path.parent} is in use by process {holder.get('pid', '?')} on"
-                f" {holder.get('host', '?')}: wait for that run, choose another --output or --tag,"
-                f" or, if it is surely gone, delete {self.path}"
+                f"output folder {self.path.parent} is in use by process {owner.get('pid', '?')} on"
+                f" {owner.get('host', '?')}: wait for that run, choose another --output or --tag,"
+                f" or, if that run has certainly ended, delete {self.path}"
             )
         self.path.unlink(missing_ok=True)
 
 
-def _alive(holder: dict, age: float) -> bool:
-    """Whether the process that wrote this lock still runs; `age` in seconds since its last sign of
-    life.
-    """
-    if holder.get("host") != socket.gethostname():
-        return age < (
-            EXPIRES if holder else 2.0
-        )  # an empty file: written this moment, or its writer was killed in between
-    pid = holder["pid"]
+def _alive(owner: dict, age: float) -> bool:
+    """Whether the process that wrote this lock still runs; age: seconds since its last touch."""
+    if not owner:
+        return age < WRITING
+    if owner.get("host") != socket.gethostname():
+        return age < EXPIRES
+    pid = owner["pid"]
     if pid == os.getpid():
         return False
     try:
@@ -86,7 +83,7 @@ def _alive(holder: dict, age: float) -> bool:
         return False
     except PermissionError:
         return True
-    return holder.get("started") == _start_time(pid)
+    return owner.get("started") == _start_time(pid)
 
 
 def _start_time(pid: int) -> str | None:

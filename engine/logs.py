@@ -46,20 +46,21 @@ class MetricLog:
         config: dict | None = None,
     ):
         self.path = Path(folder) / FILE if folder is not None else None
-        self._stream = self._board = self._run = None
+        self._stream = None
+        self._board = None
+        self._run = None
         self._present: set[tuple[int, str]] = set()
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _truncate(self.path, resume_step)
-        self._present = {
-            (entry["step"], entry["kind"]) for entry in kept if entry["step"] == resume_step
-        }
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = _truncate(self.path, resume_step)
+        self._present = {(e["step"], e["kind"]) for e in entries if e["step"] == resume_step}
         self._stream = self.path.open("a", encoding="utf-8")
-        self._board = _open_tensorboard(self.path.parent, resume_step) if tensorboard else None
-        self._run = (
-            _open_wandb(self.path.parent, name, config or {}, resume_step) if wandb else None
-        )
+        if tensorboard:
+            self._board = _open_tensorboard(folder, resume_step)
+        if wandb:
+            self._run = _open_wandb(folder, name, config or {}, resume_step)
 
     def write(self, step: int, epoch: int | float, kind: str, **scalars: float) -> None:
         """Adds an entry; scalars are numbers or one-element tensors (which are waited for). NaN and
@@ -68,9 +69,8 @@ class MetricLog:
         if self._stream is None or (step, kind) in self._present:
             return
         values = {name: _plain(value) for name, value in scalars.items()}
-        self._stream.write(
-            json.dumps({"step": int(step), "epoch": _plain(epoch), "kind": kind, **values}) + "\n"
-        )
+        entry = {"step": int(step), "epoch": _plain(epoch), "kind": kind, **values}
+        self._stream.write(json.dumps(entry) + "\n")
         self._stream.flush()  # out of this process, so that a killed run keeps it
         numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
         if self._board is not None:
@@ -81,10 +81,15 @@ class MetricLog:
 
     def close(self) -> None:
         """Ends all outputs; a second call does nothing."""
-        for output, end in ((self._stream, "close"), (self._board, "close"), (self._run, "finish")):
-            if output is not None:
-                getattr(output, end)()
-        self._stream = self._board = self._run = None
+        if self._stream is not None:
+            self._stream.close()
+        if self._board is not None:
+            self._board.close()
+        if self._run is not None:
+            self._run.finish()
+        self._stream = None
+        self._board = None
+        self._run = None
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -111,21 +116,24 @@ def _truncate(path: Path, resume_step: int | None) -> list[dict]:
     if not path.exists():
         return []
     before = path.read_text(encoding="utf-8", errors="replace")
-    kept = [
-        entry for entry in read_metrics(path) if resume_step is None or entry["step"] <= resume_step
-    ]
-    after = "".join(json.dumps(entry) + "\n" for entry in kept)
+    entries = read_metrics(path)
+    if resume_step is not None:
+        entries = [entry for entry in entries if entry["step"] <= resume_step]
+    after = "".join(json.dumps(entry) + "\n" for entry in entries)
     if after != before:
         new = path.with_suffix(".tmp")
         new.write_text(after, encoding="utf-8")
         os.replace(path, path.with_name(path.name + ".bak"))
         os.replace(new, path)
-    return kept
+    return entries
 
 
 def _plain(value):
+    """A number for JSON; None for NaN and infinities."""
     number = value.item() if hasattr(value, "item") else value
-    return number if isinstance(number, int) else (float(number) if math.isfinite(number) else None)
+    if isinstance(number, int):
+        return number
+    return float(number) if math.isfinite(number) else None
 
 
 def _open_tensorboard(folder: Path, resume_step: int | None):

@@ -11,7 +11,7 @@ def timm_teacher(name: str, weights: str, num_classes: int) -> nn.Module:
     """The timm model `name` with `num_classes` outputs. weights: a file; '': the released ones,
     fetched by timm.
 
-    Raises: RunError for an unknown name or weights that cannot be had.
+    Raises: RunError for an unknown name or weights that cannot be loaded.
     """
     if not timm.is_model(name.split(".")[0]):
         guess = did_you_mean(name, timm.list_models())
@@ -20,7 +20,10 @@ def timm_teacher(name: str, weights: str, num_classes: int) -> nn.Module:
         )
     try:
         return timm.create_model(
-            name, pretrained=not weights, num_classes=num_classes, checkpoint_path=weights
+            name,
+            pretrained=not weights,
+            num_classes=num_classes,
+            checkpoint_path=weights,
         )
     except (OSError, RuntimeError) as error:
         raise RunError(

@@ -1,4 +1,4 @@
-"""How fast and how large a model is, on synthetic images: no data set is read (trap T24)."""
+"""How fast and how large a model is, on synthetic images: no data set is read."""
 
 import sys
 import time
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from engine.ema import unwrap
 from engine.evaluate import Autocast, entered
+from engine.progress import MIB, peak_memory
 
-MIB = 2**20
-Count = Callable[
-    [nn.Module, Tensor], Any
-]  # (model, images) -> multiply-accumulates of one image, see models/counting.py
+# (model, images) -> multiply-accumulates of one image, see models/counting.py
+Count = Callable[[nn.Module, Tensor], Any]
 
 
 @torch.no_grad()
@@ -32,11 +31,11 @@ def throughput(
     """Forward passes of `model` in eval mode, in the dtype that `autocast` sets.
 
     Args:
-        img_size: pixels, a side or (height, width). iters, warmup: timed and untimed passes; by
-            default 30 and 50 as in the
-            reference, on the CPU 5 and 2. count: counts multiply-accumulates by running the model;
-                None leaves that out.
-    Returns a dict of plain values:
+        img_size: pixels, a side or (height, width).
+        iters, warmup: timed and untimed passes; by default 30 and 50 as in Swin, on the CPU 5 and
+            2.
+        count: counts multiply-accumulates by running the model; None leaves that out.
+    Returns: a dict of plain values:
         images_per_s, ms (per batch, mean), batch_size, img_size (h, w), device, dtype (of the
         logits), iters;
         peak_mib and peak_of: on CUDA the most memory the caching allocator held in tensors during
@@ -44,23 +43,23 @@ def throughput(
             system does not tell);
         params: all parameters, trainable or not;
         macs: multiply-accumulates of one image by `model.flops()`, the family's formula (for Swin
-            the reference's: norms counted as C per token, softmax, bias and position MLP not), or
-            None;
-        macs_with_attention, macs_without_attention: as `count` saw them, linear layers and
-        convolutions plus either the attention
-            products or the norms (2 per number); None without `count`.
+            Swin's: norms counted as C per token, softmax, bias and position MLP not), or None;
+        macs_with_attention, macs_without_attention: as counted by `count`, linear layers and
+            convolutions plus either the attention products or the norms (2 per number); None
+            without `count`.
     """
     device = torch.device(device)
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    slow = device.type == "cpu"
-    iters, warmup = iters or (5 if slow else 30), (2 if slow else 50) if warmup is None else warmup
+    usual_iters, usual_warmup = (5, 2) if device.type == "cpu" else (30, 50)
+    iters = iters or usual_iters
+    warmup = usual_warmup if warmup is None else warmup
     images = torch.randn(batch_size, in_chans, height, width, device=device)
     training = model.training
     model.eval()
     try:
         dtype = _run(model, images, autocast, max(warmup, 1)).dtype
         seconds, peak = _timed(model, images, autocast, iters)
-        counted = count(unwrap(model), images[:1]) if count else None
+        macs = count(unwrap(model), images[:1]) if count else None
     finally:
         model.train(training)
     return {
@@ -74,31 +73,31 @@ def throughput(
         **peak,
         "params": sum(p.numel() for p in model.parameters()),
         "macs": _formula(unwrap(model)),
-        "macs_with_attention": counted and counted.with_attention,
-        "macs_without_attention": counted and counted.without_attention,
+        "macs_with_attention": macs.with_attention if macs else None,
+        "macs_without_attention": macs.without_attention if macs else None,
     }
 
 
 def describe(result: dict) -> str:
     """One line for the log."""
-    named = (
-        ("formula", result["macs"]),
-        ("linear + attention products", result["macs_with_attention"]),
-        ("linear + norms, no attention products", result["macs_without_attention"]),
-    )
-    macs = ", ".join(f"{count / 1e9:.4f} ({name})" for name, count in named if count is not None)
-    peak = (
-        f"{result['peak_mib']:.0f} MiB ({result['peak_of']})"
-        if result["peak_mib"] is not None
-        else "unknown"
-    )
+    counts = {
+        "formula": result["macs"],
+        "linear + attention products": result["macs_with_attention"],
+        "linear + norms, no attention products": result["macs_without_attention"],
+    }
+    macs = [f"{macs / 1e9:.4f} ({name})" for name, macs in counts.items() if macs is not None]
+    peak = "unknown"
+    if result["peak_mib"] is not None:
+        peak = f"{result['peak_mib']:.0f} MiB ({result['peak_of']})"
     height, width = result["img_size"]
-    return (
+    line = (
         f"batch_size {result['batch_size']} throughput {result['images_per_s']:.1f} images/s"
         f" {result['ms']:.2f} ms/batch image {height}x{width} {result['device']} {result['dtype']}"
         f" peak memory {peak} params {result['params']}"
-        + (f" GMACs per image {macs}" if macs else "")
     )
+    if macs:
+        line += f" GMACs per image {', '.join(macs)}"
+    return line
 
 
 def _formula(model: nn.Module) -> int | None:
@@ -130,13 +129,11 @@ def _wait(device: torch.device) -> None:
 
 def _peak(device: torch.device) -> dict:
     if device.type == "cuda":
-        return {
-            "peak_mib": torch.cuda.max_memory_allocated(device) / MIB,
-            "peak_of": "tensors on the device",
-        }
+        return {"peak_mib": peak_memory(device), "peak_of": "tensors on the device"}
     if sys.platform == "win32":
         return {"peak_mib": None, "peak_of": "process"}
     import resource  # POSIX only
 
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
-    return {"peak_mib": largest / (MIB if sys.platform == "darwin" else 1024), "peak_of": "process"}
+    units_per_mib = MIB if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_mib": largest / units_per_mib, "peak_of": "process"}

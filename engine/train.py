@@ -50,7 +50,8 @@ def fit(
     Returns: 0, or the number of the signal that ended the run early (its state is saved).
     Raises: DivergedError.
     """
-    state, extra = trainer.state, extra or {}
+    state = trainer.state
+    extra = extra or {}
     while state.epoch < plan.epochs:
         signal = train_epoch(trainer, loader, plan, folder, report, stop, extra)
         if signal:
@@ -59,17 +60,12 @@ def fit(
         score = validate(trainer, evaluate, report)
         improved = state.best_epoch < 0 or score > state.best
         if improved:
-            state.best, state.best_epoch = score, state.epoch
+            state.best = score
+            state.best_epoch = state.epoch
         report.best(state)
         finished = end_of_epoch(trainer, loader)
-        save(
-            trainer,
-            folder,
-            extra,
-            finished=finished,
-            improved=improved,
-            final=state.epoch == plan.epochs,
-        )
+        final = state.epoch == plan.epochs
+        save(trainer, folder, extra, finished=finished, improved=improved, final=final)
         if finished is None:
             return 0
         signal = stop.agree()
@@ -87,7 +83,7 @@ def train_epoch(
     stop: StopSignal,
     extra: dict[str, Any],
 ) -> int:
-    """The rest of the epoch under way. Returns the signal that all processes agreed to stop for, or
+    """The rest of the current epoch. Returns the signal that all processes agreed to stop for, or
     0.
     """
     state = trainer.state
@@ -163,8 +159,10 @@ def end_of_epoch(trainer: Trainer, loader: Any) -> int | None:
     state = trainer.state
     if unfinished(trainer, loader):
         return None
-    state.epoch, state.batch = state.epoch + 1, 0
-    return state.epoch - 1
+    finished = state.epoch
+    state.epoch += 1
+    state.batch = 0
+    return finished
 
 
 def save(
@@ -200,9 +198,10 @@ def refuse_divergence(trainer: Trainer, read: dict[str, float], limit: int) -> N
     """Raises DivergedError once `limit` updates in a row were skipped; on all processes alike, for
     the gradients are the same.
     """
-    streak, update = int(read["streak"]), trainer.state.update
+    streak = int(read["streak"])
     if streak < limit:
         return
+    update = trainer.state.update
     losses = trainer.world.gather(int(read["bad_losses"])) or []
     where = ", ".join(str(rank) for rank, bad in enumerate(losses) if bad) or "none"
     raise DivergedError(

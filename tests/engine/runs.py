@@ -44,18 +44,10 @@ def run(
     """Runs a Python file of this repository, under torchrun where nproc > 1, in a process group of
     its own.
     """
-    launcher = (
-        [sys.executable]
-        if nproc == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={nproc}",
-            f"--max-restarts={restarts}",
-        ]
-    )
+    launcher = [sys.executable]
+    if nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc-per-node={nproc}", f"--max-restarts={restarts}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     with subprocess.Popen(
         [*launcher, script, *map(str, argv)],
@@ -94,11 +86,8 @@ def checkpoint(run_folder: Path, name: str = "last.pth") -> dict:
 def differences(a, b, path: str = "") -> list[str]:
     """Where two nested structures of tensors and plain data differ by as much as a bit."""
     if isinstance(a, torch.Tensor):
-        return (
-            []
-            if isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-            else [path]
-        )
+        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [path]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [line for key in a for line in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):

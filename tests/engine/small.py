@@ -1,6 +1,7 @@
 """A trainer small enough that a test can run it hundreds of times, and its data."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 from engine.ema import ParameterEma
 from engine.losses import make_criterion, with_distillation
-from engine.state import Layout
+from engine.signals import StopSignal
+from engine.state import CheckpointFolder, Layout
+from engine.train import Plan, fit
 from engine.trainer import Trainer
 from utils import World, seed_everything
 
@@ -135,3 +138,39 @@ class Silent:
 
     def best(self, state) -> None:
         logging.debug("best %s", state)
+
+
+def evaluation(acc1: float = 50.0) -> SimpleNamespace:
+    """The result of an evaluation."""
+    return SimpleNamespace(acc1=acc1, acc5=90.0, loss=1.0, count=10)
+
+
+class NoFiles:
+    """A checkpoint folder that writes nothing."""
+
+    def save(self, payload) -> None:
+        pass
+
+    def keep_best(self, *args, **kwargs) -> None:
+        pass
+
+    def keep_epoch(self, *args, **kwargs) -> None:
+        pass
+
+
+def run_fit(trainer: Trainer, loader, epochs: int, folder=None, validate=None, **plan):
+    """Trains and returns (trainer, silent report); the checkpoints go to `folder`, if there is one,
+    and plan's keywords are those of `Plan`.
+    """
+    report = Silent()
+    with StopSignal(trainer.world) as stop:
+        fit(
+            trainer,
+            loader,
+            validate or (lambda model: evaluation()),
+            plan=Plan(epochs, **plan),
+            folder=CheckpointFolder(folder) if folder else NoFiles(),
+            report=report,
+            stop=stop,
+        )
+    return trainer, report

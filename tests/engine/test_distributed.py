@@ -31,10 +31,8 @@ def test_half_the_batch_each_equals_the_whole_batch_on_one_process(ranks):
 
 
 def test_an_accumulated_update_reduces_gradients_once(ranks):
-    assert [rank["averaging"]["reductions"] for rank in ranks] == [
-        3,
-        3,
-    ]  # three updates of three micro-batches, one bucket
+    reductions = [rank["averaging"]["reductions"] for rank in ranks]
+    assert reductions == [3, 3]  # three updates of three micro-batches, one bucket
 
 
 def test_a_nan_on_one_process_skips_the_update_on_both(ranks):

@@ -78,11 +78,9 @@ def test_the_model_and_the_random_state_are_untouched(model):
     assert all(
         torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
     )
-    assert (
-        torch.equal(random, torch.get_rng_state())
-        and model.training
-        and all(p.requires_grad for p in model.parameters())
-    )
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_the_average_is_in_eval_mode_without_gradients(model):

@@ -20,9 +20,8 @@ from torch import nn
 from engine.evaluate import ProgressLines, Totals, evaluate, write_per_class
 from utils import RunError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*fork.*:DeprecationWarning"
-)  # the children only evaluate
+# the children only evaluate
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 CLASSES, IMAGES = 7, 61
 
 
@@ -62,13 +61,10 @@ def test_result_is_that_of_scikit_learn():
     assert result.acc1 == pytest.approx(100 * accuracy_score(targets, guesses), rel=1e-12)
     assert result.acc5 == pytest.approx(100 * top_k_accuracy_score(targets, scores, k=5), rel=1e-12)
     assert result.loss == pytest.approx(log_loss(targets, scores), rel=1e-6)
-    assert (
-        result.confusion.tolist()
-        == confusion_matrix(targets, guesses, labels=range(CLASSES)).tolist()
-    )
-    assert result.per_class.tolist() == pytest.approx(
-        100 * recall_score(targets, guesses, average=None), rel=1e-12
-    )
+    confusion = confusion_matrix(targets, guesses, labels=range(CLASSES))
+    assert result.confusion.tolist() == confusion.tolist()
+    recall = 100 * recall_score(targets, guesses, average=None)
+    assert result.per_class.tolist() == pytest.approx(recall, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 2, 13, 60, 61])
@@ -99,14 +95,10 @@ def test_processes_agree_on_the_result_of_one_process(world, tmp_path):
     alone = run(split(IMAGES), per_class=True)
     for rank in range(world):
         result = torch.load(tmp_path / f"{rank}.pth")
-        assert (result["count"], result["acc1"], result["acc5"]) == (
-            alone.count,
-            alone.acc1,
-            alone.acc5,
-        )
-        assert torch.equal(result["confusion"], alone.confusion) and torch.equal(
-            result["per_class"], alone.per_class
-        )
+        assert result["count"] == alone.count
+        assert result["acc1"] == alone.acc1 and result["acc5"] == alone.acc5
+        assert torch.equal(result["confusion"], alone.confusion)
+        assert torch.equal(result["per_class"], alone.per_class)
         assert result["loss"] == pytest.approx(alone.loss, rel=1e-14)
 
 

@@ -16,7 +16,11 @@ def entries(log, first, last):
     for step in range(first, last + 1):
         log.write(step, (step - 1) // 3, "train", loss=1 / step, lr=1e-3 * step)
         if step % 3 == 0:
-            log.write(step, step // 3, "eval", loss=2 / step, acc1=10.0 * step)
+            evaluation(log, step)
+
+
+def evaluation(log, step):
+    log.write(step, step // 3, "eval", loss=2 / step, acc1=10.0 * step)
 
 
 def open_log(folder, **options):
@@ -44,16 +48,11 @@ def test_resumed_file_equals_the_uninterrupted_one(tmp_path, checkpoint, killed)
     with open_log(tmp_path / "parts", resume_step=-1) as log:
         entries(log, 1, killed)
     with open_log(tmp_path / "parts", resume_step=checkpoint) as log:
-        if (
-            checkpoint and checkpoint % 3 == 0
-        ):  # saved before the evaluation, which therefore runs again
-            log.write(
-                checkpoint, checkpoint // 3, "eval", loss=2 / checkpoint, acc1=10.0 * checkpoint
-            )
+        if checkpoint and checkpoint % 3 == 0:
+            evaluation(log, checkpoint)  # saved before the evaluation, which therefore runs again
         entries(log, checkpoint + 1, 12)
-    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (
-        tmp_path / "whole/metrics.jsonl"
-    ).read_bytes()
+    parts = (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+    assert parts == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("cut", [1, 20, 43])
@@ -135,11 +134,9 @@ def test_wandb_is_given_the_numbers_and_continues_under_its_id(tmp_path, monkeyp
         ) as log:
             log.write(resume_step + 2, 0, "train", loss=1.0)
     started = [call for call in calls if isinstance(call, dict)]
-    assert (
-        [call["id"] for call in started] == ["id42", "id42"]
-        and started[0]["config"] == {"a": 1}
-        and started[0]["project"] == "swin"
-    )
+    assert [call["id"] for call in started] == ["id42", "id42"]
+    assert started[0]["config"] == {"a": 1}
+    assert started[0]["project"] == "swin"
     assert (1, {"train/loss": 1.0, "epoch": 0}) in calls and calls[-1] == "finish"
 
 

@@ -48,12 +48,9 @@ def test_hard_targets_give_the_negative_log_likelihood(batch):
 
 
 def test_smoothing_spreads_its_share_over_all_classes(batch):
-    expected = (
-        0.9 * nll(batch["logits"], batch["targets"]) - 0.1 * log_softmax(batch["logits"]).mean()
-    )
-    torch.testing.assert_close(
-        make_criterion(False, 0.1)(batch["logits"], batch["targets"]), expected
-    )
+    logits, targets = batch["logits"], batch["targets"]
+    expected = 0.9 * nll(logits, targets) - 0.1 * log_softmax(logits).mean()
+    torch.testing.assert_close(make_criterion(False, 0.1)(logits, targets), expected)
 
 
 def test_soft_targets_are_taken_as_they_are(batch):
@@ -103,34 +100,24 @@ def test_soft_distillation_is_the_tempered_divergence_times_tau_squared(batch, t
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_one_head_serves_as_both(batch, kind):
-    loss, criterion = (
-        Distillation(Teacher(batch["teacher"]), kind, alpha=0.3, tau=2.0),
-        make_criterion(False),
-    )
+    loss = Distillation(Teacher(batch["teacher"]), kind, alpha=0.3, tau=2.0)
+    criterion = make_criterion(False)
+    pair = batch["logits"], batch["logits"]
     one = loss(batch["images"], batch["logits"], batch["targets"], criterion)
-    assert one == loss(
-        batch["images"], (batch["logits"], batch["logits"]), batch["targets"], criterion
-    )
+    assert one == loss(batch["images"], pair, batch["targets"], criterion)
 
 
 def test_alpha_zero_and_no_distillation_are_the_base_loss(batch):
     criterion, heads = make_criterion(False, 0.1), (batch["logits"], batch["dist"])
     base = criterion(batch["logits"], batch["targets"])
-    assert (
-        Distillation(Teacher(batch["teacher"]), "hard", alpha=0.0)(
-            batch["images"], heads, batch["targets"], criterion
-        )
-        == base
-    )
-    assert Distillation(None, "none")(batch["images"], heads, batch["targets"], criterion) == base
+    for loss in (Distillation(Teacher(batch["teacher"]), "hard", 0.0), Distillation(None, "none")):
+        assert loss(batch["images"], heads, batch["targets"], criterion) == base
 
 
 def test_a_student_that_agrees_with_the_teacher_pays_nothing_for_it(batch):
     loss = Distillation(Teacher(batch["teacher"]), "soft", alpha=1.0, tau=2.0)
-    assert (
-        loss(batch["images"], batch["teacher"], batch["targets"], make_criterion(False)).abs()
-        < 1e-15
-    )
+    agreed = loss(batch["images"], batch["teacher"], batch["targets"], make_criterion(False))
+    assert agreed.abs() < 1e-15
 
 
 def test_the_teacher_stays_in_eval_mode_frozen_and_out_of_the_state_dict(batch):

@@ -14,16 +14,11 @@ from engine.report import Report
 from engine.signals import StopSignal
 from engine.state import Layout, TrainState
 from engine.train import Plan, fit
-from tests.engine.small import Loader, make_trainer
+from tests.engine.small import Loader, NoFiles, evaluation, make_trainer
 from utils import World
 
 UPDATE = 60.0  # seconds of a micro-batch on the clock of these tests
 VALIDATION = 600.0  # of an evaluation
-NO_FILES = SimpleNamespace(
-    save=lambda payload: None,
-    keep_best=lambda *args, **kwargs: None,
-    keep_epoch=lambda *args, **kwargs: None,
-)
 
 
 class Clock:
@@ -81,7 +76,7 @@ def train(
 
     def evaluate(model):
         clock.wait(VALIDATION)
-        return SimpleNamespace(acc1=50.0, acc5=90.0, loss=1.0, count=10)
+        return evaluation()
 
     with MetricLog(folder, tensorboard=False) as metrics, StopSignal(trainer.world) as stop:
         report = TimedReport(
@@ -101,7 +96,7 @@ def train(
             SlowLoader(clock, batches),
             evaluate,
             plan=Plan(epochs, max_steps=max_steps),
-            folder=NO_FILES,
+            folder=NoFiles(),
             report=report,
             stop=stop,
         )

@@ -15,8 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from engine.guard import DivergedError  # noqa: E402
 from engine.signals import StopSignal  # noqa: E402
-from tests.engine.small import Loader, make_trainer, weights  # noqa: E402
-from tests.engine.test_training import run_fit  # noqa: E402
+from tests.engine.small import Loader, make_trainer, run_fit, weights  # noqa: E402
 from utils import World  # noqa: E402
 
 
