@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data.sets import DATASETS
+from lr_scheduler import SHAPES
 from models import BACKBONES
+from optimizer import OPTIMIZERS
 from settings.flags import FLAGS, add_flags, add_local_rank, build_parser
 from settings.kinds import (
     Choice,
@@ -75,7 +77,6 @@ POLICY = text(
     empty="none",
 )
 NAME = text(r"\w+(\(.*\))?", "'name' or 'name(arg=value, ...)'")
-OPTIMIZERS = ("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb")
 OPTIMIZER = Choice(OPTIMIZERS, pattern=r"timm:\w+", also="timm:<name>")
 NO_MOE = {"swin_moe": "mixture-of-experts models (Tutel) are not part of this project"}
 
@@ -410,7 +411,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.ACCUMULATION_STEPS": Key(1, AT_LEAST_1, "batches per update"),
     "TRAIN.USE_CHECKPOINT": Key(False, switch(),
         "recompute activations in the backward pass: less memory, more time"),
-    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", choice("cosine", "linear", "step", "multistep"),
+    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", Choice(SHAPES),
         "after the warm-up; linear: to 0.01 BASE_LR"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, AT_LEAST_1, "step: epochs between two falls"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, ABOVE_0, "step: factor per fall"),

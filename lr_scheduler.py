@@ -1,19 +1,21 @@
 """Config -> learning-rate schedule: closed forms of the update index, one rate per parameter group.
 
-timm's schedulers are not used: since 0.5 they apply a group's `lr_scale` a second time (trap T9),
-name arguments differently (T10), and let the warm-up shift the steps of `step`.
+timm's schedulers are not used: since 0.5 they apply a group's `lr_scale` a second time, name
+arguments differently, and let the warm-up shift the steps of `step`.
 """
 
 import bisect
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 
-from registry import did_you_mean
+from registry import Registry, did_you_mean
 
+SHAPES = Registry("learning-rate schedule")
 _logger = logging.getLogger(__name__)
 
 
@@ -34,18 +36,13 @@ def scaled_rates(config, world_size: int) -> Rates:
     x processes x accumulation.
     """
 
-    def scaled(rate: float) -> float:
-        return (
-            rate
-            * config.DATA.BATCH_SIZE
-            * world_size
-            / 512.0
-            * max(config.TRAIN.ACCUMULATION_STEPS, 1)
-        )
+    train = config.TRAIN
 
-    return Rates(
-        scaled(config.TRAIN.BASE_LR), scaled(config.TRAIN.WARMUP_LR), scaled(config.TRAIN.MIN_LR)
-    )
+    def scaled(rate: float) -> float:
+        of_batches = rate * config.DATA.BATCH_SIZE * world_size / 512.0
+        return of_batches * max(train.ACCUMULATION_STEPS, 1)
+
+    return Rates(scaled(train.BASE_LR), scaled(train.WARMUP_LR), scaled(train.MIN_LR))
 
 
 @dataclass(frozen=True)
@@ -76,32 +73,56 @@ class Schedule:
         """The learning rate at update t >= 0 of a group whose peak is `base`."""
         if t < self.warmup:
             return self.warmup_lr + t * ((base - self.warmup_lr) / self.warmup)
-        return SHAPES[self.name](self, base, t)
+        return SHAPES[self.name].rate(self, base, t)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The course of the rate after the warm-up.
+
+    rate: (schedule, base, t) -> rate at update t. ends: whether it reaches an end, from which on a
+    cool-down (TRAIN.COOLDOWN_EPOCHS) runs at a constant rate.
+    """
+
+    rate: Callable[[Schedule, float, int], float]
+    ends: bool = False
+
+
+def register_shape(name: str, ends: bool = False) -> Callable:
+    """Decorator of a function (schedule, base, t) -> rate: registers it under `name`."""
+
+    def register(rate: Callable[[Schedule, float, int], float]) -> Callable:
+        SHAPES.register(name, Shape(rate, ends))
+        return rate
+
+    return register
+
+
+@register_shape("cosine", ends=True)
 def _cosine(s: Schedule, base: float, t: int) -> float:
-    start = s.warmup if s.warmup_prefix else 0
     if t >= s.total:
         return s.minimum
-    return s.minimum + 0.5 * (base - s.minimum) * (
-        1 + math.cos(math.pi * (t - start) / (s.total - start))
-    )
+    start = s.warmup if s.warmup_prefix else 0
+    angle = math.pi * (t - start) / (s.total - start)
+    return s.minimum + 0.5 * (base - s.minimum) * (1 + math.cos(angle))
 
 
+@register_shape("linear", ends=True)
 def _linear(s: Schedule, base: float, t: int) -> float:
-    done = min(1.0, (t - s.warmup) / (s.total - s.warmup)) if s.total > s.warmup else 1.0
+    done = 1.0
+    if s.total > s.warmup:
+        done = min(1.0, (t - s.warmup) / (s.total - s.warmup))
     return base - 0.99 * base * done
 
 
+@register_shape("step")
 def _step(s: Schedule, base: float, t: int) -> float:
     return base * s.decay_rate ** (t // s.decay_every)
 
 
+@register_shape("multistep")
 def _multistep(s: Schedule, base: float, t: int) -> float:
     return base * s.decay_rate ** bisect.bisect_right(s.milestones, t)
-
-
-SHAPES = {"cosine": _cosine, "linear": _linear, "step": _step, "multistep": _multistep}
 
 
 class LRScheduler:
@@ -109,7 +130,7 @@ class LRScheduler:
     its peak.
 
     A peak already holds its layer's factor (`lr_scale`), which is applied nowhere else; warm-up
-    start and floor are the same for all groups, as in the reference.
+    start and floor are the same for all groups, as in Swin.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule):
@@ -120,7 +141,7 @@ class LRScheduler:
 
     def step_update(self, update: int) -> None:
         """Called after update number `update`, counted from 0, with that number: updates 0 and 1
-        both run at the rate of 0, as in the reference.
+        both run at the rate of 0, as in Swin.
         """
         self.last_update = update
         self._write(update)
@@ -141,7 +162,7 @@ class LRScheduler:
 
     def load_state_dict(self, state: dict) -> list[str]:
         """Goes on at the stored position of THIS run's schedule; differences from the stored one
-        are logged and returned (T11).
+        are logged and returned.
         """
         own = self.state_dict()["schedule"]
         stored = state.get("schedule", {})
@@ -160,69 +181,72 @@ class LRScheduler:
         return changed
 
 
-def build_schedule(config, updates_per_epoch: int, rates: Rates) -> Schedule:
-    """TRAIN.{EPOCHS, WARMUP_EPOCHS, COOLDOWN_EPOCHS, LR_SCHEDULER} in updates; `total` ends where
-    the cool-down begins.
+def check_schedule(train) -> None:
+    """What TRAIN.{EPOCHS, WARMUP_EPOCHS, COOLDOWN_EPOCHS, LR_SCHEDULER} must agree on.
 
-    Raises: ScheduleError for an unknown name, an empty epoch, a warm-up longer than the run, or bad
-        milestones.
+    Raises: ScheduleError for an unknown name, a warm-up longer than the run or than the first of
+        multistep's epochs, a cool-down after a schedule that does not end, or no epochs at all.
     """
-    train, settings = config.TRAIN, config.TRAIN.LR_SCHEDULER
-    name = settings.NAME
+    settings = train.LR_SCHEDULER
+    name, milestones = settings.NAME, sorted(settings.MULTISTEPS)
     if name not in SHAPES:
         raise ScheduleError(
             f"TRAIN.LR_SCHEDULER.NAME {name!r} is not known; allowed: {', '.join(SHAPES)}"
             + did_you_mean(name, SHAPES)
         )
-    schedule = Schedule(
-        name=name,
+    if train.COOLDOWN_EPOCHS and not SHAPES[name].ends:
+        ending = " and ".join(shape for shape in SHAPES if SHAPES[shape].ends)
+        raise ScheduleError(
+            f"TRAIN.COOLDOWN_EPOCHS {train.COOLDOWN_EPOCHS} acts on {ending}, which end; with"
+            f" TRAIN.LR_SCHEDULER.NAME {name} set it to 0"
+        )
+    available = train.EPOCHS - train.COOLDOWN_EPOCHS
+    if train.WARMUP_EPOCHS > available:
+        cooldown = ""
+        if train.COOLDOWN_EPOCHS:
+            cooldown = f" - TRAIN.COOLDOWN_EPOCHS {train.COOLDOWN_EPOCHS}"
+        raise ScheduleError(
+            f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is longer than TRAIN.EPOCHS"
+            f" {train.EPOCHS}{cooldown}; set it to {max(0, available)} or less"
+        )
+    if name != "multistep":
+        return
+    if not milestones:
+        raise ScheduleError(
+            "TRAIN.LR_SCHEDULER.MULTISTEPS is empty; give the epochs at which the rate falls, as in"
+            " [150, 225]"
+        )
+    if train.WARMUP_EPOCHS > milestones[0]:
+        raise ScheduleError(
+            f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} ends after the first of"
+            f" TRAIN.LR_SCHEDULER.MULTISTEPS {milestones}; shorten the warm-up"
+        )
+
+
+def build_schedule(config, updates_per_epoch: int, rates: Rates) -> Schedule:
+    """TRAIN.{EPOCHS, WARMUP_EPOCHS, COOLDOWN_EPOCHS, LR_SCHEDULER} in updates; `total` ends where
+    the cool-down begins.
+
+    Raises: ScheduleError for an epoch without an update, and whatever `check_schedule` refuses.
+    """
+    train, settings = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    check_schedule(train)
+    if updates_per_epoch < 1:
+        raise ScheduleError(
+            "an epoch has no update: fewer batches than TRAIN.ACCUMULATION_STEPS"
+            f" {train.ACCUMULATION_STEPS}; lower it or DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}"
+        )
+    return Schedule(
+        name=settings.NAME,
         total=int((train.EPOCHS - train.COOLDOWN_EPOCHS) * updates_per_epoch),
         warmup=int(train.WARMUP_EPOCHS * updates_per_epoch),
         warmup_lr=rates.warmup,
         minimum=rates.minimum,
         warmup_prefix=bool(settings.WARMUP_PREFIX),
         decay_every=max(1, int(settings.DECAY_EPOCHS * updates_per_epoch)),
-        decay_rate=settings.GAMMA if name == "multistep" else settings.DECAY_RATE,
+        decay_rate=settings.GAMMA if settings.NAME == "multistep" else settings.DECAY_RATE,
         milestones=tuple(sorted(int(epoch * updates_per_epoch) for epoch in settings.MULTISTEPS)),
     )
-    _check(config, schedule, updates_per_epoch)
-    return schedule
-
-
-def _check(config, schedule: Schedule, updates_per_epoch: int) -> None:
-    train = config.TRAIN
-    if updates_per_epoch < 1:
-        raise ScheduleError(
-            "an epoch has no update: fewer batches than TRAIN.ACCUMULATION_STEPS"
-            f" {train.ACCUMULATION_STEPS}; lower it or DATA.BATCH_SIZE {config.DATA.BATCH_SIZE}"
-        )
-    if schedule.warmup > schedule.total:
-        cooldown = (
-            f" - TRAIN.COOLDOWN_EPOCHS {train.COOLDOWN_EPOCHS}" if train.COOLDOWN_EPOCHS else ""
-        )
-        raise ScheduleError(
-            f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is longer than TRAIN.EPOCHS"
-            f" {train.EPOCHS}{cooldown}; set it to {max(0, train.EPOCHS - train.COOLDOWN_EPOCHS)}"
-            " or less"
-        )
-    if train.COOLDOWN_EPOCHS and schedule.name not in ("cosine", "linear"):
-        raise ScheduleError(
-            f"TRAIN.COOLDOWN_EPOCHS {train.COOLDOWN_EPOCHS} acts on cosine and linear, which end;"
-            f" with TRAIN.LR_SCHEDULER.NAME {schedule.name} set it to 0"
-        )
-    if schedule.name != "multistep":
-        return
-    if not schedule.milestones:
-        raise ScheduleError(
-            "TRAIN.LR_SCHEDULER.MULTISTEPS is empty; give the epochs at which the rate falls, as in"
-            " [150, 225]"
-        )
-    if schedule.warmup > schedule.milestones[0]:
-        raise ScheduleError(
-            f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} ends after the first of"
-            f" TRAIN.LR_SCHEDULER.MULTISTEPS {list(train.LR_SCHEDULER.MULTISTEPS)}; shorten the"
-            " warm-up"
-        )
 
 
 def build_scheduler(

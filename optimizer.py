@@ -3,17 +3,18 @@ query and key rows.
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import timm.optim
 import torch
 from torch import Tensor, nn
 
-from registry import did_you_mean
+from registry import Registry, did_you_mean
 
 _logger = logging.getLogger(__name__)
 
-NAMES = ("adamw", "sgd", "lamb", "muon", "fused_adam", "fused_lamb")
-# Settings that a resumed run takes from its own config, not from the checkpoint (trap T11); the
+OPTIMIZERS = Registry("optimizer")
+# Settings of a group that a resumed run takes from its own config, not from the checkpoint; the
 # rest of a group is state.
 FOLLOW_CONFIG = (
     "lr",
@@ -36,6 +37,51 @@ class OptimizerError(ValueError):
     """
 
 
+@dataclass(frozen=True)
+class Request:
+    """What an optimizer is built from: the groups of `parameter_groups`, each with its own lr and
+    weight_decay, the model they belong to, and TRAIN.OPTIMIZER's settings.
+    """
+
+    model: nn.Module
+    groups: list[dict]
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+
+    @property
+    def device(self) -> str:
+        """The type of the model's device."""
+        return next(self.model.parameters()).device.type
+
+
+# (weights, lr, weight_decay, multiplier, found_inf) -> None: see `decay_query_key_rows`
+RowDecay = Callable[[list[nn.Parameter], float, float, float, Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """One optimizer.
+
+    build: makes it. row_decay: the exact form of a weight decay per row, applied before each step;
+    None where the optimizer mixes the decay into something non-linear, such as LAMB's trust ratio.
+    """
+
+    build: Callable[[Request], torch.optim.Optimizer]
+    row_decay: RowDecay | None = None
+
+
+def register_optimizer(name: str, row_decay: RowDecay | None = None) -> Callable:
+    """Decorator of a function Request -> optimizer: registers it under `name`."""
+
+    def register(build: Callable[[Request], torch.optim.Optimizer]) -> Callable:
+        OPTIMIZERS.register(name, OptimizerEntry(build, row_decay))
+        return build
+
+    return register
+
+
 def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The optimizer named by TRAIN.OPTIMIZER.NAME over the groups of `parameter_groups`.
 
@@ -48,18 +94,62 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
         lr: peak learning rate, already scaled by the batch size (`lr_scheduler.scaled_rates`).
     Raises: OptimizerError for unknown names and for combinations without an exact meaning.
     """
-    train = config.TRAIN
-    name = train.OPTIMIZER.NAME.lower()
-    groups = parameter_groups(model, lr, train.WEIGHT_DECAY, train.LAYER_DECAY, train.DECAY_ALL)
-    optimizer = _create(name, model, groups, lr, train.OPTIMIZER)
-    for group in optimizer.param_groups:
-        group["optimizer"] = type(
-            optimizer
-        ).__name__  # travels in the state dict, so that a changed optimizer is noticed
-    optimizer.register_load_state_dict_pre_hook(_follow_config)
+    train, settings = config.TRAIN, config.TRAIN.OPTIMIZER
+    entry = check_optimizer(train)
+    request = Request(
+        model=model,
+        groups=parameter_groups(model, lr, train.WEIGHT_DECAY, train.LAYER_DECAY, train.DECAY_ALL),
+        lr=lr,
+        betas=tuple(settings.BETAS),
+        eps=settings.EPS,
+        momentum=settings.MOMENTUM,
+    )
+    built = entry.build(request)
+    for group in built.param_groups:
+        # part of the state dict, so that a changed optimizer is noticed
+        group["optimizer"] = type(built).__name__
+    built.register_load_state_dict_pre_hook(_follow_config)
     if train.QK_WEIGHT_DECAY != 1:
-        decay_query_key_rows(optimizer, query_key_weights(model), train.QK_WEIGHT_DECAY)
-    return optimizer
+        weights = query_key_weights(model)
+        decay_query_key_rows(built, weights, train.QK_WEIGHT_DECAY, entry.row_decay)
+    return built
+
+
+def check_optimizer(train) -> OptimizerEntry:
+    """The entry of TRAIN.OPTIMIZER.NAME, if it and TRAIN.QK_WEIGHT_DECAY go together.
+
+    Raises: OptimizerError.
+    """
+    entry, multiplier = find_optimizer(train.OPTIMIZER.NAME), train.QK_WEIGHT_DECAY
+    if multiplier < 0:
+        raise OptimizerError(
+            f"TRAIN.QK_WEIGHT_DECAY {multiplier} is negative; allowed: 0 (no decay of q and k) or"
+            " more, 1.0 = off"
+        )
+    if multiplier != 1 and entry.row_decay is None:
+        fitting = ", ".join(name for name in OPTIMIZERS if OPTIMIZERS[name].row_decay)
+        raise OptimizerError(
+            f"TRAIN.QK_WEIGHT_DECAY {multiplier}: {train.OPTIMIZER.NAME} has no exact form of a"
+            f" decay per row; use {fitting}, or set it to 1.0"
+        )
+    return entry
+
+
+def find_optimizer(name: str) -> OptimizerEntry:
+    """The entry of an optimizer, in any case, or timm's under timm:<name>.
+
+    Raises: OptimizerError for a name that nobody knows and for optimizers of timm that this program
+        cannot run.
+    """
+    name = name.lower()
+    if name.startswith("timm:"):
+        return _timm_entry(name.removeprefix("timm:"))
+    if name not in OPTIMIZERS:
+        raise OptimizerError(
+            f"TRAIN.OPTIMIZER.NAME {name!r} is not known; allowed: {', '.join(OPTIMIZERS)},"
+            f" timm:<name>{did_you_mean(name, OPTIMIZERS)}"
+        )
+    return OPTIMIZERS[name]
 
 
 # ---- parameter groups
@@ -77,8 +167,8 @@ def parameter_groups(
 
     Not decayed: 1-D parameters, names ending in `.bias`, names in `model.no_weight_decay()`, and
     names that contain one of `model.no_weight_decay_keywords()`. Keywords are substrings of the
-    full name. The reference's SimMIM wrapper prefixed them, so that none ever matched and its bias
-    tables were decayed (trap T8): a wrapper here passes them on as they are. `decay_all` decays all
+    full name. Swin's SimMIM wrapper prefixed them, so that none ever matched and its bias tables
+    were decayed: a wrapper here passes them on as they are. `decay_all` decays all
     of these too, as recipes that hand the whole model to the optimizer do.
 
     Layer decay multiplies `lr` once, by layer_decay ** (last layer - layer_id); a group's
@@ -147,39 +237,138 @@ class LayerIds:
         return next((self._ids[path] for path in paths if path in self._ids), self.last)
 
 
-# ---- creation
+# ---- weight decay of the query and key rows
 
 
-def _create(
-    name: str, model: nn.Module, groups: list[dict], lr: float, settings
-) -> torch.optim.Optimizer:
-    betas, eps, momentum = tuple(settings.BETAS), settings.EPS, settings.MOMENTUM
-    if name in ("adamw", "fused_adam"):
-        fused = name == "fused_adam" or next(model.parameters()).device.type in (
-            "cpu",
-            "cuda",
-        )  # one kernel does it all; the same update
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    if name in ("lamb", "fused_lamb"):
-        return _create_timm("lamb", groups, lr, betas, eps, momentum)
-    if name == "muon":
-        return _create_timm("muon", muon_groups(model, groups), lr, betas, eps, momentum)
-    if name.startswith("timm:"):
-        return _create_timm(name.removeprefix("timm:"), groups, lr, betas, eps, momentum)
-    raise OptimizerError(
-        f"TRAIN.OPTIMIZER.NAME {name!r} is not known; allowed: {', '.join(NAMES)}, timm:<name>"
-        + did_you_mean(name, NAMES)
+def query_key_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable weights (3C, C) whose rows [0:2C] make queries and keys, as the model names
+    them.
+    """
+    names = model.query_key_weights() if hasattr(model, "query_key_weights") else []
+    weights = [model.get_parameter(name) for name in names]
+    found = [weight for weight in weights if weight.requires_grad]
+    if not found:
+        raise OptimizerError(
+            f"TRAIN.QK_WEIGHT_DECAY: {type(model).__name__} has no trainable qkv weights; set"
+            " it to 1.0"
+        )
+    return found
+
+
+def decay_query_key_rows(
+    optimizer: torch.optim.Optimizer,
+    weights: list[nn.Parameter],
+    multiplier: float,
+    row_decay: RowDecay,
+) -> None:
+    """Multiplies the weight decay of rows [0:2C] of each (3C, C) weight by `multiplier`, in every
+    later step.
+
+    A hook before the step that reads each group's present lr and weight_decay, so it holds under
+    schedules and after a resume:
+
+        AdamW, Muon (W <- (1 - lr wd) W - lr u):  W_qk <- W_qk (1 - lr wd m) / (1 - lr wd)
+        SGD (g <- g + wd W, then momentum):       g_qk <- g_qk + wd (m - 1) W_qk
+    """
+    chosen = set(weights)
+
+    def before_step(optimizer, args, kwargs):
+        found_inf = getattr(optimizer, "found_inf", None)
+        for group in optimizer.param_groups:
+            # no gradient, no step, no decay
+            params = [p for p in group["params"] if p in chosen and p.grad is not None]
+            if params and group["weight_decay"]:
+                row_decay(params, group["lr"], group["weight_decay"], multiplier, found_inf)
+
+    optimizer.register_step_pre_hook(before_step)
+
+
+@torch.no_grad()
+def decay_decoupled(
+    params: list[Tensor],
+    lr: float,
+    weight_decay: float,
+    multiplier: float,
+    found_inf: Tensor | None,
+) -> None:
+    """For optimizers with W <- (1 - lr wd) W - lr u, whatever the update u."""
+    factor = (1 - lr * weight_decay * multiplier) / (1 - lr * weight_decay)
+    if found_inf is not None:  # a fused optimizer decides on the device whether to skip this step
+        factor = torch.where(found_inf > 0, 1.0, factor)
+    torch._foreach_mul_([_query_key_rows(p) for p in params], factor)
+
+
+@torch.no_grad()
+def decay_coupled(
+    params: list[Tensor],
+    lr: float,
+    weight_decay: float,
+    multiplier: float,
+    found_inf: Tensor | None,
+) -> None:
+    """For optimizers with g <- g + wd W."""
+    gradients = [_query_key_rows(p.grad) for p in params]
+    rows = [_query_key_rows(p) for p in params]
+    torch._foreach_add_(gradients, rows, alpha=weight_decay * (multiplier - 1))
+
+
+def _query_key_rows(weight: Tensor) -> Tensor:
+    return weight[: 2 * (len(weight) // 3)]  # (3C, C) -> (2C, C), a view
+
+
+# ---- the optimizers
+
+
+@register_optimizer("adamw", row_decay=decay_decoupled)
+def _adamw(request: Request) -> torch.optim.Optimizer:
+    """One kernel does the whole update where there is one; the numbers are the same."""
+    fused = True if request.device in ("cpu", "cuda") else None
+    return _torch_adamw(request, fused)
+
+
+@register_optimizer("fused_adam", row_decay=decay_decoupled)
+def _fused_adam(request: Request) -> torch.optim.Optimizer:
+    """AdamW, refused by torch where there is no fused kernel."""
+    return _torch_adamw(request, fused=True)
+
+
+def _torch_adamw(request: Request, fused: bool | None) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        request.groups,
+        lr=request.lr,
+        betas=request.betas,
+        eps=request.eps,
+        fused=fused,
     )
 
 
-def _create_timm(
-    name: str, groups: list[dict], lr: float, betas: tuple, eps: float, momentum: float
-) -> torch.optim.Optimizer:
-    """timm's optimizer over finished groups, which timm passes on unread: it neither regroups nor
-    rescales them.
-    """
+@register_optimizer("sgd", row_decay=decay_coupled)
+def _sgd(request: Request) -> torch.optim.Optimizer:
+    """With Nesterov's momentum."""
+    return torch.optim.SGD(
+        request.groups,
+        lr=request.lr,
+        momentum=request.momentum,
+        nesterov=request.momentum > 0,
+    )
+
+
+@register_optimizer("lamb")
+@register_optimizer("fused_lamb")
+def _lamb(request: Request) -> torch.optim.Optimizer:
+    return _create_timm("lamb", request, request.groups)
+
+
+@register_optimizer("muon", row_decay=decay_decoupled)
+def _muon(request: Request) -> torch.optim.Optimizer:
+    """Muon for the hidden matrices, AdamW for all else, in one object."""
+    return _create_timm("muon", request, muon_groups(request.model, request.groups))
+
+
+def _timm_entry(name: str) -> OptimizerEntry:
+    """timm's optimizer of that name. Raises: OptimizerError for those that cannot be used."""
+    import timm.optim  # here: importing timm takes seconds
+
     known = timm.optim.list_optimizers()
     if name.startswith("lookahead_"):
         raise OptimizerError(
@@ -197,15 +386,36 @@ def _create_timm(
             f"TRAIN.OPTIMIZER.NAME timm:{name} needs second derivatives, which this trainer does"
             " not form; use another"
         )
-    options = {"betas": betas} if info.has_betas and info.num_betas == 2 else {}
+    same_update = {
+        torch.optim.AdamW: decay_decoupled,
+        timm.optim.Muon: decay_decoupled,
+        torch.optim.SGD: decay_coupled,
+    }
+    row_decay = next(
+        (decay for kind, decay in same_update.items() if issubclass(info.opt_class, kind)), None
+    )
+    return OptimizerEntry(lambda request: _create_timm(name, request, request.groups), row_decay)
+
+
+def _create_timm(name: str, request: Request, groups: list[dict]) -> torch.optim.Optimizer:
+    """timm's optimizer over finished groups, which timm passes on unread: it neither regroups nor
+    rescales them.
+    """
+    import timm.optim  # here: importing timm takes seconds
+
+    info = timm.optim.get_optimizer_info(name)
+    options = {"betas": request.betas} if info.has_betas and info.num_betas == 2 else {}
     try:
         return timm.optim.create_optimizer_v2(
-            groups, name, lr=lr, momentum=momentum, eps=eps, **options
+            groups,
+            name,
+            lr=request.lr,
+            momentum=request.momentum,
+            eps=request.eps,
+            **options,
         )
-    except (
-        ImportError,
-        AssertionError,
-    ) as problem:  # timm asserts that apex, bitsandbytes or CUDA is there
+    except (ImportError, AssertionError) as problem:
+        # timm asserts that apex, bitsandbytes or CUDA is there
         raise OptimizerError(
             f"TRAIN.OPTIMIZER.NAME timm:{name} cannot be built here: {problem}"
         ) from problem
@@ -241,109 +451,6 @@ def _is_hidden(name: str) -> bool:
         any(part in parts for part in ("layers", "blocks", "blocks_token_only"))
         and "modifiers" not in parts
     )
-
-
-# ---- weight decay of the query and key rows
-
-
-def query_key_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable weights (3C, C) whose rows [0:2C] make queries and keys, as the model names
-    them.
-    """
-    names = model.query_key_weights() if hasattr(model, "query_key_weights") else []
-    weights = [model.get_parameter(name) for name in names]
-    found = [weight for weight in weights if weight.requires_grad]
-    if not found:
-        raise OptimizerError(
-            f"TRAIN.QK_WEIGHT_DECAY: {type(model).__name__} has no trainable qkv weights; set"
-            " it to 1.0"
-        )
-    return found
-
-
-def decay_query_key_rows(
-    optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], multiplier: float
-) -> None:
-    """Multiplies the weight decay of rows [0:2C] of each (3C, C) weight by `multiplier`, in every
-    later step.
-
-    A hook before the step that reads each group's present lr and weight_decay, so it holds under
-    schedules and after a resume:
-
-        AdamW, Muon (W <- (1 - lr wd) W - lr u):  W_qk <- W_qk (1 - lr wd m) / (1 - lr wd)
-        SGD (g <- g + wd W, then momentum):       g_qk <- g_qk + wd (m - 1) W_qk
-
-    Raises: OptimizerError for optimizers that mix the decay into something non-linear, such as
-        LAMB's trust ratio.
-    """
-    if multiplier < 0:
-        raise OptimizerError(
-            f"TRAIN.QK_WEIGHT_DECAY {multiplier} is negative; allowed: 0 (no decay of q and k) or"
-            " more, 1.0 = off"
-        )
-    apply = _row_decay_of(optimizer)
-    if apply is None:
-        raise OptimizerError(
-            f"TRAIN.QK_WEIGHT_DECAY {multiplier}: {type(optimizer).__name__} has no exact form of a"
-            " decay per row; use adamw, fused_adam, muon or sgd, or set it to 1.0"
-        )
-    chosen = set(weights)
-
-    def before_step(optimizer, args, kwargs):
-        for group in optimizer.param_groups:
-            params = [
-                p for p in group["params"] if p in chosen and p.grad is not None
-            ]  # no gradient, no step, no decay
-            if params and group["weight_decay"]:
-                apply(
-                    params,
-                    group["lr"],
-                    group["weight_decay"],
-                    multiplier,
-                    getattr(optimizer, "found_inf", None),
-                )
-
-    optimizer.register_step_pre_hook(before_step)
-
-
-def _row_decay_of(optimizer):
-    if isinstance(optimizer, (torch.optim.AdamW, timm.optim.Muon)):
-        return _decay_decoupled
-    return _decay_coupled if isinstance(optimizer, torch.optim.SGD) else None
-
-
-@torch.no_grad()
-def _decay_decoupled(
-    params: list[Tensor],
-    lr: float,
-    weight_decay: float,
-    multiplier: float,
-    found_inf: Tensor | None,
-) -> None:
-    factor = (1 - lr * weight_decay * multiplier) / (1 - lr * weight_decay)
-    if (
-        found_inf is not None
-    ):  # a fused optimizer decides on the device whether this step is skipped
-        factor = torch.where(found_inf > 0, 1.0, factor)
-    torch._foreach_mul_([_query_key_rows(p) for p in params], factor)
-
-
-@torch.no_grad()
-def _decay_coupled(
-    params: list[Tensor],
-    lr: float,
-    weight_decay: float,
-    multiplier: float,
-    found_inf: Tensor | None,
-) -> None:
-    rows = [_query_key_rows(p) for p in params]
-    torch._foreach_add_(
-        [_query_key_rows(p.grad) for p in params], rows, alpha=weight_decay * (multiplier - 1)
-    )
-
-
-def _query_key_rows(weight: Tensor) -> Tensor:
-    return weight[: 2 * (len(weight) // 3)]  # (3C, C) -> (2C, C), a view
 
 
 # ---- resuming

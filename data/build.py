@@ -1,4 +1,4 @@
-"""Config -> loaders. The only module of this package that reads config nodes."""
+"""Config -> loaders. With data.rules, the only module of this package that reads config nodes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from data.datasets import ImageDataset
 from data.errors import DataError
 from data.loader import Loader, TrainLoader
 from data.mixing import build_mixup
+from data.rules import channels_of
 from data.samplers import EvalBatches, TrainBatches
 from data.sets import DATASETS
 from data.sources import Source, Sources
@@ -88,7 +89,7 @@ def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool =
     num_classes = check_class_count(config, len(sources.classes))
     shard = Shard(rank, world_size)
     normalisation = Normalisation(
-        *entry.statistics(_channels(config), config.DATA.MEAN, config.DATA.STD)
+        *entry.statistics(channels_of(config), config.DATA.MEAN, config.DATA.STD)
     )
     mixup, train_loader = None, None
     if train:
@@ -196,7 +197,7 @@ def _val_loader(config: Any, source: Source, normalisation: Normalisation, shard
     if DATASETS[config.DATA.DATASET].model_sized:
         dataset = ArrayBatches(
             source,
-            channels=_channels(config),
+            channels=channels_of(config),
             mean=normalisation.mean,
             std=normalisation.std,
         )
@@ -219,20 +220,9 @@ def _loading(config: Any) -> dict:
 
 def _affine_dataset(config: Any, source: Source, normalisation: Normalisation) -> ArrayBatches:
     aug = config.AUG
-    if not DATASETS[config.DATA.DATASET].model_sized:
-        fitting = [entry for entry in DATASETS if DATASETS[entry].model_sized]
-        raise DataError(
-            f"AUG.AFFINE True is made for DATA.DATASET {', '.join(fitting)}, not"
-            f" {config.DATA.DATASET}; set AUG.AFFINE False and choose AUG.AUTO_AUGMENT"
-        )
-    if aug.AUTO_AUGMENT not in ("none", ""):
-        raise DataError(
-            "AUG.AFFINE True takes the place of crop, colour jitter and AUG.AUTO_AUGMENT"
-            f" '{aug.AUTO_AUGMENT}'; set AUG.AUTO_AUGMENT none"
-        )
     return ArrayBatches(
         source,
-        channels=_channels(config),
+        channels=channels_of(config),
         mean=normalisation.mean,
         std=normalisation.std,
         affine=Affine(),
@@ -301,19 +291,6 @@ def _mixup(config: Any, num_classes: int) -> Callable | None:
         mode=aug.MIXUP_MODE,
         smoothing=config.MODEL.LABEL_SMOOTHING,
     )
-
-
-# ---- plain values
-
-
-def _channels(config: Any) -> int:
-    family = config.MODEL.TYPE.upper()
-    channels = config.MODEL[family].IN_CHANS
-    if channels not in (1, 3):
-        raise DataError(
-            f"MODEL.{family}.IN_CHANS {channels}: images are read as grey (1) or RGB (3)"
-        )
-    return channels
 
 
 def _size(config: Any) -> tuple[int, int]:

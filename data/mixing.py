@@ -26,15 +26,11 @@ def build_mixup(
     generator, so a resumed run restores it; images are changed in place.
     Raises: DataError for an odd batch (partners are pairs of the batch) or an unknown mode.
     """
-    if not (mixup > 0 or cutmix > 0 or cutmix_minmax):
+    if not is_mixed(mixup, cutmix, cutmix_minmax):
         return None
     if mode not in ("batch", "pair", "elem"):
         raise DataError(f"AUG.MIXUP_MODE '{mode}' is unknown; allowed: batch, pair, elem")
-    if batch_size % 2:
-        raise DataError(
-            f"DATA.BATCH_SIZE {batch_size} is odd; mixup and cutmix pair the images of a batch:"
-            " choose an even one, or set AUG.MIXUP 0, AUG.CUTMIX 0 and AUG.CUTMIX_MINMAX None"
-        )
+    check_pairs(batch_size, mixup, cutmix, cutmix_minmax)
     from timm.data import Mixup  # here: importing timm takes seconds
 
     return Mixup(
@@ -47,3 +43,19 @@ def build_mixup(
         label_smoothing=smoothing,
         num_classes=num_classes,
     )
+
+
+def is_mixed(mixup: float, cutmix: float, cutmix_minmax: tuple[float, float] | None) -> bool:
+    """Whether any kind of mixing is on."""
+    return mixup > 0 or cutmix > 0 or bool(cutmix_minmax)
+
+
+def check_pairs(
+    batch_size: int, mixup: float, cutmix: float, cutmix_minmax: tuple[float, float] | None
+) -> None:
+    """Mixing pairs each image with another of the batch. Raises: DataError for an odd batch."""
+    if is_mixed(mixup, cutmix, cutmix_minmax) and batch_size % 2:
+        raise DataError(
+            f"DATA.BATCH_SIZE {batch_size} is odd; mixup and cutmix pair the images of a batch:"
+            " choose an even one, or set AUG.MIXUP 0, AUG.CUTMIX 0 and AUG.CUTMIX_MINMAX None"
+        )

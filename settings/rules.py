@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data.errors import DataError
+from data.rules import channels_of, check_augmentation, check_data
 from data.sets import DATASETS
+from lr_scheduler import ScheduleError, check_schedule
+from optimizer import OptimizerError, check_optimizer
 from settings.kinds import ConfigError, show
 
 
@@ -27,17 +31,6 @@ def family(cfg: Any) -> tuple[str, Any]:
     """(dotted name, node) of the section that describes the configured MODEL.TYPE."""
     name = cfg.MODEL.TYPE.upper()
     return f"MODEL.{name}", cfg.MODEL[name]
-
-
-def check_classes(cfg: Any) -> None:
-    """A data set with a fixed number of classes has that number; 0 (inferred) is for others."""
-    known = DATASETS[cfg.DATA.DATASET].num_classes
-    if known and cfg.MODEL.NUM_CLASSES != known:
-        raise ConfigError(
-            f"MODEL.NUM_CLASSES: {cfg.MODEL.NUM_CLASSES} contradicts DATA.DATASET"
-            f" {cfg.DATA.DATASET!r}, which has {known} classes; leave MODEL.NUM_CLASSES out, or use"
-            " DATA.DATASET 'folder' for classes of your own"
-        )
 
 
 def check_stages(cfg: Any) -> None:
@@ -79,69 +72,11 @@ def check_family_options(cfg: Any) -> None:
             )
 
 
-def check_data(cfg: Any) -> None:
-    """Some data sets alone are read from archives; mean and standard deviation come together, one
-    number per channel.
-    """
-    dataset = DATASETS[cfg.DATA.DATASET]
-    if cfg.DATA.ZIP_MODE and not dataset.zip:
-        zipped = " or ".join(repr(name) for name in DATASETS if DATASETS[name].zip)
-        raise ConfigError(
-            f"DATA.ZIP_MODE: True needs DATA.DATASET {zipped}, not {dataset.name!r}; unpack"
-            " the archive"
-        )
-    name, node = family(cfg)
-    for key in ("MEAN", "STD"):
-        given = cfg.DATA[key]
-        if len(given) not in (0, node.IN_CHANS) or len(cfg.DATA.MEAN) != len(cfg.DATA.STD):
-            raise ConfigError(
-                f"DATA.{key}: {given} has {len(given)} numbers; give DATA.MEAN and DATA.STD"
-                f" together, {node.IN_CHANS} numbers each ({name}.IN_CHANS), or () for the data"
-                " set's own"
-            )
-
-
-def check_schedule(cfg: Any) -> None:
-    """The warm-up fits into the training and into a multistep schedule's first step."""
-    train, steps = cfg.TRAIN, cfg.TRAIN.LR_SCHEDULER.MULTISTEPS
-    if train.WARMUP_EPOCHS > train.EPOCHS:
-        raise ConfigError(
-            f"TRAIN.WARMUP_EPOCHS: {train.WARMUP_EPOCHS} is longer than the training, TRAIN.EPOCHS"
-            f" {train.EPOCHS}; allowed: 0 to {train.EPOCHS} (--opts TRAIN.WARMUP_EPOCHS 0)"
-        )
-    if train.COOLDOWN_EPOCHS and train.LR_SCHEDULER.NAME not in ("cosine", "linear"):
-        raise ConfigError(
-            f"TRAIN.COOLDOWN_EPOCHS: {train.COOLDOWN_EPOCHS} acts on TRAIN.LR_SCHEDULER.NAME cosine"
-            f" and linear, which end; with {train.LR_SCHEDULER.NAME!r} leave it at 0"
-        )
-    if train.WARMUP_EPOCHS + train.COOLDOWN_EPOCHS > train.EPOCHS:
-        raise ConfigError(
-            f"TRAIN.COOLDOWN_EPOCHS: {train.COOLDOWN_EPOCHS} and TRAIN.WARMUP_EPOCHS"
-            f" {train.WARMUP_EPOCHS} are longer than the training, TRAIN.EPOCHS {train.EPOCHS};"
-            f" allowed: 0 to {train.EPOCHS - train.WARMUP_EPOCHS}"
-        )
-    if train.LR_SCHEDULER.NAME != "multistep":
-        return
-    if not steps:
-        raise ConfigError(
-            "TRAIN.LR_SCHEDULER.MULTISTEPS: [] is empty, TRAIN.LR_SCHEDULER.NAME 'multistep' needs"
-            " the epochs at which the rate falls, such as [100, 200]"
-        )
-    if steps[0] < train.WARMUP_EPOCHS:
-        raise ConfigError(
-            f"TRAIN.LR_SCHEDULER.MULTISTEPS: {steps} begins within the warm-up (TRAIN.WARMUP_EPOCHS"
-            f" {train.WARMUP_EPOCHS}); the first step must not come before its end"
-        )
-
-
-def check_mixing(cfg: Any) -> None:
-    """Mixup and cutmix pair each image with another of the batch."""
-    aug, batch = cfg.AUG, cfg.DATA.BATCH_SIZE
-    if (aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX) and batch % 2:
-        raise ConfigError(
-            f"DATA.BATCH_SIZE: {batch} is odd; AUG.MIXUP and AUG.CUTMIX need an even number, or"
-            " both at 0 (and AUG.CUTMIX_MINMAX None)"
-        )
+def check_training(cfg: Any) -> None:
+    """The rules of the schedule, the optimizer and the training images."""
+    check_schedule(cfg.TRAIN)
+    check_optimizer(cfg.TRAIN)
+    check_augmentation(cfg)
 
 
 def check_distillation(cfg: Any) -> None:
@@ -165,8 +100,8 @@ def check_distillation(cfg: Any) -> None:
         )
 
 
-ALWAYS = (check_classes, check_stages, check_family_options, check_data)
-TRAINING = (check_schedule, check_mixing, check_distillation)
+ALWAYS = (check_data, check_stages, check_family_options)
+TRAINING = (check_training, check_distillation)
 
 
 def check_combinations(cfg: Any) -> None:
@@ -175,5 +110,11 @@ def check_combinations(cfg: Any) -> None:
 
     Raises: ConfigError.
     """
-    for rule in ALWAYS + (() if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE else TRAINING):
-        rule(cfg)
+    rules = ALWAYS if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE else ALWAYS + TRAINING
+    try:
+        for rule in rules:
+            rule(cfg)
+        if not cfg.THROUGHPUT_MODE:
+            channels_of(cfg)
+    except (DataError, OptimizerError, ScheduleError) as error:
+        raise ConfigError(str(error)) from None

@@ -295,6 +295,9 @@ CASES = (
         for leaf, value in (("DECAY_EPOCHS", 2), ("DECAY_RATE", 0.5))
     ),
     Case("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", False, {"TRAIN.EPOCHS": 2, "TRAIN.WARMUP_EPOCHS": 1}),
+    Case("TRAIN.OPTIMIZER.NAME", "sgd"),
+    Case("TRAIN.OPTIMIZER.NAME", "muon"),
+    Case("TRAIN.OPTIMIZER.NAME", "lamb"),
     Case("TRAIN.OPTIMIZER.EPS", 1.0),
     Case("TRAIN.OPTIMIZER.BETAS", (0.5, 0.999)),
     Case("TRAIN.OPTIMIZER.BETAS", (0.9, 0.5)),

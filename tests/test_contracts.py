@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "optimizer": {"registry"},
     "lr_scheduler": {"registry"},
     "utils": set(),
-    "settings": {"registry", "data"},
-    "config": {"registry", "data", "models", "settings"},
+    "settings": {"registry", "data", "optimizer", "lr_scheduler"},
+    "config": {"registry", "data", "models", "optimizer", "lr_scheduler", "settings"},
 }
 OUTSIDE = {"matplotlib": {"engine/curves.py"}, "yacs": {"settings/reading.py"}}
 OWN = {*MAY_IMPORT, "main", "tests", "tools", "benchmarks"}

@@ -4,6 +4,8 @@ models' parameter names.
 
 import copy
 import json
+import subprocess
+import sys
 from itertools import chain
 from types import SimpleNamespace as Node
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from config import ConfigError, load_config
 from models import (
     CaiT,
     PiT,
@@ -24,8 +27,17 @@ from models import (
     VisionTransformer,
     timm_model,
 )
-from optimizer import LayerIds, OptimizerError, build_optimizer, parameter_groups
-from tests.helpers import golden
+from optimizer import (
+    OPTIMIZERS,
+    LayerIds,
+    OptimizerError,
+    build_optimizer,
+    decay_coupled,
+    find_optimizer,
+    parameter_groups,
+    register_optimizer,
+)
+from tests.helpers import ROOT, golden
 
 
 class Block(nn.Module):
@@ -515,6 +527,48 @@ def test_unknown_optimizers_are_refused_with_the_nearest_name(name, words, net):
     with pytest.raises(OptimizerError) as error:
         build_optimizer(make_config(name), net, 1e-3)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_new_optimizer_is_one_entry_with_its_row_decay(net, monkeypatch):
+    class Halving(torch.optim.SGD):
+        """Halves every gradient."""
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(0.5)
+            return super().step(closure)
+
+    monkeypatch.setattr(OPTIMIZERS, "_entries", dict(OPTIMIZERS._entries))
+
+    @register_optimizer("halving", row_decay=decay_coupled)
+    def halving(request):
+        return Halving(request.groups, lr=request.lr, momentum=request.momentum)
+
+    config = load_config(None, ["TRAIN.OPTIMIZER.NAME", "halving", "TRAIN.QK_WEIGHT_DECAY", 2.0])
+    before = [p.detach().clone() for p in net.parameters()]
+    built = build_optimizer(config, net, 1e-2)
+    train(net, built, 1)
+    assert {group["optimizer"] for group in built.param_groups} == {"Halving"}
+    for old, p in zip(before, net.parameters(), strict=True):
+        assert p.grad is None or not torch.equal(old, p)
+    with pytest.raises(ConfigError, match="halvin.*did you mean 'halving'"):
+        load_config(None, ["TRAIN.OPTIMIZER.NAME", "halvin"])
+
+
+@pytest.mark.parametrize("name", ["timm:adamw", "timm:muon", "timm:sgd"])
+def test_timms_names_of_the_same_updates_share_the_row_decay(name):
+    assert find_optimizer(name).row_decay is find_optimizer(name[5:]).row_decay is not None
+    assert find_optimizer("timm:nadamw").row_decay is None
+
+
+def test_importing_the_optimizers_names_does_not_load_timm():
+    code = "import sys, optimizer; print('timm' in sys.modules, list(optimizer.OPTIMIZERS))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("False ['adamw',")
 
 
 # ---- resuming

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision import datasets
 
+from config import ConfigError
 from data import DataError, build_data
 from data.files import FileList
 from data.names import imagenet_wnids
@@ -258,23 +259,32 @@ def test_training_and_validation_digits_are_normalised_alike(tmp_path):
     assert abs(val.mean()) < 0.1 and val.min() == pytest.approx(-0.305 / 0.376)
 
 
-def test_impossible_choices_are_refused(tmp_path):
+def test_a_run_without_data_or_with_fewer_images_than_a_batch_is_refused(tmp_path):
     refused("DATASET imagenet needs DATA.DATA_PATH .*DATA.DATASET digits", settings(tmp_path))
-    refused(
-        "AUG.AFFINE True takes the place of .*AUTO_AUGMENT none",
-        settings(tmp_path, **{**DIGITS, "AUG__AUTO_AUGMENT": "rand-m9"}),
-    )
-    root = fakes.class_folder(tmp_path)
-    own = {"DATA__DATASET": "folder", "DATA__DATA_PATH": root}
-    refused(
-        "AUG.AFFINE True is made for DATA.DATASET digits",
-        settings(tmp_path, **own, AUG__AFFINE=True),
-    )
-    refused(
-        "IN_CHANS 2: images are read as grey .1. or RGB .3.",
-        settings(tmp_path, **DIGITS, MODEL__SWIN__IN_CHANS=2),
-    )
+    own = {"DATA__DATASET": "folder", "DATA__DATA_PATH": fakes.class_folder(tmp_path)}
     refused("BATCH_SIZE 4 x 9 process", settings(tmp_path, **own, **PLAIN), world_size=9)
+    grey = settings(tmp_path, **DIGITS, MODEL__SWIN__IN_CHANS=2, THROUGHPUT_MODE=True)
+    refused("IN_CHANS 2: images are read as grey .1. or RGB .3.", grey)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {**DIGITS, "AUG__AUTO_AUGMENT": "rand-m9"},
+            "AUG.AFFINE True replaces .*AUTO_AUGMENT none",
+        ),
+        ({"AUG__AFFINE": True}, "AUG.AFFINE True is made for DATA.DATASET 'digits', not imagenet"),
+        ({"DATA__DOWNLOAD": True}, "needs DATA.DATASET 'cifar10' or 'cifar100' or 'svhn'"),
+        ({"DATA__ZIP_MODE": True, "DATA__DATASET": "folder"}, "DATASET 'imagenet', not 'folder'"),
+        ({"MODEL__SWIN__IN_CHANS": 2}, "IN_CHANS 2: images are read as grey .1. or RGB .3."),
+        ({"DATA__BATCH_SIZE": 5}, "DATA.BATCH_SIZE 5 is odd"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_with_the_config(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        settings(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_million_files_take_tens_of_megabytes_not_hundreds():

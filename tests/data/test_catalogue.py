@@ -138,4 +138,4 @@ def test_one_file_and_its_yaml_are_a_new_data_set(tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     assert "shapes, no training and 64 validation images, 2 classes" in evaluated.stdout
     refused = run_main("--cfg", yaml, "--opts", "AUG.AFFINE", "True", root=project)
-    assert "AUG.AFFINE True is made for DATA.DATASET digits, not shapes" in refused.stderr
+    assert "AUG.AFFINE True is made for DATA.DATASET 'digits', not shapes" in refused.stderr
