@@ -1,12 +1,17 @@
-"""Names of other implementations -> the reference's names. Pure functions from state dict to state
-dict; tensors are shared, not copied.
+"""Names of other implementations -> Swin's. Pure functions from state dict to state dict; tensors
+are shared, not copied.
+
+A source is one decorated function: how its names are recognised, and what they become.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from registry import Registry
 
 from .errors import CheckpointError
 
@@ -14,6 +19,38 @@ State = Mapping[str, Tensor]
 # What a model rebuilds from its geometry; the values in a file are never used (k_bias: timm's
 # constant zero).
 REBUILT = ("relative_position_index", "relative_coords_table", "attn_mask", "k_bias")
+
+
+class Source(NamedTuple):
+    """An implementation with names of its own. recognise: the reason why a state dict is one of
+    its, or None. convert: its names -> Swin's.
+    """
+
+    recognise: Callable[[State], str | None]
+    convert: Callable[[State], dict[str, Tensor]]
+
+
+SOURCES = Registry("checkpoint source")
+
+
+def source(name: str, pattern: str, reason: str, also: Callable[[State], str | None] | None = None):
+    """Registers a function as the conversion of state dicts of which a key matches `pattern`.
+
+    reason: shown to the user, with {key} for the first such key. also: another way to recognise
+    them, which returns the reason or None.
+    """
+
+    def recognise(state: State) -> str | None:
+        found = next((key for key in state if re.search(pattern, key)), None)
+        if found is not None:
+            return reason.format(key=found)
+        return also(state) if also else None
+
+    def add(convert: Callable[[State], dict[str, Tensor]]):
+        SOURCES.register(name, Source(recognise, convert))
+        return convert
+
+    return add
 
 
 def is_rebuilt(key: str) -> bool:
@@ -24,59 +61,32 @@ def is_rebuilt(key: str) -> bool:
 def detect(state: State) -> tuple[str, str]:
     """Which implementation's names a state dict uses, and the reason.
 
-    Returns: (format, reason), format one of reference, rpe_mlp, simmim, identity, timm,
-        torchvision, swiftformer, unknown.
+    Returns: (format, reason), format one of SOURCES, "reference" (Swin's names) or "unknown".
     """
-    for name, (test, reason) in TESTS.items():
-        found = next((key for key in state if test(key)), None)
-        if found is not None:
-            return name, reason.format(key=found)
-    if (
-        "layers.1.downsample.reduction.weight" in state
-        and "layers.0.downsample.reduction.weight" not in state
-    ):
-        return "timm", "patch merging stands at the start of stage 1, none in stage 0"
+    # an encoder's weights may themselves carry old names, which are converted afterwards
+    for name in sorted(SOURCES, key=lambda name: name != "simmim"):
+        if reason := SOURCES[name].recognise(state):
+            return name, reason
     if "patch_embed.proj.weight" in state and any(key.startswith("layers.0.") for key in state):
         return "reference", "patch_embed.*, layers.N.* as released"
     return "unknown", f"no key of a Swin model, e.g. '{next(iter(state), '')}'"
 
 
-TESTS = {  # in this order: an encoder's weights may themselves carry old names
-    "simmim": (lambda key: key.startswith("encoder."), "'{key}' has the prefix encoder."),
-    "torchvision": (
-        lambda key: key.startswith("features.0.0."),
-        "'{key}' stands where torchvision keeps the patch embedding",
-    ),
-    "identity": (
-        lambda key: re.search(
-            r"\.(qk_weight_residual|rp_affine\.|cpw_mlp\.)|(^|\.)pre_norm\.", key
-        ),
-        "'{key}' is a name of the original identity-sharpened implementation",
-    ),
-    "timm": (lambda key: key.startswith("head.fc."), "'{key}' is timm's name of the head"),
-    "swiftformer": (
-        lambda key: re.match(r"network\.\d+\.|dist_head\.", key),
-        "'{key}' is a name of the released SwiftFormer",
-    ),
-    "rpe_mlp": (lambda key: ".rpe_mlp." in key, "'{key}' is an early name of cpb_mlp"),
-}
-
-
 def to_reference(state: State) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """Applies the converters until the names are the reference's.
+    """Converts until the names are Swin's.
 
     Returns: the converted dict and the steps taken, each (format, reason); empty if nothing had to
         change.
     """
     steps = []
-    while (found := detect(state))[0] in CONVERTERS:
-        if found[0] in [name for name, _ in steps]:
+    while (found := detect(state))[0] in SOURCES:
+        name, reason = found
+        if name in [done for done, _ in steps]:
             raise CheckpointError(
-                f"cannot make sense of the key names: {found[1]} even after converting from"
-                f" {found[0]}"
+                f"cannot make sense of the key names: {reason} even after converting from {name}"
             )
         steps.append(found)
-        state = CONVERTERS[found[0]](state)
+        state = SOURCES[name].convert(state)
     return dict(state), steps
 
 
@@ -95,6 +105,7 @@ def rename(state: State, *rules: tuple[str, str]) -> dict[str, Tensor]:
     return renamed
 
 
+@source("simmim", r"^encoder\.", "'{key}' has the prefix encoder.")
 def from_simmim(state: State) -> dict[str, Tensor]:
     """A masked-image-modelling or self-supervised file: keeps `encoder.*` without the prefix, drops
     decoder and mask token.
@@ -108,15 +119,25 @@ def from_simmim(state: State) -> dict[str, Tensor]:
     return from_rpe_mlp(encoder)
 
 
+@source("rpe_mlp", r"\.rpe_mlp\.", "'{key}' is an early name of cpb_mlp")
 def from_rpe_mlp(state: State) -> dict[str, Tensor]:
     """SwinV2's early name of the continuous position bias: rpe_mlp -> cpb_mlp."""
     return rename(state, (r"\.rpe_mlp\.", ".cpb_mlp."))
 
 
+def merges_at_the_start(state: State) -> str | None:
+    """timm's place of the patch merging, where there is no head to tell."""
+    merging = "layers.{}.downsample.reduction.weight"
+    if merging.format(1) in state and merging.format(0) not in state:
+        return "patch merging stands at the start of stage 1, none in stage 0"
+    return None
+
+
+@source("timm", r"^head\.fc\.", "'{key}' is timm's name of the head", also=merges_at_the_start)
 def from_timm(state: State) -> dict[str, Tensor]:
-    """timm's Swin and SwinV2: patch merging opens the next stage (layers.1.downsample is the
-    reference's layers.0.downsample), the head is head.fc. The order of the merged patches and
-    q_bias, v_bias are the reference's.
+    """timm's Swin and SwinV2: patch merging opens the next stage (layers.1.downsample is Swin's
+    layers.0.downsample), the head is head.fc. The order of the merged patches and q_bias, v_bias
+    are Swin's.
     """
     moved = rename(
         {key: value for key, value in state.items() if not is_rebuilt(key)},
@@ -130,13 +151,18 @@ def from_timm(state: State) -> dict[str, Tensor]:
     }
 
 
+@source(
+    "torchvision",
+    r"^features\.0\.0\.",
+    "'{key}' stands where torchvision keeps the patch embedding",
+)
 def from_torchvision(state: State) -> dict[str, Tensor]:
     """torchvision's Swin and SwinV2: features.{2s+1}.{b} is block b of stage s, features.{2s+2} the
     merging after it.
 
     SwinV2 stores one qkv.bias (3C) whose key third its forward sets to zero: it becomes q_bias and
-    v_bias. The merged patches stand in the reference's order. The position index is stored flat
-    there and is rebuilt here.
+    v_bias. The merged patches stand in Swin's order. The position index is stored flat there and is
+    rebuilt here.
     """
     kept = {torchvision_key(key): value for key, value in state.items() if not is_rebuilt(key)}
     for key in [key for key in kept if key.endswith(".attn.qkv.bias")]:
@@ -147,6 +173,7 @@ def from_torchvision(state: State) -> dict[str, Tensor]:
 
 
 def torchvision_key(key: str) -> str:
+    """features.N.* -> the name that Swin gives it; others stay."""
     if not (found := re.match(r"features\.(\d+)\.(.+)", key)):
         return key
     place, rest = int(found[1]), found[2]
@@ -158,6 +185,11 @@ def torchvision_key(key: str) -> str:
     return f"layers.{place // 2}.blocks.{rest}"
 
 
+@source(
+    "identity",
+    r"\.(qk_weight_residual|rp_affine\.|cpw_mlp\.)|(^|\.)pre_norm\.",
+    "'{key}' is a name of the original identity-sharpened implementation",
+)
 def from_identity(state: State) -> dict[str, Tensor]:
     """The original identity-sharpened implementation
     (AllenHaoHuang/improving-redundancy-in-attention).
@@ -180,45 +212,41 @@ def from_identity(state: State) -> dict[str, Tensor]:
 
 
 def check_identity(key: str, residual: Tensor) -> None:
+    """Raises CheckpointError unless a stored residual is the constant [I; I; 0]."""
     width = min(residual.shape)
     rows = residual if residual.shape[1] == width else residual.mT  # (3C, C); V1 stores (C, 3C)
     eye = torch.eye(width, dtype=rows.dtype)
-    if rows.shape != (3 * width, width) or not torch.equal(
-        rows, torch.cat((eye, eye, torch.zeros_like(eye)))
-    ):
+    constant = torch.cat((eye, eye, torch.zeros_like(eye)))
+    if rows.shape != constant.shape or not torch.equal(rows, constant):
         raise CheckpointError(
             f"'{key}' is not the constant [I; I; 0] (shape {tuple(residual.shape)}), so it cannot"
             " become qk_residual"
         )
 
 
+@source(
+    "swiftformer",
+    r"^(network\.\d+\.|dist_head\.)",
+    "'{key}' is a name of the released SwiftFormer",
+)
 def from_swiftformer(state: State) -> dict[str, Tensor]:
     """The released SwiftFormer: `network` alternates stages and downsamplings, patch_embed is stem,
     dist_head is head_dist, layer scales are bare parameters.
     """
-    return {
-        re.sub(r"(layer_scale(_\d)?)$", r"\1.gamma", swiftformer_place(key)): value
-        for key, value in rename(
-            state,
-            (r"^dist_head\.", "head_dist."),
-            (r"^patch_embed\.", "stem."),
-            (r"\.Proj\.", ".proj."),
-        ).items()
-    }
+    renamed = rename(
+        state,
+        (r"^dist_head\.", "head_dist."),
+        (r"^patch_embed\.", "stem."),
+        (r"\.Proj\.", ".proj."),
+    )
+    places = {swiftformer_place(key): value for key, value in renamed.items()}
+    return rename(places, (r"(layer_scale(_\d)?)$", r"\1.gamma"))
 
 
 def swiftformer_place(key: str) -> str:
+    """network.N.* -> the block or downsampling of a stage; others stay."""
     if not (found := re.match(r"network\.(\d+)\.(.*)", key)):
         return key
     index = int(found[1])
-    return f"stages.{(index + 1) // 2}.{'downsample' if index % 2 else 'blocks'}.{found[2]}"
-
-
-CONVERTERS = {
-    "simmim": from_simmim,
-    "torchvision": from_torchvision,
-    "identity": from_identity,
-    "timm": from_timm,
-    "swiftformer": from_swiftformer,
-    "rpe_mlp": from_rpe_mlp,
-}
+    part = "downsample" if index % 2 else "blocks"
+    return f"stages.{(index + 1) // 2}.{part}.{found[2]}"

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from registry import did_you_mean
+
 
 class CheckpointError(ValueError):
     """A checkpoint or weights file that cannot be read, has another structure than it should, or
@@ -23,3 +25,13 @@ def first_line(error: BaseException) -> str:
     if not text:
         return type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
+def check_option(option: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises CheckpointError unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        hint = did_you_mean(str(value), allowed)
+        raise CheckpointError(
+            f"{option}={value!r} is unknown; choose from {', '.join(allowed)}{hint}"
+        )

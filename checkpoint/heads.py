@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, check_option
 
 CLASSES_1K, CLASSES_22K, SYNSETS_21K = 1000, 21841, 21843
-# Linear layers to the classes: most models' own, the second one of distilled models, Refiner's of
-# every token, ResNet's.
-CLASSIFIERS = ("head", "head_dist", "aux_head", "fc")
-# Teddy bear, n04399382: not in the 21k list. The reference's map has 5564 here, n03013580 "chemise,
+MODES = ("auto", "reset", "keep", "evaluate")
+# Teddy bear, n04399382: not in the 21k list. Swin's map has 5564 here, n03013580 "chemise,
 # ..., teddy": it matched the lemma. Kept so that released recipes give the same numbers; the row
 # can only matter before fine-tuning.
 TEDDY_1K, TEDDY_22K = 850, 5564
@@ -78,17 +76,17 @@ def synsets(name: str, count: int) -> list[str]:
 def fit_head(
     state: dict[str, Tensor], classes: int, mode: str = "auto", layer: str = "head"
 ) -> tuple[dict[str, Tensor], str]:
-    """Fits `head.weight` (K, C) and `head.bias` (K), or another `layer` of CLASSIFIERS, to
-    `classes` classes, by the reference's rules.
+    """Fits the weight (K, C) and bias (K) of a `layer` to `classes` classes, by Swin's rules.
 
-    mode: 'auto' keeps a head of the same size, picks the 1k rows of a 22k head, and sets any other
-    to zero; 'reset' always sets it to zero; 'keep' demands the same size. Without a head in the
-    file the model keeps its own. 'evaluate' refuses every case in which the head would not come
-    from the file.
+    Args:
+        mode: 'auto' keeps a head of the same size, picks the 1k rows of a 22k head, and sets any
+            other to zero; 'reset' always sets it to zero; 'keep' demands the same size. Without a
+            head in the file the model keeps its own. 'evaluate' refuses every case in which the
+            head would not come from the file.
     Returns: (state, note or '').
+    Raises: CheckpointError.
     """
-    if mode not in ("auto", "reset", "keep", "evaluate"):
-        raise CheckpointError(f"head={mode!r} is unknown; choose from auto, reset, keep, evaluate")
+    check_option("head", mode, MODES)
     names = [key for key in (f"{layer}.weight", f"{layer}.bias") if key in state]
     if mode == "evaluate" and classes and not names:
         raise CheckpointError(
@@ -98,33 +96,22 @@ def fit_head(
     if not names or not classes:
         return without(state, names), head_absent(names, classes)
     given = len(state[names[0]])
-    if mode == "reset":
-        return (
-            zeroed(state, names, classes),
-            f"the head starts anew at zero ({classes} classes), as asked",
-        )
-    if given == classes:
+    if given == classes and mode != "reset":
         return state, ""
+    sizes = f"the file's head has {given} classes, the model {classes}"
+    mappable = (given, classes) == (CLASSES_22K, CLASSES_1K)
     if mode == "keep":
-        raise CheckpointError(
-            f"the file's head has {given} classes, the model {classes}; set MODEL.NUM_CLASSES"
-            f" {given} or head='auto'"
-        )
-    if (given, classes) == (CLASSES_22K, CLASSES_1K):
+        raise CheckpointError(f"{sizes}; set MODEL.NUM_CLASSES {given} or head='auto'")
+    if mode == "evaluate" and not mappable:
+        raise CheckpointError(f"{sizes}; evaluate it on the data set it was trained for")
+    if mappable and mode != "reset":
         rows = torch.tensor(map_22k_to_1k())
-        return (
-            state | {key: state[key][rows] for key in names},
-            "the head of 21841 classes was mapped to the 1000 of ImageNet-1k",
-        )
-    if mode == "evaluate":
-        raise CheckpointError(
-            f"the file's head has {given} classes, the model {classes}; evaluate it on the data set"
-            " it was trained for"
-        )
-    return (
-        zeroed(state, names, classes),
-        f"the file's head has {given} classes, the model {classes}: the head starts at zero",
-    )
+        mapped = {key: state[key][rows] for key in names}
+        return state | mapped, "the head of 21841 classes was mapped to the 1000 of ImageNet-1k"
+    note = f"{sizes}: the head starts at zero"
+    if mode == "reset":
+        note = f"the head starts anew at zero ({classes} classes), as asked"
+    return zeroed(state, names, classes), note
 
 
 def head_absent(names: list[str], classes: int) -> str:

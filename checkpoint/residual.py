@@ -26,14 +26,15 @@ from torch import Tensor, nn
 
 from registry import parse_call
 
-from .errors import CheckpointError
+from .errors import CheckpointError, check_option
 from .weights import Weights, decode
 
+# What a user can say a file was saved with; 'auto' is the rule above.
+SOURCES = ("auto", "plain", "qk_residual", "q", "k")
 SIDES = {"both": (0, 1), "q": (0,), "k": (1,), "none": ()}  # which thirds of the qkv weight
 SPELLINGS = {"qk": "both", True: "both", False: "none", "plain": "none", "qk_residual": "both"}
-OURS = re.compile(
-    r"\.attn\.modifiers\.|(^|\.)pre_mlp\.|\.sw_mlp\."
-)  # parameters that no released file has
+# Parameters that no released file has.
+OURS = re.compile(r"\.attn\.modifiers\.|(^|\.)pre_mlp\.|\.sw_mlp\.")
 
 
 def to_qk_residual(state: Mapping[str, Tensor], which: str = "both") -> dict[str, Tensor]:
@@ -66,11 +67,7 @@ def side_named(which) -> str:
     'qk_residual').
     """
     side = SPELLINGS.get(which, which)
-    if side not in SIDES:
-        raise CheckpointError(
-            f"the side {which!r} of qk_residual is unknown; choose from {', '.join(SIDES)},"
-            " qk_residual (= both), plain (= none)"
-        )
+    check_option("the side of qk_residual", side, [*SIDES, "qk_residual", "plain"])
     return side
 
 
@@ -120,29 +117,22 @@ def file_residual(weights: Weights, formats: list[str], target: str) -> tuple[st
         return "both", "the file holds attn.qk_weight_residual"
     if weights.modules is not None:
         has = any(name.endswith("modifiers.qk_residual") for name in weights.modules)
-        side = (
-            "both" if target == "none" else target
-        )  # the names do not tell q from k; the model's side is the likely one
+        # the names do not tell q from k; the model's side is the likely one
+        side = "both" if target == "none" else target
         return (side if has else "none"), "the module names recorded in the file"
     if foreign := set(formats) & {"timm", "torchvision", "simmim", "rpe_mlp"}:
         return "none", f"{foreign.pop()} files have none"
     if any(OURS.search(key) for key in weights) or "identity" in formats:
-        return (
-            None,
-            (
-                "the file has parameters of this project but does not say whether it was saved with"
-                " qk_residual"
-            ),
-        )
+        reason = "the file has parameters of this project but does not say whether it was saved"
+        return None, f"{reason} with qk_residual"
     return None, "the file does not say"
 
 
 def stated_residual(metadata: Mapping) -> str | None:
     """The side that a file's metadata or stored config states, None if they state nothing."""
     beside = metadata.get("metadata")
-    said = metadata.get(
-        "qk_residual", beside.get("qk_residual") if isinstance(beside, Mapping) else None
-    )
+    inner = beside.get("qk_residual") if isinstance(beside, Mapping) else None
+    said = metadata.get("qk_residual", inner)
     if isinstance(said, str):
         return side_named(said)
     modifiers = config_modifiers(decode(metadata.get("config")))
@@ -150,17 +140,15 @@ def stated_residual(metadata: Mapping) -> str | None:
 
 
 def config_modifiers(config) -> list[str] | None:
-    """MODEL.ATTENTION.MODIFIERS of a stored config; [] for the reference's own configs, which have
-    no such node.
+    """MODEL.ATTENTION.MODIFIERS of a stored config; [] for Swin's own configs, which have no such
+    node.
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("MODEL"), Mapping):
         return None
     attention = config["MODEL"].get("ATTENTION")
-    return (
-        [str(entry) for entry in attention.get("MODIFIERS", ())]
-        if isinstance(attention, Mapping)
-        else []
-    )
+    if not isinstance(attention, Mapping):
+        return []
+    return [str(entry) for entry in attention.get("MODIFIERS", ())]
 
 
 def modifiers_residual(modifiers: list[str]) -> str:
@@ -182,12 +170,9 @@ def match_residual(
     """
     if source == target:
         return state, ""
-    state = to_qk_residual(from_qk_residual(state, source), target)
+    note = f"qk_residual on {source} became qk_residual on {target}"
     if source == "none":
-        return (
-            state,
-            f"plain weights became the residual of a qk_residual model (W - I on {target} rows)",
-        )
-    if target == "none":
-        return state, f"weights of a qk_residual model became plain ones (W + I on {source} rows)"
-    return state, f"qk_residual on {source} became qk_residual on {target}"
+        note = f"plain weights became the residual of a qk_residual model (W - I on {target} rows)"
+    elif target == "none":
+        note = f"weights of a qk_residual model became plain ones (W + I on {source} rows)"
+    return to_qk_residual(from_qk_residual(state, source), target), note

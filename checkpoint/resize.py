@@ -1,5 +1,5 @@
-"""Position tables of one window or image size -> another. Pure functions; the rules are the
-reference's (golden kind load).
+"""Position tables of one window or image size -> another. Pure functions; the rules are
+Swin's (golden kind load).
 """
 
 import math
@@ -20,7 +20,7 @@ def resize_bias_table(
 ) -> Tensor:
     """(S_h * S_w, heads) -> (T_h * T_w, heads): one value per relative offset, S = 2 * window - 1.
 
-    method: 'bicubic' (the reference's fine-tuning; half-pixel centres, no antialiasing) or
+    method: 'bicubic' (Swin's fine-tuning; half-pixel centres, no antialiasing) or
         'geometric' (fine-tuning from SimMIM).
     """
     if source == target:

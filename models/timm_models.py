@@ -68,11 +68,15 @@ class TimmBackbone(Backbone):
             groups += [[f"{name}.{index}"] for index in range(len(getattr(self, name, ())))]
         return groups
 
-    def classifiers(self) -> list[str]:
+    @property
+    def head_names(self) -> tuple[str, ...]:
         """What timm calls the classifier, one name or several."""
         names = self.pretrained_cfg.get("classifier") or ()
-        names = (names,) if isinstance(names, str) else names
-        return [name for name in names if isinstance(self.get_submodule(name), nn.Linear)]
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    def classifiers(self) -> list[str]:
+        """See the base; timm's names may have several parts."""
+        return [name for name in self.head_names if isinstance(self.get_submodule(name), nn.Linear)]
 
     def position_names(self) -> set[str]:
         """What timm does not decay."""

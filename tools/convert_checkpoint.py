@@ -16,7 +16,7 @@ sys.path.insert(
 )  # run from anywhere, without an installation
 
 from checkpoint import CheckpointError, read_weights, save_weights, to_reference
-from checkpoint.residual import file_residual, match_residual, side_named
+from checkpoint.residual import SOURCES, file_residual, match_residual, side_named
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--source-residual",
-        choices=("auto", "plain", "qk_residual", "q", "k"),
+        choices=SOURCES,
         default="auto",
         help=(
             "what the file holds, if it does not say (default: auto, taken as plain if nothing"

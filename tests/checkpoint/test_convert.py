@@ -16,6 +16,7 @@ from checkpoint import (
     synsets_22k,
     to_reference,
 )
+from checkpoint.convert import SOURCES, source
 from models.attention import AttentionSpec
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
@@ -215,3 +216,35 @@ def test_the_map_from_22k_to_1k_has_the_known_exception():
     assert len(mapped) == len(set(mapped)) == 1000 and len(names) == 21841
     assert mapped[850] == 5564 and names[5564] == "n03013580" and names[mapped[0]] == "n01440764"
     assert names[9205] == "n15102455" and names[15027] == "n15102894"
+
+
+def test_another_source_is_one_decorated_function(monkeypatch):
+    monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
+
+    @source("upper", r"^HEAD\.", "'{key}' is in capitals")
+    def from_upper(state):
+        """Names in capitals."""
+        return {key.lower(): value for key, value in state.items()}
+
+    state, steps = to_reference({"HEAD.WEIGHT": torch.ones(2)})
+    assert list(state) == ["head.weight"]
+    assert steps == [("upper", "'HEAD.WEIGHT' is in capitals")]
+
+
+def test_every_source_says_in_its_docstring_what_it_converts():
+    assert SOURCES.names() == [
+        "identity",
+        "rpe_mlp",
+        "simmim",
+        "swiftformer",
+        "timm",
+        "torchvision",
+    ]
+    assert all(len(SOURCES[name].convert.__doc__) > 20 for name in SOURCES)
+
+
+def test_an_encoder_with_early_names_is_converted_to_the_end():
+    state = {"encoder.layers.0.blocks.0.attn.rpe_mlp.0.bias": torch.ones(2)}
+    converted, steps = to_reference(state)
+    assert list(converted) == ["layers.0.blocks.0.attn.cpb_mlp.0.bias"]
+    assert [name for name, _ in steps] == ["simmim"]

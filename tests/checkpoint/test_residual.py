@@ -19,7 +19,8 @@ from checkpoint import (
     unwrap,
     weights_metadata,
 )
-from checkpoint.residual import modifiers_residual
+from checkpoint.residual import SOURCES, modifiers_residual
+from config import KEYS
 from models.attention import AttentionSpec
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
@@ -196,6 +197,10 @@ def test_dropped_biases_are_reported_as_a_change_of_function():
 def test_an_unknown_side_lists_the_allowed_ones():
     with pytest.raises(CheckpointError, match="both, q, k, none"):
         to_qk_residual({}, "v")
+
+
+def test_the_setting_offers_what_the_loader_takes():
+    assert tuple(KEYS["MODEL.SOURCE"].kind.choices) == SOURCES
 
 
 def run_tool(*argv) -> subprocess.CompletedProcess:
