@@ -129,7 +129,7 @@ class LRScheduler:
     """Writes the schedule's rates into the optimizer's groups; the group's `lr` at construction is
     its peak.
 
-    A peak already holds its layer's factor (`lr_scale`), which is applied nowhere else; warm-up
+    A peak already has its layer's factor (`lr_scale`), which is applied nowhere else; warm-up
     start and floor are the same for all groups, as in Swin.
     """
 

@@ -162,14 +162,14 @@ def parameter_groups(
     layer_decay: float = 1.0,
     decay_all: bool = False,
 ) -> list[dict]:
-    """Trainable parameters in groups, ordered as in the reference: decayed, not decayed; with layer
+    """Trainable parameters in groups, ordered as in Swin: decayed, not decayed; with layer
     decay by first appearance.
 
     Not decayed: 1-D parameters, names ending in `.bias`, names in `model.no_weight_decay()`, and
     names that contain one of `model.no_weight_decay_keywords()`. Keywords are substrings of the
     full name. Swin's SimMIM wrapper prefixed them, so that none ever matched and its bias tables
     were decayed: a wrapper here passes them on as they are. `decay_all` decays all
-    of these too, as recipes that hand the whole model to the optimizer do.
+    of these too, as recipes that give the whole model to the optimizer do.
 
     Layer decay multiplies `lr` once, by layer_decay ** (last layer - layer_id); a group's
     `lr_scale` repeats it for the reader.

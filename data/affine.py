@@ -33,9 +33,11 @@ class Affine:
         probability of mirroring. Returns (N, 2, 3) float32, rows x and y. Computed for a whole
         epoch at once, so independent of the batches.
         """
-        angle, scale = draws[:, 0] * self.rotation, 1 + draws[:, 1] * self.scale
+        angle = draws[:, 0] * self.rotation
+        scale = 1 + draws[:, 1] * self.scale
         shear = draws[:, 2] * self.shear
-        cos, sin, aspect = scale * np.cos(angle), scale * np.sin(angle), size[0] / size[1]
+        cos, sin = scale * np.cos(angle), scale * np.sin(angle)
+        aspect = size[0] / size[1]
         mirror = np.where((draws[:, 5] + 1) / 2 < hflip, -1.0, 1.0)
         rows = [
             [cos * mirror, (cos * shear - sin) * aspect, draws[:, 3] * self.shift],
@@ -67,15 +69,20 @@ class ArrayBatches(Dataset):
         seed: int = 0,
         copies: int = 1,
     ):
-        self.source, self.channels, self.affine, self.hflip = source, channels, affine, hflip
-        self.erasing, self.seed, self.copies = erasing, seed, copies
-        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-        self.reading: Tensor | None = None  # asked for by the loader; memory never stalls
-        self._images, self._labels = (
-            torch.from_numpy(source.images)[:, None],
-            torch.from_numpy(source.labels),
-        )
-        self._epoch, self._matrices = -1, None
+        self.source = source
+        self.channels = channels
+        self.affine = affine
+        self.hflip = hflip
+        self.erasing = erasing
+        self.seed = seed
+        self.copies = copies
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.reading: Tensor | None = None  # the loader's; unused, as memory never stalls
+        self._images = torch.from_numpy(source.images)[:, None]  # (N, 1, h, w)
+        self._labels = torch.from_numpy(source.labels)
+        self._epoch = -1  # the epoch of _matrices
+        self._matrices: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -98,10 +105,9 @@ class ArrayBatches(Dataset):
     def _matrices_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             draws = stream(AFFINE, self.seed, epoch).uniform(-1, 1, (self.copies * len(self), 6))
-            self._epoch, self._matrices = (
-                epoch,
-                self.affine.matrices(draws, tuple(self._images.shape[-2:]), self.hflip),
-            )
+            size = tuple(self._images.shape[-2:])
+            self._matrices = self.affine.matrices(draws, size, self.hflip)
+            self._epoch = epoch
         return self._matrices
 
     def _erase(self, images: Tensor, keys: list[Key]) -> None:
@@ -118,12 +124,15 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     The grid is formed by products and sums of one rounding each, not by a matrix product, whose
     rounding may depend on the number of threads and so on the number of workers.
     """
-    x, y = (
-        torch.arange(1 - n, n, 2, dtype=torch.float32) / n
-        for n in (images.shape[-1], images.shape[-2])
-    )
+    height, width = images.shape[-2:]
+    x = torch.arange(1 - width, width, 2, dtype=torch.float32) / width
+    y = torch.arange(1 - height, height, 2, dtype=torch.float32) / height
     a = matrices[..., None, None]  # (B, 2, 3, 1, 1)
     grid = a[:, :, 0] * x + a[:, :, 1] * y[:, None] + a[:, :, 2]  # (B, 2, h, w)
     return F.grid_sample(
-        images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False
+        images,
+        grid.permute(0, 2, 3, 1),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=False,
     )

@@ -1,4 +1,4 @@
-"""Images inside zip archives, as the reference's zip mode, with an index that needs no map file."""
+"""Images inside zip archives: Swin's zip mode, and an index that needs no map file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from data.files import FileList, is_image
 from data.images import UnreadableImage, decode
 
 logger = logging.getLogger(__name__)
-_LOCAL_HEADER = (
-    30  # bytes before the name in a zip's local file header; the last four are two lengths
-)
+# Bytes before the name in a zip's local file header; the last four are two lengths.
+_LOCAL_HEADER = 30
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
@@ -53,20 +52,19 @@ class Archive:
             file = self._open()
             file.seek(self._start[index])
             header = file.read(_LOCAL_HEADER)
-            extra = sum(
-                int.from_bytes(header[at : at + 2], "little") for at in (26, 28)
-            )  # lengths of name and extra field
-            file.seek(extra, os.SEEK_CUR)
+            name_length = int.from_bytes(header[26:28], "little")
+            extra_length = int.from_bytes(header[28:30], "little")
+            file.seek(name_length + extra_length, os.SEEK_CUR)
             return file.read(int(self.size[index]))
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from None
 
     def unpack(self, index: int, raw: bytes) -> bytes:
         """The content of a member, checked against its checksum. Raises: UnreadableImage."""
+        content = raw
         try:
-            content = (
-                zlib.decompress(raw, -zlib.MAX_WBITS) if self._method[index] == _DEFLATED else raw
-            )
+            if self._method[index] == _DEFLATED:
+                content = zlib.decompress(raw, -zlib.MAX_WBITS)
         except zlib.error as error:
             raise UnreadableImage(f"damaged archive member ({error})") from None
         if zlib.crc32(content) != self._crc[index]:
@@ -83,8 +81,8 @@ class ZipSource:
     """Images of a zip archive.
 
     Args:
-        cache: 'no' reads from the archive each time; 'full' holds all bytes in memory, once per
-            process of the job; 'part' holds the images i with i mod world_size == rank and reads
+        cache: 'no' reads from the archive each time; 'full' keeps all bytes in memory, once per
+            process of the job; 'part' keeps the images i with i mod world_size == rank and reads
             the others. Whatever the cache, every rank sees every image in the course of training.
     Raises: DataError if the cache would not fit into the machine.
     """
@@ -99,14 +97,14 @@ class ZipSource:
     ):
         self.files, self.labels = files, files.labels
         self.archive = Archive(path, files)
-        held = {
+        cached = {
             "no": np.arange(0),
             "full": np.arange(len(files)),
             "part": np.arange(rank, len(files), world_size),
         }
-        if cache not in held:
+        if cache not in cached:
             raise DataError(f"DATA.CACHE_MODE '{cache}' is unknown; allowed: no, full, part")
-        self._load(held[cache])
+        self._load(cached[cache])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,25 +117,23 @@ class ZipSource:
 
     def _raw(self, index: int) -> bytes:
         at = self._place[index]
-        return (
-            self.archive.raw(index)
-            if at < 0
-            else self._bytes[at : at + self.archive.size[index]].tobytes()
-        )
+        if at < 0:
+            return self.archive.raw(index)
+        return self._bytes[at : at + self.archive.size[index]].tobytes()
 
-    def _load(self, held: np.ndarray) -> None:
-        self._place = np.full(
-            len(self), -1, dtype=np.int64
-        )  # where in _bytes image i begins, -1 if not held
-        ends = np.cumsum(self.archive.size[held])
-        total = int(ends[-1]) if len(held) else 0
+    def _load(self, cached: np.ndarray) -> None:
+        """Reads the images with these indices into memory."""
+        # where in _bytes image i begins; -1 if it is not there
+        self._place = np.full(len(self), -1, dtype=np.int64)
+        ends = np.cumsum(self.archive.size[cached])
+        total = int(ends[-1]) if len(cached) else 0
         _check_memory(total, self.archive.path)
         self._bytes = np.empty(total, dtype=np.uint8)
         if total:
             logger.info(
-                "caching %d images of %s, %.1f GB", len(held), self.archive.path, total / 1e9
+                "caching %d images of %s, %.1f GB", len(cached), self.archive.path, total / 1e9
             )
-        for index, end in zip(held.tolist(), ends.tolist()):
+        for index, end in zip(cached.tolist(), ends.tolist()):
             raw = self.archive.raw(index)
             self._bytes[end - len(raw) : end] = np.frombuffer(raw, dtype=np.uint8)
             self._place[index] = end - len(raw)
@@ -154,8 +150,8 @@ def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:
 
 
 def read_map(path: Path) -> FileList:
-    """The reference's map file: one 'relative/path<TAB>label' a line. Raises: DataError naming the
-    first bad line.
+    """Swin's map file: one 'relative/path<TAB>label' a line. Raises: DataError naming the first bad
+    line.
     """
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
         return FileList(
@@ -166,8 +162,9 @@ def read_map(path: Path) -> FileList:
 def index_archive(path: Path) -> tuple[FileList, list[str]]:
     """Images of an archive labelled by folder, and the sorted folder names.
 
-    Folders that enclose all images (train/ in train.zip) are passed over; the class is the first
-    folder below.
+    Folders that enclose all images (train/ in train.zip) are skipped; the class is the first folder
+    below.
+
     Raises: DataError if there are no images in class folders.
     """
     with open_zip(path) as archive:
@@ -195,10 +192,8 @@ def _enclosing(names: list[str]) -> int:
     """
     if not names:
         return 0
-    first, last = (
-        names[0].split("/")[:-2],
-        names[-1].split("/"),
-    )  # sorted: what these two share, all share
+    # sorted: what these two share, all share
+    first, last = names[0].split("/")[:-2], names[-1].split("/")
     shared = 0
     while shared < len(first) and first[shared] == last[shared]:
         shared += 1

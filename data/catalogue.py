@@ -58,7 +58,7 @@ class DataSet:
         name: as in DATA.DATASET.
         num_classes: None where they are counted in what the reader finds.
         mean, std: of the training images' values in [0, 1]; one number, or one per R, G and B.
-        layout: what DATA.DATA_PATH must hold, in words that end "must hold ...".
+        layout: what DATA.DATA_PATH must hold, in words.
         read: Request -> Sources. Raises: DataError, one line.
         class_names: readable names for the reader's `Sources.classes`, in label order.
         needs_path: False where the images come with a package.

@@ -23,7 +23,7 @@ _ATTEMPTS = 10
 
 
 class Batch(NamedTuple):
-    """What a worker hands over. `replaced`: "path: reason" of each unreadable image; `error`: text
+    """The result of a worker. `replaced`: "path: reason" of each unreadable image; `error`: text
     of a DataError, or ''.
     """
 
@@ -52,10 +52,12 @@ class ImageDataset(Dataset):
         seed: int = 0,
         training: bool = False,
     ):
-        self.source, self.transform, self.seed, self.training = source, transform, seed, training
-        self.reading: Tensor | None = (
-            None  # (workers,) int64, shared: the image each worker is at; set by the loader
-        )
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.training = training
+        # (workers,) int64, shared: the image each worker is at; set by the loader
+        self.reading: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -78,7 +80,9 @@ class ImageDataset(Dataset):
             self._announce(-1)
         images, targets = zip(*samples)
         return Batch(
-            default_collate(list(images)), torch.tensor(targets, dtype=torch.int64), tuple(replaced)
+            images=default_collate(list(images)),
+            targets=torch.tensor(targets, dtype=torch.int64),
+            replaced=tuple(replaced),
         )
 
     def _sample(self, key: Key, replaced: list[str]) -> tuple[Tensor, int]:

@@ -15,8 +15,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 class FileList:
     """Names and labels of N images as two buffers, one offset array and no Python object per image.
 
-    Workers are forked: a list of str would be copied page by page as reference counts change, these
-        buffers never are.
+    Workers are forked: a list of str would be copied page by page as reference counts change; these
+    buffers never are.
 
     Args:
         pairs: (name, label) of each image; names are relative to whatever root the reader adds.
@@ -28,7 +28,8 @@ class FileList:
             names += os.fsencode(name)
             ends.append(len(names))
             labels.append(label)
-        self._names, self._ends = bytes(names), np.array(ends, dtype=np.int64)
+        self._names = bytes(names)
+        self._ends = np.array(ends, dtype=np.int64)
         self.labels = np.array(labels, dtype=np.int64)  # (N,)
 
     def __len__(self) -> int:

@@ -29,8 +29,9 @@ class UnreadableImage(Exception):
 def decode(content: bytes) -> Image.Image:
     """The image as 8-bit RGB, whatever its container, name or mode (grey, CMYK, palette, 16 bit).
 
-    Orientation tags are ignored, as by the reference, whose released weights were trained and
-    scored that way.
+    Orientation tags are ignored, as in Swin, whose released weights were trained and scored that
+    way.
+
     Raises: UnreadableImage.
     """
     if not content:
@@ -54,9 +55,8 @@ def read_file(path: str) -> bytes:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(
-        "I;16"
-    ):  # Pillow's own conversion clips at 255, which turns 16-bit images white
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255, which turns 16-bit images white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 

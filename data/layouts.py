@@ -51,22 +51,17 @@ def zip_folder(
                 hint="DATA.ZIP_MODE is on (--zip)",
             )
     lists, names = zip(*(_zip_index(root, split) for split in splits))
-    if train:
-        (
-            same_classes(names[1], names[0], dataset, f"{root} (zip)")
-            if all(names)
-            else _same_kind(root, names)
-        )
+    if train and all(names):
+        same_classes(names[1], names[0], dataset, f"{root} (zip)")
+    elif train:
+        _same_kind(root, names)
     sources = [
         ZipSource(root / f"{split}.zip", files, cache, rank, world_size)
         for split, files in zip(splits, lists)
     ]
     count = 1 + max(int(files.labels.max()) for files in lists)
-    return Sources(
-        sources[1] if train else None,
-        sources[0],
-        names[0] or [str(label) for label in range(count)],
-    )
+    classes = names[0] or [str(label) for label in range(count)]
+    return Sources(sources[1] if train else None, sources[0], classes)
 
 
 def same_classes(train: list[str], val: list[str], dataset: str, place: str) -> None:
@@ -76,8 +71,8 @@ def same_classes(train: list[str], val: list[str], dataset: str, place: str) -> 
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     raise DataError(
         f"DATA.DATASET {dataset}: train and val in '{place}' must have the same class folders;"
-        f" train has {len(train)}, val"
-        f" {len(val)}{_some('only in train', only_train)}{_some('only in val', only_val)}"
+        f" train has {len(train)}, val {len(val)}"
+        f"{_some('only in train', only_train)}{_some('only in val', only_val)}"
     )
 
 
@@ -85,14 +80,13 @@ def _classes(root: Path, split: str, dataset: str) -> list[str]:
     classes = class_folders(root / split)
     if classes:
         return classes
-    hint = ""
+    hint, looked = "", root
     if (root / split).is_dir():
+        looked = root / split
         hint = f"sort the images of {split}/ into one folder per class"
     elif class_folders(root) and root.name in ("train", "val"):
         hint = f"DATA.DATA_PATH should be the folder above: '{root.parent}'"
-    raise layout_error(
-        dataset, root, CLASS_FOLDERS, root / split if (root / split).is_dir() else root, hint
-    )
+    raise layout_error(dataset, root, CLASS_FOLDERS, looked, hint)
 
 
 def scan(root: Path, split: str, classes: list[str], dataset: str) -> FileList:
@@ -109,9 +103,10 @@ def scan(root: Path, split: str, classes: list[str], dataset: str) -> FileList:
 
 def _zip_index(root: Path, split: str) -> tuple[FileList, list[str]]:
     listing = root / f"{split}_map.txt"
-    files, classes = (
-        (read_map(listing), []) if listing.is_file() else index_archive(root / f"{split}.zip")
-    )
+    if listing.is_file():
+        files, classes = read_map(listing), []
+    else:
+        files, classes = index_archive(root / f"{split}.zip")
     if not len(files):
         raise DataError(f"'{listing}' lists no image")
     return files, classes
@@ -126,4 +121,7 @@ def _same_kind(root: Path, names: tuple[list[str], ...]) -> None:
 
 
 def _some(title: str, names: list[str]) -> str:
-    return f"; {title}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+    if not names:
+        return ""
+    shown = names[:3] + ["..."] * (len(names) > 3)
+    return f"; {title}: {', '.join(shown)}"

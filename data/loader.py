@@ -43,17 +43,15 @@ class Loader:
         timeout: float = 0,
         corrupt_limit: int = 0,
     ):
-        self.dataset, self.batches, self.corrupt_limit = dataset, batches, corrupt_limit
+        self.dataset = dataset
+        self.batches = batches
+        self.corrupt_limit = corrupt_limit
         self.corrupt: set[str] = set()  # names of unreadable images met so far
-        parallel = (
-            {"timeout": timeout, "persistent_workers": True, "prefetch_factor": 2}
-            if num_workers
-            else {}
-        )
+        parallel = {}
         if num_workers:
+            parallel = {"timeout": timeout, "persistent_workers": True, "prefetch_factor": 2}
             dataset.reading = torch.full((num_workers,), -1, dtype=torch.int64).share_memory_()
-        # The own generator: without it every start of an epoch draws a seed from torch's global
-        # one.
+        # A generator of its own, or every start of an epoch draws a seed from torch's global one.
         self._loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -121,11 +119,10 @@ class Loader:
         )
 
     def _being_read(self) -> str:
-        indices = (
-            []
-            if self.dataset.reading is None
-            else [index for index in self.dataset.reading.tolist() if index >= 0]
-        )
+        """The images that the workers are at, in words."""
+        if self.dataset.reading is None:
+            return ""
+        indices = [index for index in self.dataset.reading.tolist() if index >= 0]
         names = ", ".join(f"'{self.dataset.source.name(index)}'" for index in indices)
         return f" while reading {names}" if names else ""
 
@@ -144,5 +141,6 @@ class TrainLoader(Loader):
                 f"start_batch {start_batch} is outside the epoch of {len(self)} batches on this"
                 " rank"
             )
-        self.batches.epoch, self.batches.start = epoch, start_batch
+        self.batches.epoch = epoch
+        self.batches.start = start_batch
         return iter(self)

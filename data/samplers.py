@@ -35,9 +35,14 @@ class TrainBatches:
         world_size: int = 1,
         copies: int = 1,
     ):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size, self.copies = rank, world_size, copies
-        self.epoch, self.start = 0, 0
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.copies = copies
+        self.epoch = 0
+        self.start = 0
         if len(self) == 0:
             raise DataError(
                 f"DATA.BATCH_SIZE {batch_size} x {world_size} process(es) exceeds the {length}"
@@ -49,25 +54,21 @@ class TrainBatches:
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices and copy numbers, (N,) each, of all ranks together."""
-        images = stream(ORDER, self.seed, epoch).permutation(self.length)[
-            : -(-self.length // self.copies)
-        ]
+        images = stream(ORDER, self.seed, epoch).permutation(self.length)
+        images = images[: -(-self.length // self.copies)]
         copies = np.tile(np.arange(self.copies), len(images))
         return np.repeat(images, self.copies)[: self.length], copies[: self.length]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self._batches(
-            self.epoch, self.start
-        )  # bound now: an iterator does not follow later changes
+        # bound now: an iterator does not follow later changes
+        return self._batches(self.epoch, self.start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
         indices, copies = (part[self.rank :: self.world_size] for part in self.order(epoch))
         for first in range(start * self.batch_size, len(self) * self.batch_size, self.batch_size):
             chosen = slice(first, first + self.batch_size)
-            yield [
-                Key(epoch, index, copy)
-                for index, copy in zip(indices[chosen].tolist(), copies[chosen].tolist())
-            ]
+            pairs = zip(indices[chosen].tolist(), copies[chosen].tolist())
+            yield [Key(epoch, index, copy) for index, copy in pairs]
 
 
 class EvalBatches:
@@ -89,13 +90,13 @@ class EvalBatches:
         seed: int = 0,
     ):
         order = stream(ORDER, seed, 0).permutation(length) if shuffle else np.arange(length)
-        self.indices, self.batch_size = order[rank::world_size], batch_size
+        self.indices = order[rank::world_size]
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         for first in range(0, len(self.indices), self.batch_size):
-            yield [
-                Key(0, index) for index in self.indices[first : first + self.batch_size].tolist()
-            ]
+            chosen = self.indices[first : first + self.batch_size]
+            yield [Key(0, index) for index in chosen.tolist()]

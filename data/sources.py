@@ -35,7 +35,9 @@ class FileSource:
     """Images in files below one root."""
 
     def __init__(self, root: str | os.PathLike, files: FileList):
-        self.root, self.files, self.labels = os.fspath(root), files, files.labels
+        self.root = os.fspath(root)
+        self.files = files
+        self.labels = files.labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,7 +53,9 @@ class ArraySource:
     """Images held in memory. images: (N, H, W) or (N, H, W, 3) uint8; labels: (N,)."""
 
     def __init__(self, title: str, images: np.ndarray, labels: np.ndarray):
-        self.title, self.images, self.labels = title, images, np.asarray(labels, dtype=np.int64)
+        self.title = title
+        self.images = images
+        self.labels = np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)

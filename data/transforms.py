@@ -13,18 +13,18 @@ from torchvision.transforms.functional import InterpolationMode
 
 from data.errors import DataError
 
-# Images of this side or less are not resized by a random or enlarged crop, as in the reference
-# (CIFAR at 32).
+# Images of this side or less (CIFAR) are not resized by a random or enlarged crop, as in Swin.
 SMALL = 32
 SMALL_PADDING = 4
-# AutoAugment's learned policies, by the data set they were learned on; torchvision holds all three,
-# timm ImageNet's alone.
+# AutoAugment's learned policies, by the data set they were learned on; torchvision has all three,
+# timm only ImageNet's.
 LEARNED_POLICIES = {
     "cifar10": T.AutoAugmentPolicy.CIFAR10,
     "svhn": T.AutoAugmentPolicy.SVHN,
     "imagenet": T.AutoAugmentPolicy.IMAGENET,
 }
 INTERPOLATIONS = ("random", "bilinear", "bicubic", "lanczos", "hamming")
+RESIZING_ONLY = ("lanczos", "hamming")  # Pillow cannot rotate or shear with these filters
 _EVAL_MODES = {
     "bicubic": InterpolationMode.BICUBIC,
     "lanczos": InterpolationMode.LANCZOS,
@@ -55,7 +55,7 @@ def train_transform(
     Args:
         size: (h, w). scale, ratio: area and aspect ratio of RandomResizedCrop.
         color_jitter: strength, 0 for none; without effect beside `auto_augment`, as in the
-            reference.
+            Swin.
         auto_augment: cifar10, svhn or imagenet (AutoAugment's policies, arXiv:1805.09501, as
             torchvision has them), timm's policy string, or 'none'. The policies fill what they
             uncover with the mean colour.
@@ -83,13 +83,11 @@ def train_transform(
         re_count=erase_count,
     )
     shape, colour, final = _timm_steps(options, mean, std)
-    if crop_padding >= 0 or max(size) <= SMALL:
-        padding = crop_padding if crop_padding >= 0 else SMALL_PADDING
-        shape = [
-            T.Resize(size, _eval_mode(interpolation)),
-            T.RandomCrop(size, padding=padding),
-            *shape[1:],
-        ]
+    if crop_padding < 0 and max(size) <= SMALL:
+        crop_padding = SMALL_PADDING
+    if crop_padding >= 0:
+        resize = T.Resize(size, _eval_mode(interpolation))
+        shape = [resize, T.RandomCrop(size, padding=crop_padding), *shape[1:]]
     keep_one_bit(colour)
     if learned:
         colour = [_learned_policy(auto_augment, mean), *colour]
@@ -100,12 +98,12 @@ def train_transform(
 
 
 def _learned_policy(name: str, mean: tuple[float, ...]) -> T.AutoAugment:
-    colour = tuple(mean) if len(mean) == 3 else tuple(mean) * 3
-    return T.AutoAugment(
-        LEARNED_POLICIES[name],
-        InterpolationMode.BILINEAR,
-        fill=[round(255 * value) for value in colour],
-    )
+    fill = [round(255 * value) for value in _rgb(mean)]
+    return T.AutoAugment(LEARNED_POLICIES[name], InterpolationMode.BILINEAR, fill=fill)
+
+
+def _rgb(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(values) if len(values) == 3 else tuple(values) * 3
 
 
 def _timm_steps(
@@ -116,13 +114,14 @@ def _timm_steps(
     """
     from timm.data import create_transform  # here: importing timm takes seconds
 
-    rgb = (
-        (mean, std) if len(mean) == 3 else (tuple(mean) * 3, tuple(std) * 3)
-    )  # RandAugment fills RGB images with the mean
+    def steps(**changes) -> list[list]:
+        return [group.transforms for group in create_transform(**{**options, **changes})]
+
+    rgb = dict(mean=_rgb(mean), std=_rgb(std))  # policies fill RGB images with the mean
     try:
-        shape, colour, final = (
-            group.transforms for group in create_transform(mean=rgb[0], std=rgb[1], **options)
-        )
+        shape, colour, final = steps(**rgb)
+        if options["interpolation"] in RESIZING_ONLY:
+            colour = steps(**rgb, interpolation="bicubic")[1]
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise DataError(
             f"timm refuses AUG.AUTO_AUGMENT '{options['auto_augment']}' or AUG.REMODE"
@@ -131,10 +130,8 @@ def _timm_steps(
             " const"
         ) from None
     if len(mean) == 1:
-        colour, final = (
-            [*colour, T.Grayscale()],
-            create_transform(mean=mean, std=std, **options)[2].transforms,
-        )
+        colour = [*colour, T.Grayscale()]
+        final = steps(mean=mean, std=std)[2]
     return shape, colour, final
 
 
@@ -173,7 +170,8 @@ class Cover:
         self.size, self.mode = size, mode
 
     def __call__(self, image):
-        (width, height), (rows, columns) = image.size, self.size
+        width, height = image.size
+        rows, columns = self.size
         if rows * width >= columns * height:  # the height decides
             target = rows, rows * width // height
         else:

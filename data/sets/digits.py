@@ -49,8 +49,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits  # here: it takes a second to import
     except ImportError:
         raise DataError(
-            "DATA.DATASET digits needs scikit-learn, which holds the images: pip install"
-            " scikit-learn"
+            "DATA.DATASET digits needs scikit-learn, for its images: pip install scikit-learn"
         ) from None
     bundle = load_digits()
     return bundle.images, bundle.target.astype(np.int64)

@@ -192,6 +192,19 @@ def test_random_interpolation_trains_and_evaluates_as_bilinear():
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("interpolation", ["lanczos", "hamming"])
+def test_a_policy_rotates_bicubically_where_the_filter_only_resizes(interpolation):
+    recipe = {**STATS, "auto_augment": "rand-m9-mstd0.5-inc1"}
+    transform = train_transform((40, 40), **recipe, interpolation=interpolation)
+    bicubic = train_transform((40, 40), **recipe, interpolation="bicubic")
+    for number in range(40):
+        seed_sample(0, Key(0, number))
+        assert transform(picture(number)).isfinite().all()
+    crop, policy = transform.transforms[0], repr(operations(transform)[0].kwargs)
+    assert "lanczos" in repr(crop) or "hamming" in repr(crop)
+    assert policy == repr(operations(bicubic)[0].kwargs)
+
+
 def test_values_unknown_to_timm_are_refused_with_examples():
     with pytest.raises(DataError, match="AUTO_AUGMENT 'rnd-m9'.*rand-m9-mstd0.5-inc1"):
         train_transform((40, 40), **STATS, auto_augment="rnd-m9")
