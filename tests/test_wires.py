@@ -12,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -26,6 +27,7 @@ from torchvision import transforms as T
 
 from config import KEYS, ConfigError
 from data import build_data
+from engine.progress import Progress
 from lr_scheduler import Rates, build_schedule
 from models import build_model
 from models.base.backbone import BACKBONES
@@ -242,6 +244,73 @@ def test_a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped(tm
     parts = run(tmp_path / "parts", settings)["files"]
     for name in ("last.pth", "metrics.jsonl", "model.safetensors"):
         assert differences(whole[f"{PLACE}/{name}"], parts[f"{PLACE}/{name}"]) == []
+
+
+# ---- evaluating
+
+
+def losses_said(left: dict) -> list[float]:
+    """The mean losses of whole evaluations, from the last line of each; two batches."""
+    lines = [line for line in left["log"] if line.startswith("Test: [1/2]")]
+    return [float(re.search(r"Loss \S+ \((\S+)\)", line)[1]) for line in lines]
+
+
+def test_an_evaluation_repeats_what_training_found(tmp_path):
+    settings = AVERAGED | {"TRAIN.BASE_LR": 1.0}
+    run(tmp_path / "train", settings)
+    place = tmp_path / "train" / PLACE
+    plainly, averaged = (
+        metrics(tmp_path / "train", kind)[0]["loss"] for kind in ("val", "val_ema")
+    )
+    expected = {
+        f"--resume {place / 'last.pth'}": [plainly, averaged],
+        f"--resume {place / 'last.pth'} off": [plainly],
+        f"--pretrained {place / 'model.safetensors'}": [averaged],
+        f"--pretrained {place / 'last.pth'}": [plainly],
+    }
+    for number, (words, found) in enumerate(expected.items()):
+        flag, file, *off = words.split()
+        more = {"MODEL.EMA.EVAL": False, "PRINT_FREQ": 1} if off else {}
+        left = run(tmp_path / str(number), AVERAGED | more, ("--eval", flag, file), numbers=True)
+        assert left["status"] == [0], left["errors"]
+        assert losses_said(left) == pytest.approx(found, abs=2e-4), words
+
+
+# ---- the picture and the promised end
+
+
+def test_the_end_of_the_run_is_reckoned_from_its_settings(tmp_path):
+    made = []
+    build = Progress.__init__
+
+    def record(progress, layout, **options):
+        made.append((layout, options))
+        build(progress, layout, **options)
+
+    settings = {"TRAIN.EPOCHS": 3, "TRAIN.MAX_STEPS": 2, "TRAIN.ACCUMULATION_STEPS": 2}
+    with patch.object(Progress, "__init__", record):
+        run(tmp_path, settings)
+    [(layout, options)] = made
+    assert (layout.batch_size, layout.world_size, layout.accumulation) == (8, 1, 2)
+    assert attributes(SimpleNamespace(**options), ("epochs", "batches", "max_steps")) == {
+        "epochs": 3,
+        "batches": 2,
+        "max_steps": 2,
+    }
+
+
+@pytest.mark.parametrize("smoothing, words", [(0.0, ""), (0.2, "smoothing")])
+def test_the_picture_says_what_the_training_loss_is(smoothing, words, tmp_path):
+    legends = []
+
+    def look(figure, *_, **__):
+        legends.extend(axes.get_legend_handles_labels()[1] for axes in figure.axes)
+
+    settings = {"LOG.PLOT": True, "MODEL.LABEL_SMOOTHING": smoothing}
+    with patch("matplotlib.figure.Figure.savefig", look):
+        run(tmp_path, settings)
+    texts = str(legends)
+    assert "train" in texts and ("smoothing" in texts) == bool(words)
 
 
 # ---- weights to start from, and a teacher
