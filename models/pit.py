@@ -163,7 +163,7 @@ class PiT(TokenTransformer):
         distilled: bool = False,
         norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
         drop_path_profile: str = "linear",
         use_checkpoint: bool = False,
         attention: AttentionSpec | None = None,

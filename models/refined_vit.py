@@ -238,7 +238,7 @@ class RefinedViT(TokenTransformer):
         cos_pairs: int = 12,
         norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
         drop_path_profile: str = "linear",
         use_checkpoint: bool = False,
         attention: AttentionSpec | None = None,

@@ -155,7 +155,7 @@ class SasaResNet(Backbone):
         stem_heads: int = 4,
         mixtures: int = 4,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
         drop_path_profile: str = "linear",
     ):
         super().__init__()

@@ -114,6 +114,8 @@ class SwinMLP(PyramidTransformer):
         use_checkpoint: bool = False,
         **others,
     ):
+        if others.get("sw_mlp", "off") != "off":
+            raise ValueError("swin_mlp: sw_mlp is for swin and swinv2; leave it off")
         super().__init__(
             pyramid_options(
                 None,

@@ -224,7 +224,7 @@ class T2TViT(TokenTransformer):
 
     def __init__(
         self,
-        img_size: int | Size = 32,
+        img_size: int | Size = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         embed_dim: int = 256,
@@ -239,7 +239,7 @@ class T2TViT(TokenTransformer):
         modified: str = "all",
         norm_eps: float = 1e-5,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
         drop_path_profile: str = "linear",
         use_checkpoint: bool = False,
         attention: AttentionSpec | None = None,

@@ -100,7 +100,7 @@ def timm_model(
     in_chans: int = 3,
     *,
     drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
     use_checkpoint: bool = False,
     pretrained: bool = False,
     attention: AttentionSpec | None = None,

@@ -65,7 +65,7 @@ class VisionTransformer(TokenTransformer):
         pool: str = "token",
         norm_eps: float = 1e-6,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
         drop_path_profile: str = "linear",
         layer_scale: float | None = None,
         use_checkpoint: bool = False,

@@ -23,31 +23,33 @@ from .options import DEPTH, PYRAMID, pixels
 
 @dataclass
 class PyramidOptions:
-    """Arguments of the constructors of all three families.
+    """Arguments of the constructors of all three families; those without a default have it there.
 
-    pre_mlp: off, stem (once) or stage (before each), with its hidden ratio and whether it has the
-        drop path of the stage's first
-    block. sw_mlp: off, token_mix or shift. dynamic_img_size: accept other image sizes than
-    img_size. extra: what a caller passed and nobody reads; named in a warning.
+    drop_path_profile: linear from 0 to drop_path_rate, or constant.
+    pre_mlp: off, stem (once) or stage (before each), with its hidden ratio, and whether it has the
+        stochastic depth of the stage's first block.
+    sw_mlp: off, token_mix or shift.
+    dynamic_img_size: accept other image sizes than img_size.
+    extra: what a caller passed and nobody reads; named in a warning.
     """
 
-    img_size: int | Size = 224
-    patch_size: int | Size = 4
-    in_chans: int = 3
-    num_classes: int = 1000
-    embed_dim: int = 96
-    depths: Sequence[int] = (2, 2, 6, 2)
-    num_heads: Sequence[int] = (3, 6, 12, 24)
-    window_size: int | Size = 7
-    mlp_ratio: float = 4.0
-    drop_rate: float = 0.0
-    drop_path_rate: float = 0.1
+    img_size: int | Size
+    patch_size: int | Size
+    in_chans: int
+    num_classes: int
+    embed_dim: int
+    depths: Sequence[int]
+    num_heads: Sequence[int]
+    window_size: int | Size
+    mlp_ratio: float
+    drop_rate: float
+    drop_path_rate: float
+    norm_layer: type[nn.Module]
+    ape: bool
+    patch_norm: bool
+    use_checkpoint: bool
+    attention: AttentionSpec
     drop_path_profile: str = "linear"
-    norm_layer: type[nn.Module] = nn.LayerNorm
-    ape: bool = False
-    patch_norm: bool = True
-    use_checkpoint: bool = False
-    attention: AttentionSpec = field(default_factory=AttentionSpec)
     pre_mlp: str = "off"
     pre_mlp_ratio: float = 4.0
     pre_mlp_drop_path: bool = False

@@ -59,6 +59,7 @@ def theirs(text: str) -> torch.nn.Module:
 
 
 def ours(text: str, *modifiers: str, **options) -> torch.nn.Module:
+    options = {"drop_path_rate": 0.0, **options}
     return timm_model(text, 5, SIZE, attention=AttentionSpec(modifiers), **options)
 
 
