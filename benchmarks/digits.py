@@ -1,4 +1,4 @@
-"""Every system on the handwritten digits that come along: accuracy over seeds, training time and
+"""Every system on scikit-learn's handwritten digits: accuracy over seeds, training time and
 parameters, as a table.
 
     python benchmarks/digits.py --json benchmarks/results/digits.json

@@ -1,4 +1,4 @@
-"""What several tests share: golden vectors of the reference implementation, and running main.py as
+"""What several tests share: golden vectors of the Swin repository, and running main.py as
 a user would.
 """
 

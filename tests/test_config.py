@@ -381,7 +381,7 @@ def test_help_lists_every_flag_with_a_text(capsys):
 
 
 def test_a_flag_that_is_not_given_overrides_nothing(tmp_path):
-    """T1: the reference's defaults of --cache-mode and --output hid what the YAML says."""
+    """In Swin the defaults of --cache-mode and --output hide what the YAML says."""
     path = write(
         tmp_path,
         "a.yaml",
@@ -484,10 +484,10 @@ def test_local_rank_is_the_launchers_then_the_flags_then_0(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     "key, written, read",
     [
-        ("AUG.MIXUP", 0, 0.0),  # T25: a whole number stands for a float
+        ("AUG.MIXUP", 0, 0.0),  # a whole number stands for a float
         ("AUG.MIXUP", "0", 0.0),
         ("TRAIN.CLIP_GRAD", "5", 5.0),
-        ("TRAIN.CLIP_GRAD", 0, 0.0),  # T30: kept as it is; 0 and None both mean off
+        ("TRAIN.CLIP_GRAD", 0, 0.0),  # stays; 0 and None both mean off
         ("TRAIN.CLIP_GRAD", None, None),
         ("TRAIN.CLIP_GRAD", "None", None),
         ("MODEL.SWIN.QK_SCALE", "None", None),
@@ -512,7 +512,7 @@ def test_local_rank_is_the_launchers_then_the_flags_then_0(monkeypatch, tmp_path
         ("MODEL.PRETRAINED", None, ""),
         ("TAG", "0012", "0012"),
         ("EVAL_MODE", "true", True),
-        ("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", "False", False),  # T26: the released weights' schedule
+        ("TRAIN.LR_SCHEDULER.WARMUP_PREFIX", "False", False),  # the released weights' schedule
         ("MODEL.ATTENTION.MODIFIERS", "qk_residual", ["qk_residual"]),
         (
             "MODEL.ATTENTION.MODIFIERS",
@@ -725,9 +725,8 @@ def test_the_references_defaults_are_kept():
     }
     expected |= {f"MODEL.{name}.QKV_BIAS": True for name in ("SWIN", "SWINV2")}
     assert {key: _look_up(settings(), key) for key in expected} == expected
-    assert (
-        settings().OUTPUT == "output/swin_tiny_patch4_window7_224/default"
-    )  # the reference's --output defaults to it
+    # --output is "output" by default, as in Swin
+    assert settings().OUTPUT == "output/swin_tiny_patch4_window7_224/default"
 
 
 def test_base_files_come_first_depth_first_in_list_order(tmp_path):
@@ -857,9 +856,7 @@ def test_every_yaml_is_valid_reads_back_equal_and_opens_with_its_command(path, t
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_name_is_the_files_so_that_no_two_runs_share_a_folder(path):
-    """T2: in the reference, the large 12to16 file has the base model's name. Its SimMIM files tell
-    themselves apart by TAG.
-    """
+    """In Swin the large 12to16 file has the base model's name. Its SimMIM files differ by TAG."""
     cfg = load_config(path)
     assert path.stem == (cfg.TAG if path.parent.name == "simmim" else cfg.MODEL.NAME)
 

@@ -118,7 +118,7 @@ def test_all_documents_are_looked_at():
     } <= set(DOCS)
     assert len(main_commands("README.md")) >= 8
     assert len(main_commands("get_started.md")) >= 10
-    assert len(examples()) == 4
+    assert len(examples()) == 5
 
 
 def test_the_readme_is_a_page_of_at_most_200_lines():

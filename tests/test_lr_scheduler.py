@@ -1,4 +1,4 @@
-"""The learning-rate schedules: the reference's numbers, its own table, and PyTorch's schedulers as
+"""The learning-rate schedules: Swin's numbers, a table of its own, and PyTorch's schedulers as
 a second witness.
 """
 
@@ -62,7 +62,7 @@ def unscaled(config):
 
 
 def rates_used(scheduler, updates):
-    """Rates of the groups during each update of the reference's loop, which calls the scheduler
+    """Rates of the groups during each update of Swin's loop, which calls the scheduler
     after the update.
     """
     used = []

@@ -1,4 +1,4 @@
-"""Loading into a model: the reference's rules (golden kind load), coverage, refusals that destroy
+"""Loading into a model: Swin's rules (golden kind load), coverage, refusals that destroy
 nothing.
 """
 

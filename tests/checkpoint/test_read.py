@@ -117,9 +117,7 @@ def test_saving_in_another_format_is_refused_and_leaves_nothing(tmp_path):
 
 
 def reference_checkpoint(path):
-    """The reference's seven entries, with the yacs node that makes torch.load's default refuse the
-    file.
-    """
+    """The seven entries of Swin's files, with the yacs node that torch.load refuses by default."""
     node = pytest.importorskip("yacs.config").CfgNode
     config = node(
         {"MODEL": node({"TYPE": "swin", "NUM_HEADS": [3, 6]}), "AUG": node({"CUTMIX_MINMAX": None})}

@@ -83,7 +83,7 @@ def zipped(
 
 
 def map_files(folders: Path, root: Path) -> None:
-    """train_map.txt and val_map.txt beside the archives, as the reference wants them."""
+    """train_map.txt and val_map.txt beside the archives, as Swin's zip mode expects them."""
     for split in ("train", "val"):
         classes = sorted(folder.name for folder in (folders / split).iterdir())
         lines = [

@@ -1,4 +1,4 @@
-"""The evaluation transform is the reference's; the training recipe runs on today's libraries."""
+"""The evaluation transform is Swin's; the training recipe runs on today's libraries."""
 
 import pickle
 import random

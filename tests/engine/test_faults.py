@@ -264,7 +264,7 @@ def test_eval_of_a_checkpoint_gives_the_accuracies_of_training(trained, capsys):
         assert f"Acc@1 {entry['acc1']:.3f}" in out
 
 
-def test_the_files_of_a_run_are_complete_and_plain(trained):  # traps T6, T12
+def test_the_files_of_a_run_are_complete_and_plain(trained):
     names = {path.name for path in folder(trained).iterdir()}
     assert {
         "last.pth",

@@ -1,4 +1,4 @@
-"""The models against vectors of the reference implementation and of the original identity-sharpened
+"""The models against vectors of the Swin repository and of the original identity-sharpened
 models.
 """
 

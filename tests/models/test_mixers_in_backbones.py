@@ -1,4 +1,4 @@
-"""Mixers in the place of softmax attention: windows without a mask, class tokens, what is refused,
+"""Mixers instead of softmax attention: windows without a mask, class tokens, what is refused,
 counts.
 """
 
