@@ -3,6 +3,7 @@
 import csv
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,16 @@ def test_a_line_shows_what_came_since_the_last_one_and_the_average_so_far(caplog
     assert f"\tLoss {latest.loss:.4f} ({average.loss:.4f})\t" in line
     assert f"\tAcc@1 {latest.acc1:.3f} ({average.acc1:.3f})\t" in line
     assert line.endswith(f"\tAcc@5 {latest.acc5:.3f} ({average.acc5:.3f})")
+
+
+def test_a_line_shows_the_time_of_a_batch_since_the_last_line_and_so_far(caplog, monkeypatch):
+    moments = iter([0.0, 3.0, 9.0, 12.0])  # the start, and three lines
+    clock = SimpleNamespace(perf_counter=lambda: next(moments))
+    monkeypatch.setattr("engine.evaluate.time", clock)
+    with caplog.at_level(logging.INFO):
+        run(split(10), print_freq=3, logger=logging.getLogger("x"))
+    times = [record.message.split("\t")[1] for record in caplog.records[:-1]]
+    assert times == ["Time 3.000 (3.000)", "Time 2.000 (2.250)", "Time 1.000 (1.714)"]
 
 
 def test_peak_memory_is_told_on_cuda_alone(caplog, monkeypatch):

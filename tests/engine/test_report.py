@@ -12,7 +12,7 @@ from engine.logs import MetricLog, read_metrics
 from engine.progress import Progress, clock
 from engine.report import Report
 from engine.signals import StopSignal
-from engine.state import Layout, TrainState
+from engine.state import CheckpointFolder, Layout, TrainState
 from engine.train import Plan, fit
 from tests.engine.small import Loader, NoFiles, evaluation, make_trainer
 from utils import World
@@ -140,6 +140,11 @@ def test_the_promised_end_of_an_epoch_is_when_its_last_update_is_done():
     assert ends == {0: {1000 + 6 * UPDATE}, 1: {1000 + 12 * UPDATE + VALIDATION}}
 
 
+def test_the_promised_end_of_an_epoch_is_not_after_max_steps():
+    _, report, _, _ = train(epochs=1, max_steps=4)
+    assert {end for _, _, end in report.promised} == {1000 + 4 * UPDATE}
+
+
 def test_a_line_of_an_update_reads_like_swins_with_the_end_of_the_run(caplog):
     trainer, _, _, lines = train(caplog, epochs=2)
     fields = lines[7].split("\t")
@@ -161,6 +166,14 @@ def test_a_small_learning_rate_is_not_shown_as_zero(caplog, lr):
     trainer, report, _, _ = train(epochs=0)
     trainer.optimizer.param_groups[0]["lr"] = float(lr)
     assert f"\tlr {lr} wd" in report._line(trainer, trainer.statistics.read())
+
+
+def test_the_time_of_a_batch_is_a_share_of_the_updates(caplog):
+    _, _, _, lines = train(caplog, accumulation=2, epochs=1)
+    assert lines[1].split("\t")[3:5] == [
+        f"time {UPDATE:.4f} ({UPDATE:.4f})",
+        f"images/s {4 / UPDATE:.1f} ({4 / UPDATE:.1f})",
+    ]
 
 
 def test_images_per_second_are_those_of_all_processes_and_of_whole_updates():
@@ -248,6 +261,36 @@ def test_a_stopped_run_says_where_to_go_on_and_a_finished_one_what_came_out(capl
     assert "signal 15" in stopped and str(folder.last) in stopped
     assert time == "Training time 1 day, 1:01:01"
     assert best == f"best accuracy 87.50% (epoch 3), checkpoint {folder.best}"
+
+
+def test_the_picture_is_told_the_length_of_an_epoch_and_what_the_training_loss_is(
+    monkeypatch, tmp_path
+):
+    told = {}
+    monkeypatch.setattr("engine.report.plot_curves", lambda *args, **options: told.update(options))
+    report = Report(
+        World("cpu"),
+        SimpleNamespace(path=tmp_path / "metrics.jsonl"),
+        layout=Layout(4, 1, accumulation=3),
+        batches=10,
+        epochs=2,
+        print_freq=1,
+        training_loss="with label smoothing",
+    )
+    report.finish(TrainState(), CheckpointFolder(tmp_path))
+    assert told == {"updates_per_epoch": 3, "training_loss": "with label smoothing"}
+
+
+def test_the_mean_loss_of_an_epoch_is_over_all_processes(tmp_path):
+    trainer, _, _, _ = train(epochs=0)
+    trainer.statistics.add(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(True))
+    world = SimpleNamespace(is_main=True, mean=lambda value: value + 10)
+    with MetricLog(tmp_path, tensorboard=False) as metrics:
+        report = Report(
+            world, metrics, layout=trainer.layout, batches=6, epochs=1, print_freq=1, timer=Clock()
+        )
+        report.end_epoch(trainer)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["train_loss"] == 13
 
 
 def test_a_clock_shows_hours_minutes_and_seconds():
