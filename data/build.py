@@ -1,4 +1,4 @@
-"""Config -> loaders. With data.rules, the only module of this package that reads config nodes."""
+"""Config -> loaders. The only module of this package that reads config nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from data.affine import Affine, ArrayBatches
 from data.catalogue import Request
 from data.datasets import ImageDataset
 from data.errors import DataError
+from data.images import check_channels
 from data.loader import Loader, TrainLoader
 from data.mixing import build_mixup
-from data.rules import channels_of
 from data.samplers import EvalBatches, TrainBatches
 from data.sets import DATASETS
 from data.sources import Source, Sources
@@ -89,7 +89,7 @@ def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool =
     num_classes = check_class_count(config, len(sources.classes))
     shard = Shard(rank, world_size)
     normalisation = Normalisation(
-        *entry.statistics(channels_of(config), config.DATA.MEAN, config.DATA.STD)
+        *entry.statistics(_channels(config), config.DATA.MEAN, config.DATA.STD)
     )
     mixup, train_loader = None, None
     if train:
@@ -197,7 +197,7 @@ def _val_loader(config: Any, source: Source, normalisation: Normalisation, shard
     if DATASETS[config.DATA.DATASET].model_sized:
         dataset = ArrayBatches(
             source,
-            channels=channels_of(config),
+            channels=_channels(config),
             mean=normalisation.mean,
             std=normalisation.std,
         )
@@ -222,7 +222,7 @@ def _affine_dataset(config: Any, source: Source, normalisation: Normalisation) -
     aug = config.AUG
     return ArrayBatches(
         source,
-        channels=channels_of(config),
+        channels=_channels(config),
         mean=normalisation.mean,
         std=normalisation.std,
         affine=Affine(),
@@ -291,6 +291,11 @@ def _mixup(config: Any, num_classes: int) -> Callable | None:
         mode=aug.MIXUP_MODE,
         smoothing=config.MODEL.LABEL_SMOOTHING,
     )
+
+
+def _channels(config: Any) -> int:
+    family = config.MODEL.TYPE.upper()
+    return check_channels(f"MODEL.{family}.IN_CHANS", config.MODEL[family].IN_CHANS)
 
 
 def _size(config: Any) -> tuple[int, int]:

@@ -9,6 +9,8 @@ import zlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.errors import DataError
+
 # What Pillow's decoders raise on damaged files (SyntaxError: broken PNG chunks).
 _DECODER_ERRORS = (
     OSError,
@@ -43,6 +45,13 @@ def decode(content: bytes) -> Image.Image:
         raise UnreadableImage(f"not an image (begins with {content[:16]!r})") from None
     except _DECODER_ERRORS as error:
         raise UnreadableImage(f"damaged image ({_first_line(error)})") from None
+
+
+def check_channels(key: str, channels: int) -> int:
+    """`channels`, the value of `key`, if images can have that number. Raises: DataError."""
+    if channels not in (1, 3):
+        raise DataError(f"{key} {channels}: images are read as grey (1) or RGB (3)")
+    return channels
 
 
 def read_file(path: str) -> bytes:

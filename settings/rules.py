@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.rules import channels_of, check_augmentation, check_data
 from data.sets import DATASETS
 from lr_scheduler import ScheduleError, check_schedule
 from optimizer import OptimizerError, check_optimizer
+from settings.data_rules import check_augmentation, check_data, check_image_channels
 from settings.kinds import ConfigError, show
 
 
@@ -115,6 +115,6 @@ def check_combinations(cfg: Any) -> None:
         for rule in rules:
             rule(cfg)
         if not cfg.THROUGHPUT_MODE:
-            channels_of(cfg)
+            check_image_channels(cfg)
     except (DataError, OptimizerError, ScheduleError) as error:
         raise ConfigError(str(error)) from None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.errors import DataError
+from data.images import check_channels
 from data.mixing import check_pairs
 from data.sets import DATASETS
+from settings.kinds import ConfigError
 
 
 def check_data(config: Any) -> None:
     """The settings of reading and normalising, for training and evaluation.
 
-    Raises: DataError, one line.
+    Raises: ConfigError, or DataError where the rule is one of `data`.
     """
     _check_class_count(config)
     _check_reader(config, "ZIP_MODE", "zip", "unpack the archive")
@@ -21,29 +22,26 @@ def check_data(config: Any) -> None:
 
 
 def check_augmentation(config: Any) -> None:
-    """The settings of training images. Raises: DataError, one line."""
+    """The settings of training images. Raises as `check_data`."""
     aug = config.AUG
     check_pairs(config.DATA.BATCH_SIZE, aug.MIXUP, aug.CUTMIX, aug.CUTMIX_MINMAX)
     if not aug.AFFINE:
         return
     if not DATASETS[config.DATA.DATASET].model_sized:
-        raise DataError(
+        raise ConfigError(
             f"AUG.AFFINE True is made for DATA.DATASET {_names('model_sized')}, not"
             f" {config.DATA.DATASET}; set AUG.AFFINE False and choose AUG.AUTO_AUGMENT"
         )
     if aug.AUTO_AUGMENT not in ("none", ""):
-        raise DataError(
+        raise ConfigError(
             "AUG.AFFINE True replaces crop, colour jitter and AUG.AUTO_AUGMENT"
             f" '{aug.AUTO_AUGMENT}'; set AUG.AUTO_AUGMENT none"
         )
 
 
-def channels_of(config: Any) -> int:
-    """The channels of an image: 1 (grey) or 3 (RGB). Raises: DataError for another number."""
-    key, channels = _channels(config)
-    if channels not in (1, 3):
-        raise DataError(f"{key} {channels}: images are read as grey (1) or RGB (3)")
-    return channels
+def check_image_channels(config: Any) -> None:
+    """Images have 1 channel (grey) or 3 (RGB). Raises: DataError for another number."""
+    check_channels(*_channels(config))
 
 
 def _channels(config: Any) -> tuple[str, int]:
@@ -55,7 +53,7 @@ def _check_class_count(config: Any) -> None:
     """0 stands for as many as are found; only a data set with a fixed number has no such thing."""
     entry, declared = DATASETS[config.DATA.DATASET], config.MODEL.NUM_CLASSES
     if entry.num_classes not in (None, declared):
-        raise DataError(
+        raise ConfigError(
             f"MODEL.NUM_CLASSES {declared} contradicts DATA.DATASET '{entry.name}', which has"
             f" {entry.num_classes} classes; leave MODEL.NUM_CLASSES out, or use DATA.DATASET"
             " 'folder' for classes of your own"
@@ -65,7 +63,7 @@ def _check_class_count(config: Any) -> None:
 def _check_reader(config: Any, key: str, ability: str, remedy: str) -> None:
     entry = DATASETS[config.DATA.DATASET]
     if config.DATA[key] and not getattr(entry, ability):
-        raise DataError(
+        raise ConfigError(
             f"DATA.{key} True needs DATA.DATASET {_names(ability)}, not '{entry.name}'; {remedy}"
         )
 
@@ -75,7 +73,7 @@ def _check_statistics(config: Any) -> None:
     mean, std = config.DATA.MEAN, config.DATA.STD
     for name, given in (("MEAN", mean), ("STD", std)):
         if len(given) not in (0, channels) or len(mean) != len(std):
-            raise DataError(
+            raise ConfigError(
                 f"DATA.{name} {given} has {len(given)} numbers; give DATA.MEAN and DATA.STD"
                 f" together, {channels} numbers each ({key}), or () for the data set's own"
             )
