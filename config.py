@@ -15,7 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint.residual import SOURCES
 from data.sets import DATASETS
+from engine.clip import MODES
+from engine.ema import DECAY
+from engine.losses import SMOOTHING, Distillation
 from lr_scheduler import SHAPES
 from models import BACKBONES
 from optimizer import OPTIMIZERS
@@ -163,7 +167,7 @@ KEYS: dict[str, Key] = {
         "start the head anew with MODEL.PRETRAINED, even where its shape agrees"),
     "MODEL.PARTIAL_LOAD": Key(False, switch(),
         "accept MODEL.PRETRAINED weights that do not cover the whole model"),
-    "MODEL.SOURCE": Key("auto", choice("auto", "plain", "qk_residual", "q", "k"),
+    "MODEL.SOURCE": Key("auto", choice(*SOURCES),
         "which qkv weights a file holds; auto = as the file says. plain and residual ones are "
         "converted (W - I, W + I)"),
     "MODEL.NUM_CLASSES": Key(1000, COUNT,
@@ -174,7 +178,7 @@ KEYS: dict[str, Key] = {
         "stochastic depth of the last block; DROP_PATH_PROFILE says that of the others"),
     "MODEL.DROP_PATH_PROFILE": Key("linear", choice("linear", "constant"),
         "linear: from 0 at the first block; constant: DROP_PATH_RATE in every block (not timm)"),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, RATE,
+    "MODEL.LABEL_SMOOTHING": Key(0.1, number(*SMOOTHING),
         "share of the target spread over all classes, with and without mixup"),
     "MODEL.BN_MOMENTUM": Key(None, optional(number(0, 1, "(]")),
         "share of the newest batch in the running statistics of every BatchNorm (a decay of "
@@ -209,7 +213,7 @@ KEYS: dict[str, Key] = {
     # model: parameter averaging
     "MODEL.EMA.ENABLE": Key(False, switch(),
         "keep an exponential moving average of the parameters"),
-    "MODEL.EMA.DECAY": Key(0.9999, RATE, "of the average, per update"),
+    "MODEL.EMA.DECAY": Key(0.9999, number(*DECAY), "of the average, per update"),
     "MODEL.EMA.EVAL": Key(True, switch(),
         "evaluate the average too; the best checkpoint is chosen by it"),
     # model: families
@@ -404,7 +408,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.WARMUP_LR": Key(5e-7, FROM_0, "rate at update 0, per 512 images"),
     "TRAIN.MIN_LR": Key(5e-6, FROM_0, "rate the cosine ends at, per 512 images"),
     "TRAIN.CLIP_GRAD": Key(5.0, optional(FROM_0), "gradient clipping threshold; 0 and None = off"),
-    "TRAIN.CLIP_MODE": Key("norm", choice("norm", "value", "agc"),
+    "TRAIN.CLIP_MODE": Key("norm", choice(*MODES),
         "clip the global norm, each entry, or by the parameter's norm"),
     "TRAIN.AUTO_RESUME": Key(True, switch(),
         "continue from the newest valid checkpoint of the output folder; never in evaluation"),
@@ -425,14 +429,14 @@ KEYS: dict[str, Key] = {
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, ABOVE_0, "added to the denominator"),
     "TRAIN.OPTIMIZER.BETAS": Key((0.9, 0.999), pair(RATE), "decay of the first and second moment"),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, RATE, "of sgd"),
-    "TRAIN.DISTILL.KIND": Key("none", choice("none", "hard", "soft"),
+    "TRAIN.DISTILL.KIND": Key("none", choice(*Distillation.KINDS),
         "learn from a teacher's decision (hard) or distribution (soft)"),
     "TRAIN.DISTILL.TEACHER": Key("", text(),
         "a model of timm by name, or a YAML of this repository"),
     "TRAIN.DISTILL.TEACHER_WEIGHTS": Key("", text(),
         "the teacher's weights: file or https URL; '' = timm's released ones"),
-    "TRAIN.DISTILL.ALPHA": Key(0.5, SHARE, "share of the distillation loss"),
-    "TRAIN.DISTILL.TAU": Key(1.0, ABOVE_0, "soft: temperature"),
+    "TRAIN.DISTILL.ALPHA": Key(0.5, number(*Distillation.ALPHA), "share of the distillation loss"),
+    "TRAIN.DISTILL.TAU": Key(1.0, number(*Distillation.TAU), "soft: temperature"),
     "TRAIN.DETERMINISTIC": Key(False, switch(),
         "deterministic kernels only, slower; errors where there is none"),
     "TRAIN.MAX_NONFINITE": Key(20, AT_LEAST_1,

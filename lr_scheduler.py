@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from registry import Registry, did_you_mean
+from registry import Registry, UserError, did_you_mean
 
 SHAPES = Registry("learning-rate schedule")
 _logger = logging.getLogger(__name__)
 
 
-class ScheduleError(ValueError):
+class ScheduleError(UserError, ValueError):
     """A schedule that cannot be followed: one line with the keys and how to mend them."""
 
 

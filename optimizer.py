@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from registry import Registry, did_you_mean
+from registry import Registry, UserError, did_you_mean
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ FOLLOW_CONFIG = (
 )
 
 
-class OptimizerError(ValueError):
+class OptimizerError(UserError, ValueError):
     """An optimizer that cannot be built or continued as asked: one line that says why and how to
     mend it.
     """

@@ -8,8 +8,16 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message is one line: what was given, what is allowed,
+    how to mend it. main.py prints it and ends with status 2.
+    """
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -35,6 +43,25 @@ def check_choice(option: str, word: str, allowed: Iterable[str]) -> str:
         hint = did_you_mean(word, allowed)
         raise ValueError(f"{option} is {word!r}; allowed are {', '.join(allowed)}{hint}")
     return word
+
+
+class Interval(NamedTuple):
+    """The numbers from `low` to `high`; `ends` as in mathematics: '[' and ']' include the end, '('
+    and ')' do not.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = "[]"
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in it."""
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        below = value <= self.high if self.ends[1] == "]" else value < self.high
+        return above and below
+
+    def __str__(self) -> str:
+        return f"{self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
 
 
 class Registry:
@@ -93,6 +120,7 @@ class Registry:
         """
         name, options = parse_call(text)
         entry = self[name]
+        self._check_options(text, entry, options, taken=len(args))
         try:
             return entry(*args, **options)
         except TypeError as error:
@@ -100,6 +128,20 @@ class Registry:
             raise ValueError(
                 f"{self.kind} {text!r}: {error}; its options are in the docstring of {where}"
             ) from error
+
+    def _check_options(self, text: str, entry: Any, options: dict[str, Any], taken: int) -> None:
+        """Refuses an option that `entry` does not have; its first `taken` parameters are none."""
+        parameters = list(inspect.signature(entry).parameters.values())[taken:]
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return
+        known = [parameter.name for parameter in parameters]
+        for option in options:
+            if option not in known:
+                hint = did_you_mean(option, known)
+                raise ValueError(
+                    f"{self.kind} {text!r} has no option {option!r}; its options are"
+                    f" {', '.join(known) or 'none'}{hint}"
+                )
 
 
 def _title(entry: Any) -> str:

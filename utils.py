@@ -20,6 +20,8 @@ import torch.distributed as dist
 from termcolor import colored
 from tqdm import tqdm
 
+from registry import UserError
+
 LOGGER = logging.getLogger("run")
 PACKAGES = (
     "run",
@@ -35,7 +37,7 @@ PACKAGES = (
 )
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """Something the user can mend: a folder, a device, a launch, a run that diverged. The message
     is one line.
     """

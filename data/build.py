@@ -88,9 +88,7 @@ def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool =
     sources = find_sources(config, rank, world_size, train)
     num_classes = check_class_count(config, len(sources.classes))
     shard = Shard(rank, world_size)
-    normalisation = Normalisation(
-        *entry.statistics(_channels(config), config.DATA.MEAN, config.DATA.STD)
-    )
+    normalisation = _normalisation(config)
     mixup, train_loader = None, None
     if train:
         mixup = _mixup(config, num_classes)
@@ -111,6 +109,17 @@ def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool =
         mean=normalisation.mean,
         std=normalisation.std,
     )
+
+
+def check_transforms(config: Any, train: bool = True) -> None:
+    """Builds the transforms that a run would build, so that what they refuse is told without data.
+
+    Raises: DataError, one line.
+    """
+    normalisation = _normalisation(config)
+    _eval_transform(config, normalisation)
+    if train and not config.AUG.AFFINE:
+        _train_transform(config, normalisation)
 
 
 def find_sources(config: Any, rank: int = 0, world_size: int = 1, train: bool = True) -> Sources:
@@ -291,6 +300,15 @@ def _mixup(config: Any, num_classes: int) -> Callable | None:
         mode=aug.MIXUP_MODE,
         smoothing=config.MODEL.LABEL_SMOOTHING,
     )
+
+
+# ---- plain values
+
+
+def _normalisation(config: Any) -> Normalisation:
+    entry = DATASETS[config.DATA.DATASET]
+    mean, std = entry.statistics(_channels(config), config.DATA.MEAN, config.DATA.STD)
+    return Normalisation(mean, std)
 
 
 def _channels(config: Any) -> int:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from registry import UserError
+
 _SHOWN = 6
 
 
-class DataError(RuntimeError):
+class DataError(UserError, RuntimeError):
     """Missing, wrong or unreadable data. The message is one line: what was given, what is expected,
     how to mend it.
     """

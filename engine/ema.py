@@ -3,7 +3,10 @@
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from registry import Interval
 from utils import RunError
+
+DECAY = Interval(0, 1, "[)")
 
 
 class ParameterEma:
@@ -19,8 +22,8 @@ class ParameterEma:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999):
-        if not 0 <= decay < 1:
-            raise RunError(f"MODEL.EMA.DECAY {decay} is outside [0, 1)")
+        if not DECAY.holds(decay):
+            raise RunError(f"MODEL.EMA.DECAY {decay} is outside {DECAY}")
         self._ema = ModelEmaV3(unwrap(model), decay=decay, exclude_buffers=True)
         self._ema.requires_grad_(False)
 

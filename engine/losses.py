@@ -2,6 +2,7 @@
 autocast dtype overflows.
 """
 
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from registry import Interval, did_you_mean
 from utils import RunError
 
 Logits = Tensor | tuple[Tensor, Tensor]
+SMOOTHING = Interval(0, 1, "[)")
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -32,8 +35,8 @@ class CrossEntropy(nn.Module):
 
     def __init__(self, soft_targets: bool = False, smoothing: float = 0.0):
         super().__init__()
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"label smoothing {smoothing} is outside [0, 1)")
+        if not SMOOTHING.holds(smoothing):
+            raise ValueError(f"label smoothing {smoothing} is outside {SMOOTHING}")
         self.soft_targets = soft_targets
         self.smoothing = 0.0 if soft_targets else smoothing
 
@@ -80,22 +83,16 @@ class Distillation(nn.Module):
     """
 
     KINDS = ("none", "hard", "soft")
+    ALPHA = Interval(0, 1)
+    TAU = Interval(0, ends="(]")
 
     def __init__(self, teacher: nn.Module | None, kind: str, alpha: float = 0.5, tau: float = 1.0):
         super().__init__()
-        if kind not in self.KINDS:
-            raise RunError(
-                f"TRAIN.DISTILL.KIND {kind!r} is not known; allowed: {', '.join(self.KINDS)}"
-            )
-        if teacher is None and kind != "none":
-            raise RunError(
-                f"TRAIN.DISTILL.KIND {kind!r} needs a teacher; set TRAIN.DISTILL.TEACHER"
-            )
-        if not 0 <= alpha <= 1 or tau <= 0:
-            raise RunError(
-                f"TRAIN.DISTILL.ALPHA {alpha} must lie in [0, 1] and TRAIN.DISTILL.TAU {tau}"
-                " above 0"
-            )
+        given = "" if teacher is None else type(teacher).__name__
+        check_distillation(kind, given)
+        for key, value, allowed in (("ALPHA", alpha, self.ALPHA), ("TAU", tau, self.TAU)):
+            if not allowed.holds(value):
+                raise RunError(f"TRAIN.DISTILL.{key} {value} is outside {allowed}")
         self.kind = kind
         self.alpha = alpha
         self.tau = tau
@@ -127,6 +124,29 @@ class Distillation(nn.Module):
         student = F.log_softmax(student / self.tau, 1)
         teacher = F.log_softmax(teacher / self.tau, 1)
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.tau**2
+
+
+def check_distillation(kind: str, teacher: str) -> None:
+    """Refuses a kind of distillation without a teacher's name, and a teacher without a kind.
+
+    Raises: RunError.
+    """
+    if kind not in Distillation.KINDS:
+        hint = did_you_mean(kind, Distillation.KINDS)
+        raise RunError(
+            f"TRAIN.DISTILL.KIND {kind!r} is not known; allowed: {', '.join(Distillation.KINDS)}"
+            f"{hint}"
+        )
+    if not teacher and kind != "none":
+        raise RunError(
+            f"TRAIN.DISTILL.KIND {kind!r} needs a teacher: set TRAIN.DISTILL.TEACHER to a timm"
+            " model's name or a YAML of this repository"
+        )
+    if teacher and kind == "none":
+        raise RunError(
+            f"TRAIN.DISTILL.KIND 'none' leaves the teacher {reprlib.repr(teacher)} unused;"
+            " allowed with a teacher: hard, soft"
+        )
 
 
 def with_distillation(

@@ -14,6 +14,11 @@ from utils import World
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
+def exit_status(number: int) -> int:
+    """What a shell expects of a process that this signal ended; 0 for no signal."""
+    return 128 + number if number else 0
+
+
 class StopSignal:
     """Records SIGTERM (a scheduler ends the job) and SIGINT (Ctrl-C); a second Ctrl-C of a run of
     one process interrupts at once.

@@ -2,11 +2,13 @@
 
 from torch import nn
 
+from registry import UserError
+
 from .base.backbone import BACKBONES
 from .base.options import refuse_unread
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model that cannot be built as configured."""
 
 

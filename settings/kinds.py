@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from registry import Interval, UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be used; the message is one line and says what was given, what is
     allowed and how to mend it.
     """
@@ -83,34 +85,30 @@ def switch() -> Kind:
     return Kind("True or False", convert)
 
 
-def _interval(low: float, high: float, ends: str) -> str:
+def _interval(interval: Interval) -> str:
     """The interval in words, to be put behind "a number"."""
+    low, high, ends = interval
     if low == -math.inf and high == math.inf:
         return ""
     if high == math.inf:
         sign = ">=" if ends[0] == "[" else ">"
         return f" {sign} {low:g}"
-    return f" in {ends[0]}{low:g}, {high:g}{ends[1]}"
+    return f" in {interval}"
 
 
 def number(low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> Kind:
-    """A finite float between `low` and `high`; `ends` as in mathematics: '[' and ']' include the
-    end, '(' and ')' do not.
-    """
+    """A finite float of this `registry.Interval`."""
+    interval = Interval(low, high, ends)
 
     def convert(value: Any) -> float:
         value = literal(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError
-        if not math.isfinite(value):
-            raise ValueError
-        above = value >= low if ends[0] == "[" else value > low
-        below = value <= high if ends[1] == "]" else value < high
-        if not (above and below):
+        if not (math.isfinite(value) and interval.holds(value)):
             raise ValueError
         return float(value)
 
-    return Kind("a number" + _interval(low, high, ends), convert)
+    return Kind("a number" + _interval(interval), convert)
 
 
 def integer(low: float = -math.inf, high: float = math.inf) -> Kind:
@@ -122,7 +120,7 @@ def integer(low: float = -math.inf, high: float = math.inf) -> Kind:
             raise ValueError
         return value
 
-    return Kind("a whole number" + _interval(low, high, "[]"), convert)
+    return Kind("a whole number" + _interval(Interval(low, high)), convert)
 
 
 def text(pattern: str = "", allowed: str = "text", empty: str | None = "") -> Kind:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
 from data.sets import DATASETS
-from lr_scheduler import ScheduleError, check_schedule
-from optimizer import OptimizerError, check_optimizer
+from engine.losses import check_distillation
+from lr_scheduler import check_schedule
+from optimizer import check_optimizer
+from registry import UserError
 from settings.data_rules import check_augmentation, check_data, check_image_channels
-from settings.kinds import ConfigError, show
+from settings.kinds import ConfigError
 
 
 def derive(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -61,17 +61,6 @@ def check_stages(cfg: Any) -> None:
             )
 
 
-def check_family_options(cfg: Any) -> None:
-    """Options of SwinV2's cosine attention are refused, not ignored, elsewhere."""
-    attention = cfg.MODEL.ATTENTION
-    for key, neutral in (("LOGIT_SCALE_INIT", 10.0), ("BIAS_SIGMOID", True)):
-        if cfg.MODEL.TYPE != "swinv2" and attention[key] != neutral:
-            raise ConfigError(
-                f"MODEL.ATTENTION.{key}: {attention[key]} acts on MODEL.TYPE 'swinv2' only; "
-                f"with {cfg.MODEL.TYPE!r} leave it at {neutral}"
-            )
-
-
 def check_training(cfg: Any) -> None:
     """The rules of the schedule, the optimizer and the training images."""
     check_schedule(cfg.TRAIN)
@@ -79,29 +68,21 @@ def check_training(cfg: Any) -> None:
     check_augmentation(cfg)
 
 
-def check_distillation(cfg: Any) -> None:
+def is_yaml(name: str) -> bool:
+    """Whether a teacher is named by a YAML file, not by timm's name of a model."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def check_teacher(cfg: Any) -> None:
     """A teacher and a kind of distillation come together."""
     distill = cfg.TRAIN.DISTILL
-    if distill.KIND != "none" and not distill.TEACHER:
-        raise ConfigError(
-            f"TRAIN.DISTILL.TEACHER: '' is empty, TRAIN.DISTILL.KIND {distill.KIND!r} needs a timm"
-            " model's name or a YAML of this repository"
-        )
-    if distill.TEACHER.endswith((".yaml", ".yml")) and not Path(distill.TEACHER).is_file():
-        raise ConfigError(
-            f"TRAIN.DISTILL.TEACHER: {show(distill.TEACHER)} is not a file; allowed: a timm model's"
-            " name or a YAML of this repository"
-        )
-    if distill.KIND == "none" and (distill.TEACHER or distill.TEACHER_WEIGHTS):
-        raise ConfigError(
-            "TRAIN.DISTILL.KIND: 'none' leaves the teacher"
-            f" {show(distill.TEACHER or distill.TEACHER_WEIGHTS)} unused; allowed with a teacher:"
-            " hard, soft"
-        )
+    check_distillation(distill.KIND, distill.TEACHER)
+    if distill.KIND == "none":
+        check_distillation(distill.KIND, distill.TEACHER_WEIGHTS)
 
 
-ALWAYS = (check_data, check_stages, check_family_options)
-TRAINING = (check_training, check_distillation)
+ALWAYS = (check_data, check_stages)
+TRAINING = (check_training, check_teacher)
 
 
 def check_combinations(cfg: Any) -> None:
@@ -110,11 +91,13 @@ def check_combinations(cfg: Any) -> None:
 
     Raises: ConfigError.
     """
-    rules = ALWAYS if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE else ALWAYS + TRAINING
+    rules = ALWAYS
+    if not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE):
+        rules += TRAINING
     try:
         for rule in rules:
             rule(cfg)
         if not cfg.THROUGHPUT_MODE:
             check_image_channels(cfg)
-    except (DataError, OptimizerError, ScheduleError) as error:
+    except UserError as error:
         raise ConfigError(str(error)) from None

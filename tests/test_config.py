@@ -195,10 +195,6 @@ def test_mixture_of_experts_is_refused_and_its_stray_settings_are_dropped_with_a
             ("TRAIN.DISTILL.TEACHER", "regnety_160"),
             ("TRAIN.DISTILL.KIND", "regnety_160", "hard, soft"),
         ),
-        (
-            ("TRAIN.DISTILL.KIND", "soft", "TRAIN.DISTILL.TEACHER", "nowhere.yaml"),
-            ("TRAIN.DISTILL.TEACHER", "nowhere.yaml", "not a file"),
-        ),
         (("MODEL.SWIN.NUM_HEADS", [3, 6, 12]), ("MODEL.SWIN.NUM_HEADS", "3 entries", "4 stages")),
         (
             ("MODEL.SWIN.NUM_HEADS", [3, 6, 12, 25]),
@@ -211,14 +207,6 @@ def test_mixture_of_experts_is_refused_and_its_stray_settings_are_dropped_with_a
         (("MODEL.SWIN.DEPTHS", [], "MODEL.SWIN.NUM_HEADS", []), ("MODEL.SWIN.DEPTHS", "no stage")),
         (("MODEL.NUM_CLASSES", 10), ("MODEL.NUM_CLASSES", "10", "'imagenet'", "1000")),
         (("MODEL.NUM_CLASSES", 0), ("MODEL.NUM_CLASSES", "0", "'imagenet'", "1000")),
-        (
-            ("MODEL.ATTENTION.BIAS_SIGMOID", False),
-            ("MODEL.ATTENTION.BIAS_SIGMOID", "'swinv2' only"),
-        ),
-        (
-            ("MODEL.ATTENTION.LOGIT_SCALE_INIT", 5),
-            ("MODEL.ATTENTION.LOGIT_SCALE_INIT", "'swinv2' only"),
-        ),
         (("DATA.MEAN", [0.5]), ("DATA.MEAN", "1 numbers", "3 numbers each")),
         (("DATA.MEAN", [0.5, 0.5, 0.5]), ("DATA.STD", "together")),
     ],

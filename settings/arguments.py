@@ -1,0 +1,80 @@
+"""Configuration -> plain arguments of the engine, which reads no configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.losses import describe_loss
+from engine.train import Plan
+from settings.rules import family
+
+
+def trainer(config: Any) -> dict[str, Any]:
+    """Of `engine.session.make_trainer`."""
+    average = config.MODEL.EMA
+    return dict(
+        clip=config.TRAIN.CLIP_GRAD,
+        clip_mode=config.TRAIN.CLIP_MODE,
+        ema_decay=average.DECAY if average.ENABLE else None,
+        ema_leads=average.EVAL,
+        start_epoch=config.TRAIN.START_EPOCH,
+        compile=config.MODEL.COMPILE,
+        channels_last=config.MODEL.CHANNELS_LAST,
+    )
+
+
+def training(config: Any) -> dict[str, Any]:
+    """Of `engine.session.train`."""
+    train = config.TRAIN
+    return dict(
+        plan=Plan(
+            epochs=train.EPOCHS,
+            save_steps=train.SAVE_STEPS,
+            max_steps=train.MAX_STEPS,
+            max_nonfinite=train.MAX_NONFINITE,
+        ),
+        name=config.MODEL.NAME,
+        save_freq=config.SAVE_FREQ,
+        keep=train.KEEP,
+        print_freq=config.PRINT_FREQ,
+        tensorboard=config.LOG.TENSORBOARD,
+        wandb=config.LOG.WANDB,
+        plot=config.LOG.PLOT,
+    )
+
+
+def loss_in_words(config: Any, mixing: bool) -> str:
+    """What sets the training loss apart from the validation's; `mixing` says whether mixup or
+    cutmix run.
+    """
+    return describe_loss(
+        mixing=mixing,
+        smoothing=config.MODEL.LABEL_SMOOTHING,
+        distillation=config.TRAIN.DISTILL.KIND,
+    )
+
+
+def loading(config: Any) -> dict[str, Any]:
+    """Of `checkpoint.load_weights`: a checkpoint to go on with must fit exactly, and weights to
+    start from may be fitted.
+    """
+    model = config.MODEL
+    head = "reset" if model.HEAD_RESET else "auto"
+    if config.EVAL_MODE:
+        head = "evaluate"
+    return dict(
+        rule="exact" if model.RESUME else "finetune",
+        head=head,
+        allow_partial=model.PARTIAL_LOAD,
+        source_residual=model.SOURCE,
+    )
+
+
+def throughput(config: Any) -> dict[str, Any]:
+    """Of `engine.throughput.throughput`: the images of a batch."""
+    _, node = family(config)
+    return dict(
+        batch_size=config.DATA.BATCH_SIZE,
+        img_size=config.DATA.IMG_SIZE,
+        in_chans=node.IN_CHANS,
+    )

@@ -1,0 +1,92 @@
+"""What a run would refuse, told before it begins: settings first, then the files that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoint import locate
+from data.build import check_transforms
+from engine.teacher import check_timm_teacher
+from lr_scheduler import build_schedule, scaled_rates
+from models import build_model
+from optimizer import build_optimizer
+from settings.kinds import ConfigError
+from settings.rules import is_yaml
+
+
+def check_settings(config: Any) -> None:
+    """Refuses every name, value and combination that a run with these settings would refuse.
+
+    Builds the parts of the run with the model on the meta device, so that it takes neither memory
+    nor time; it looks at no file, no data set and no device.
+    Raises: UserError, one line.
+    """
+    model = draft_model(config)
+    if config.THROUGHPUT_MODE:
+        return
+    check_transforms(config, train=not config.EVAL_MODE)
+    if config.EVAL_MODE:
+        check_weights_are_given(config)
+        return
+    rates = scaled_rates(config, world_size=1)
+    build_optimizer(config, model, rates.base)
+    build_schedule(config, updates_per_epoch=1, rates=rates)
+    distill = config.TRAIN.DISTILL
+    if distill.KIND != "none" and not is_yaml(distill.TEACHER):
+        check_timm_teacher(distill.TEACHER)
+
+
+def draft_model(config: Any) -> nn.Module:
+    """The configured model on the meta device: shapes and names, without numbers. Where the classes
+    are counted in the data it has two.
+    """
+    if config.MODEL.TIMM.PRETRAINED:  # a draft fetches no weights
+        config = config.clone()
+        config.defrost()
+        config.MODEL.TIMM.PRETRAINED = False
+    with torch.device("meta"):
+        return build_model(config, config.MODEL.NUM_CLASSES or 2)
+
+
+def check_weights_are_given(config: Any) -> None:
+    """An evaluation needs weights."""
+    if not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+        best = Path(config.OUTPUT) / "best.pth"
+        raise ConfigError(
+            f"--eval needs weights: give --resume CHECKPOINT (such as {best}) or --pretrained"
+            " WEIGHTS"
+        )
+
+
+def check_files(config: Any, read: Callable[[str], Any]) -> None:
+    """Refuses files of weights that are not there or cannot be read, and a teacher's YAML that
+    cannot be used. URLs are left to the run. `read` makes a configuration of a YAML.
+
+    Raises: UserError, one line.
+    """
+    if config.THROUGHPUT_MODE:
+        return
+    sources = [config.MODEL.RESUME, config.MODEL.PRETRAINED]
+    if not config.EVAL_MODE:
+        sources.append(config.TRAIN.DISTILL.TEACHER_WEIGHTS)
+        check_teacher_file(config.TRAIN.DISTILL.TEACHER, read)
+    for source in sources:
+        if source and "://" not in source:
+            locate(source)
+
+
+def check_teacher_file(teacher: str, read: Callable[[str], Any]) -> None:
+    """The YAML of a teacher describes a model that can be built."""
+    if not is_yaml(teacher):
+        return
+    if not Path(teacher).is_file():
+        raise ConfigError(
+            f"TRAIN.DISTILL.TEACHER: {teacher!r} is not a file; allowed: a timm model's name or a"
+            " YAML of this repository"
+        )
+    draft_model(read(teacher))
