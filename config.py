@@ -318,8 +318,8 @@ KEYS: dict[str, Key] = {
         "STEM": Key("conv", choice("conv", "linear"),
             "three convolutions in front of the patches, or none"),
         "SHARE_EVERY": Key(2, AT_LEAST_1,
-            "of so many blocks in a row the first forms an attention map, the others refine and "
-            "use it; 1 = each forms its own, 2 as released"),
+            "blocks in a row that share an attention map: the first forms it, the others refine "
+            "and use it; 1 = each forms its own, 2 as released"),
         "CARRY": Key(True, switch(),
             "a block that forms a map adds the last one formed, / sqrt(channels per head)"),
         "REFINE": Key("refiner(preset=release, rescale=True)", NAME,
@@ -443,7 +443,7 @@ KEYS: dict[str, Key] = {
         "consecutive updates skipped for non-finite gradients before the run stops"),
     "TRAIN.SAVE_STEPS": Key(0, COUNT, "updates between two checkpoints inside an epoch; 0 = none"),
     "TRAIN.KEEP": Key(3, COUNT, "epoch checkpoints kept, besides last and best; 0 = all"),
-    "TRAIN.MAX_STEPS": Key(0, COUNT, "stop after so many updates in all; 0 = no limit"),
+    "TRAIN.MAX_STEPS": Key(0, COUNT, "stop after this many updates in all; 0 = no limit"),
     "TRAIN.THREADS": Key(0, COUNT, "CPU threads of torch per process; 0 = torch's choice"),
     # augmentation, in training
     "AUG.COLOR_JITTER": Key(0.4, FROM_0,

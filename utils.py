@@ -259,7 +259,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, plain: dict[str, Any], text: str) -> None:
-    """The run's settings, as config.json (the reference's name) and as config.yaml, which can be
+    """The run's settings, as config.json (Swin's name) and as config.yaml, which can be
     given back as --cfg.
     """
     write_text(folder / "config.json", json.dumps(plain, indent=1))

@@ -31,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """The horizontal axis: epochs of so many updates, or updates where that is not known (0)."""
+    """The horizontal axis: epochs, or updates where `updates_per_epoch` is 0 (not known)."""
 
     updates_per_epoch: int = 0
 

@@ -144,7 +144,7 @@ def evaluate(
         reduce: add up the sums of all processes; False where every process sees all images
             (TEST.SEQUENTIAL).
         per_class: also accuracy per class and, up to 4096 classes, the confusion matrix.
-        print_freq: a line (and a wait for the device) every so many batches; 0 = none.
+        print_freq: a line (and a wait for the device) every `print_freq` batches; 0 = none.
     Raises: RunError if the classes disagree or there are no images.
     """
     device = torch.device(device)

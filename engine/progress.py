@@ -16,8 +16,8 @@ class Progress:
 
     Args:
         layout: images and micro-batches of an update. batches: micro-batches of an epoch.
-        epochs, max_steps: the run ends after so many epochs, or updates if that is earlier (0: no
-            limit).
+        epochs, max_steps: the run ends after `epochs` epochs, or `max_steps` updates if that is
+            earlier (0: no limit).
         timer: seconds since any fixed moment.
     """
 

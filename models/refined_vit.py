@@ -112,7 +112,7 @@ class MapBlock(TokenBlock):
 
     @property
     def shared(self) -> bool:
-        """Whether it works with the map it is handed, and hands on the same."""
+        """Whether it uses the map of the block before and returns the same map."""
         return isinstance(self.attn, SharedMapAttention)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Step:
@@ -166,8 +166,8 @@ class RefinedViT(TokenTransformer):
     Args:
         img_size, patch_size: an int or (rows, columns). stem: "conv", three convolutions in front
             of the patches, or "linear".
-        share_every: of so many blocks in a row the first forms a map and the others share it; 1
-            shares none, 2 is the released form. Or one bool per block, True where it shares.
+        share_every: blocks in a row that share a map, which the first forms; 1 shares none, 2
+            is the released form. Or one bool per block, True where it shares.
         carry: a block that forms a map adds head_dim^-0.5 times the last one formed. refine: what a
             shared block does to its map.
         mlp_gain: initial factor, per channel, of the MLP's branch. aux_head: a second head on every
@@ -197,8 +197,8 @@ class RefinedViT(TokenTransformer):
         backend = config.MODEL.ATTENTION.BACKEND
         if backend != "auto" and (node.SHARE_EVERY > 1 or node.CARRY or node.COS_REG):
             raise ValueError(
-                f"MODEL.ATTENTION.BACKEND {backend}: maps that are handed on are formed in the"
-                " open; set it to auto, or SHARE_EVERY 1, CARRY False and COS_REG 0"
+                f"MODEL.ATTENTION.BACKEND {backend}: shared maps are formed in the open;"
+                " set it to auto, or SHARE_EVERY 1, CARRY False and COS_REG 0"
             )
         return super().from_config(
             config,

@@ -1,5 +1,5 @@
-"""ResNet with stand-alone self-attention (arXiv:1906.05909): local attention in the place of the 3
-x 3 convolutions.
+"""ResNet with stand-alone self-attention (arXiv:1906.05909): local attention instead of the 3 x 3
+convolutions.
 """
 
 from collections.abc import Sequence

@@ -78,7 +78,7 @@ class SwinMLPBlock(WindowBlock):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def flops(self) -> float:
-        """Multiply-accumulates for one image by the reference's count."""
+        """Multiply-accumulates for one image by Swin's count."""
         padding = self._padding(self.input_resolution)
         axes = zip(self.input_resolution, padding, self.window, strict=True)
         rows, columns = ((length + sum(zeros)) // side for length, zeros, side in axes)
@@ -87,7 +87,7 @@ class SwinMLPBlock(WindowBlock):
 
 @BACKBONES.register("swin_mlp")
 class SwinMLP(PyramidTransformer):
-    """The reference's arguments in the reference's order; `others` are further `PyramidOptions`.
+    """The arguments of the Swin repository in its order; `others` are further `PyramidOptions`.
     There is no attention to modify.
 
     Shapes: (B, in_chans, H, W) -> (B, num_classes).

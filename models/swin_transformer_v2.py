@@ -55,7 +55,7 @@ class SwinTransformerBlockV2(AttentionBlock):
 
 @BACKBONES.register("swinv2")
 class SwinTransformerV2(PyramidTransformer):
-    """The reference's arguments in the reference's order, then this project's; see
+    """The arguments of the Swin repository in its order, then this project's; see
     `SwinTransformer` for those both share.
 
     Args:

@@ -27,7 +27,7 @@ class SkipAttention(GlobalAttention):
     With "value" the result is as wide as v, whatever the input: attention can so change the number
     of channels.
     Shapes: (B, N, C) -> (B, N, heads * D) with "value", else (B, N, C). State dict: qkv, proj.
-    Raises: ValueError for another word, and for a mixer in the place of softmax attention, which
+    Raises: ValueError for another word, and for a mixer instead of softmax attention, which
         has no v to add.
     Source: Tokens-to-Token ViT, arXiv:2101.11986, and its released code.
     """

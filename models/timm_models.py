@@ -165,7 +165,7 @@ def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.
 
 
 def exchange_attention(net: nn.Module, name: str, spec: AttentionSpec) -> None:
-    """Puts this project's attention in the place of timm's, in place.
+    """Replaces timm's attention by this project's, in place.
 
     Raises: ValueError for a model without attention of a known class, or without a fixed grid of
         patches.
@@ -177,7 +177,7 @@ def exchange_attention(net: nn.Module, name: str, spec: AttentionSpec) -> None:
             f"timm model {name} ({type(net).__name__}) {_why(net, bool(found))}; models that fit:"
             f" {FITTING}"
             + "".join(
-                f"; MODEL.TYPE {kind} is the like of it"
+                f"; MODEL.TYPE {kind} is similar"
                 for part, kind in INSTEAD.items()
                 if name.startswith(part)
             )

@@ -119,7 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="name the faults and stop")
     parser.add_argument("--only", action="append", default=[], metavar="NAME")
-    parser.add_argument("--sample", type=int, metavar="N", help="so many, drawn by --seed")
+    parser.add_argument("--sample", type=int, metavar="N", help="N of them, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not arguments.only or mutant.name in arguments.only]

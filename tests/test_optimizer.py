@@ -176,7 +176,7 @@ def test_groups_are_the_references(label):
 
 
 class Named(nn.Module):
-    """Parameters of given names; what the reference decays by shape gets two dimensions."""
+    """Parameters of given names; what Swin decays by shape gets two dimensions."""
 
     def __init__(self, matrices, vectors, skip, keywords):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A mixer in the place of softmax attention: over all tokens of an image, or window by window."""
+"""A mixer instead of softmax attention: over all tokens of an image, or window by window."""
 
 from collections.abc import Callable
 

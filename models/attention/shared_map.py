@@ -40,7 +40,7 @@ class MapAttention(GlobalAttention):
     ):
         if spec.mixer != "softmax":
             raise ValueError(
-                f"mixer {spec.mixer} forms no map that could be handed on; set"
+                f"mixer {spec.mixer} forms no map that the next block could share; set"
                 " MODEL.ATTENTION.MIXER softmax, or SHARE_EVERY 1, CARRY False and COS_REG 0"
             )
         super().__init__(geometry, spec, qkv_bias, None, proj_drop)
@@ -54,7 +54,7 @@ class MapAttention(GlobalAttention):
                 )
 
     def is_open(self) -> bool:
-        """Always: the map is handed on."""
+        """Always: the next block needs the map."""
         return True
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,7 @@ class TalkingHeadsAttention(GlobalAttention):
             gradient.
     Shapes: (B, N, C) -> (B, N, C). State dict: qkv, proj, proj_l and proj_w (H, H) [to, from], as
         in timm's CaiT.
-    Raises: ValueError for a mixer in the place of softmax attention: it has no heads' maps that
-        could mix.
+    Raises: ValueError for a mixer instead of softmax attention: it has no maps of heads to mix.
     Source: Talking-Heads Attention, arXiv:2003.02436; CaiT, arXiv:2103.17239.
     """
 

@@ -193,7 +193,5 @@ REPLACEMENTS = {
 
 
 def replacement(module: nn.Module) -> type[nn.Module] | None:
-    """What takes the place of a timm module, or None for one that is no attention of a known
-    class.
-    """
+    """What replaces a timm module; None for one that is no attention of a known class."""
     return REPLACEMENTS.get(f"{type(module).__module__}.{type(module).__qualname__}")

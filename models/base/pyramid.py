@@ -319,7 +319,7 @@ class PyramidTransformer(Backbone):
         return self.head(self.forward_features(x))
 
     def flops(self) -> float:
-        """Multiply-accumulates for one image by the reference's count, whose last norm is counted
+        """Multiply-accumulates for one image by Swin's count, whose last norm is counted
         on L / 2^stages tokens.
         """
         tokens = self.patches_resolution[0] * self.patches_resolution[1]

@@ -21,7 +21,7 @@ from .token_block import TokenBlock
 class TokenTransformer(Backbone):
     """Base of ViT and its relatives; a subclass gives `forward_features`, `head` and `flops`.
 
-    patch_embed: takes the place of what `make_patch_embed` makes.
+    patch_embed: used instead of what `make_patch_embed` makes.
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
 

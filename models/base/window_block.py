@@ -16,7 +16,7 @@ def clamp_window(resolution: Size, window_size: int | Size, shifted: bool) -> tu
     """(window, shift) of a block on a map of `resolution` tokens: a shift is half the window.
 
     A window given as one number is cut to the shorter side of the map, and then nothing is shifted,
-    as in the reference; one given as (rows, columns) is cut side by side.
+    as in Swin; one given as (rows, columns) is cut side by side.
     """
     if isinstance(window_size, int):
         fits = min(resolution) > window_size
@@ -83,7 +83,7 @@ class WindowBlock(nn.Module):
         return self.layout(self.input_resolution, None).num_windows
 
     def mlp_flops(self) -> float:
-        """Multiply-accumulates of the MLP and the two norms by the reference's count."""
+        """Multiply-accumulates of the MLP and the two norms by Swin's count."""
         tokens = self.input_resolution[0] * self.input_resolution[1]
         return 2 * tokens * self.dim + 2 * tokens * self.dim * self.dim * self.mlp_ratio
 
@@ -138,7 +138,7 @@ class AttentionBlock(WindowBlock):
         return self.attn(x.unflatten(1, grid), self.layout(grid, x.device)).flatten(1, 2)
 
     def flops(self) -> float:
-        """Multiply-accumulates for one image by the reference's count (softmax, bias and position
+        """Multiply-accumulates for one image by Swin's count (softmax, bias and position
         MLPs are not counted).
         """
         tokens = self.input_resolution[0] * self.input_resolution[1]

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def trunc_normal(tensor: Tensor, std: float) -> Tensor:
-    """Normal(0, std) cut at +-2 (not at 2 std: the reference's rule); exactly 0 where std is 0."""
+    """Normal(0, std) cut at +-2 (not at 2 std: Swin's rule); exactly 0 where std is 0."""
     return nn.init.trunc_normal_(tensor, std=std) if std else nn.init.zeros_(tensor)
 
 
 def init_linear_and_norm(module: nn.Module) -> None:
-    """The reference's rule: Linear and Conv1d weights trunc_normal 0.02 and biases 0, LayerNorm 1
+    """Swin's rule: Linear and Conv1d weights trunc_normal 0.02 and biases 0, LayerNorm 1
     and 0; convolutions keep PyTorch's.
     """
     if isinstance(module, (nn.Linear, nn.Conv1d)):

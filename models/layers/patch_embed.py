@@ -113,7 +113,7 @@ class PatchMerging(nn.Module):
         return -(-grid[0] // 2), -(-grid[1] // 2)
 
     def flops(self) -> int:
-        """Multiply-accumulates by the reference's count, which differs between the two placements
+        """Multiply-accumulates by Swin's count, which differs between the two placements
         of the norm.
         """
         height, width = self.input_resolution

@@ -1,4 +1,4 @@
-"""Refined ViT: sizes and multiply-accumulates, its identities, the maps handed on, the penalty, and
+"""Refined ViT: sizes and multiply-accumulates, its identities, the shared maps, the penalty, and
 vectors of the original.
 """
 
