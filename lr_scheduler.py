@@ -80,8 +80,9 @@ class Schedule:
 class Shape:
     """The course of the rate after the warm-up.
 
-    rate: (schedule, base, t) -> rate at update t. ends: whether it reaches an end, from which on a
-    cool-down (TRAIN.COOLDOWN_EPOCHS) runs at a constant rate.
+    rate: (schedule, base, t) -> rate at update t.
+    ends: whether it reaches an end, from which on a cool-down (TRAIN.COOLDOWN_EPOCHS) runs at a
+        constant rate.
     """
 
     rate: Callable[[Schedule, float, int], float]

@@ -64,8 +64,9 @@ RowDecay = Callable[[list[nn.Parameter], float, float, float, Tensor | None], No
 class OptimizerEntry:
     """One optimizer.
 
-    build: makes it. row_decay: the exact form of a weight decay per row, applied before each step;
-    None where the optimizer mixes the decay into something non-linear, such as LAMB's trust ratio.
+    build: makes it.
+    row_decay: the exact form of a weight decay per row, applied before each step; None where the
+        optimizer mixes the decay into something non-linear, such as LAMB's trust ratio.
     """
 
     build: Callable[[Request], torch.optim.Optimizer]

@@ -36,8 +36,8 @@ SOURCES = Registry("checkpoint source")
 def source(name: str, pattern: str, reason: str, also: Callable[[State], str | None] | None = None):
     """Registers a function as the conversion of state dicts of which a key matches `pattern`.
 
-    reason: shown to the user, with {key} for the first such key. also: another way to recognise
-    them, which returns the reason or None.
+    reason: shown to the user, with {key} for the first such key.
+    also: another way to recognise them, which returns the reason or None.
     """
 
     def recognise(state: State) -> str | None:

@@ -24,7 +24,8 @@ def fit(
     """Fits a state dict with Swin's names to a model; what no rule covers stays as it is. Notes go
     to the report.
 
-    head: see `heads.fit_head`. resize: 'bicubic', 'geometric' or 'auto', see `load_weights`.
+    head: see `heads.fit_head`.
+    resize: 'bicubic', 'geometric' or 'auto', see `load_weights`.
     """
     wanted = model.state_dict()
     state = fit_heads(model, state, wanted, report, head)

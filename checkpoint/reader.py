@@ -28,7 +28,8 @@ class Checkpoint:
     """The content of a file, and what it is.
 
     Args:
-        content: tensors and plain data. source: path or URL as given, for messages.
+        content: tensors and plain data.
+        source: path or URL as given, for messages.
         path: the file on this machine.
     """
 

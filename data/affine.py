@@ -29,9 +29,11 @@ class Affine:
     def matrices(self, draws: np.ndarray, size: tuple[int, int], hflip: float = 0.0) -> Tensor:
         """Output -> input coordinates, both in [-1, 1], of N images.
 
-        draws: (N, 6), uniform in [-1, 1): rotation, scale, shear, shift x, shift y, flip. hflip:
-        probability of mirroring. Returns (N, 2, 3) float32, rows x and y. Computed for a whole
-        epoch at once, so independent of the batches.
+        draws: (N, 6), uniform in [-1, 1): rotation, scale, shear, shift x, shift y, flip.
+        hflip: probability of mirroring.
+
+        Returns (N, 2, 3) float32, rows x and y. Computed for a whole epoch at once, so independent
+        of the batches.
         """
         angle = draws[:, 0] * self.rotation
         scale = 1 + draws[:, 1] * self.scale
@@ -50,10 +52,13 @@ class ArrayBatches(Dataset):
     """Grey images of one size in memory, normalised and perhaps mapped, a batch at a time.
 
     Args:
-        source: images (N, h, w) uint8. channels: how often the grey channel is repeated.
-        mean, std: per channel, of values in [0, 1]. affine: None for evaluation.
-        hflip: probability of mirroring. erasing: timm's RandomErasing or None. copies: repetitions
-            of an image in an epoch.
+        source: images (N, h, w) uint8.
+        channels: how often the grey channel is repeated.
+        mean, std: per channel, of values in [0, 1].
+        affine: None for evaluation.
+        hflip: probability of mirroring.
+        erasing: timm's RandomErasing or None.
+        copies: repetitions of an image in an epoch.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class Data:
     Args:
         train_loader: len() batches an epoch on this rank; .epoch(epoch, start_batch=0) yields
             (images, targets) from that batch on. None where no training was asked for.
-        val_loader: iterate it for (images, targets); every image once over all ranks. images
-            (B, C, h, w) float32, normalised; targets (B,) int64.
+        val_loader: iterate it for (images, targets); every image once over all ranks. images (B, C,
+            h, w) float32, normalised; targets (B,) int64.
         mixup: (images, targets) -> (images, soft targets), or None.
         mean, std: per channel, as applied.
     """

@@ -31,11 +31,14 @@ _LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in a grey image
 class Request:
     """What a run asks of a reader; a reader uses what concerns it.
 
-    dataset: DATA.DATASET, for messages. root: DATA.DATA_PATH. train: whether the training images
-    are wanted. size: (h, w) of the model's input, pixels; interpolation: how to get there. Both
-    are for readers of `model_sized` arrays. download: fetch what is missing. zipped, cache: read
-    archives, and how much of them to keep in memory (no, full, part). rank, world_size: whose
-    part.
+    dataset: DATA.DATASET, for messages.
+    root: DATA.DATA_PATH.
+    train: whether the training images are wanted.
+    size: (h, w) of the model's input, pixels.
+    interpolation: how to get there. Both are for readers of `model_sized` arrays.
+    download: fetch what is missing.
+    zipped, cache: read archives, and how much of them to keep in memory (no, full, part).
+    rank, world_size: whose part.
     """
 
     dataset: str

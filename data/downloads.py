@@ -12,7 +12,8 @@ def read_split(reader: str, request: Request, layout: str, **split: Any) -> Any:
     """One split, as an object of the class torchvision.datasets.<reader>.
 
     Args:
-        layout: the files it reads, for errors. split: torchvision's choice, train=True or the like.
+        layout: the files it reads, for errors.
+        split: torchvision's choice, train=True or the like.
     Raises: DataError where files are missing or damaged, or a download fails.
     """
     from torchvision import datasets  # here: the names of all data sets are needed without it

@@ -26,10 +26,10 @@ class Loader:
 
     Args:
         dataset: answers __getitems__(keys) with a Batch, has `source` and `reading`.
-        batches: the batch sampler. num_workers: 0 loads in this process; workers live as long as
-            the loader.
-        timeout: seconds to wait for a batch, 0 for ever. corrupt_limit: different unreadable images
-            tolerated.
+        batches: the batch sampler.
+        num_workers: 0 loads in this process; workers live as long as the loader.
+        timeout: seconds to wait for a batch, 0 for ever.
+        corrupt_limit: different unreadable images tolerated.
     Raises (while iterating): DataError.
     """
 

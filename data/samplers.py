@@ -20,7 +20,8 @@ class TrainBatches:
     out.
 
     Args:
-        length: number of images N. batch_size: images per rank.
+        length: number of images N.
+        batch_size: images per rank.
         copies: repeated augmentation; an epoch still has N samples, of N / copies images, each
             `copies` times.
     Raises: DataError if there is not one full global batch.

@@ -53,14 +53,14 @@ def train_transform(
     `mean`: 1 (grey) or 3.
 
     Args:
-        size: (h, w). scale, ratio: area and aspect ratio of RandomResizedCrop.
-        color_jitter: strength, 0 for none; without effect beside `auto_augment`, as in the
-            Swin.
+        size: (h, w).
+        scale, ratio: area and aspect ratio of RandomResizedCrop.
+        color_jitter: strength, 0 for none; without effect beside `auto_augment`, as in the Swin.
         auto_augment: cifar10, svhn or imagenet (AutoAugment's policies, arXiv:1805.09501, as
             torchvision has them), timm's policy string, or 'none'. The policies fill what they
             uncover with the mean colour.
         erase_mode: pixel (noise), rand (one random colour) or const (0, which is the mean).
-            erase_area: least and most share of the image's area that one erased region takes.
+        erase_area: least and most share of the image's area that one erased region takes.
         crop_padding: >= 0 takes a random crop of the padded image instead of RandomResizedCrop; -1:
             only for images up to SMALL pixels, with SMALL_PADDING. The image is first brought to
             `size` where it has another.

@@ -21,10 +21,9 @@ def clip_gradients(
     their device.
 
     Args:
-        value: None or 0 only measures (in Swin 0.0 zeroes every gradient); else, by mode:
-            norm: the largest total norm; value: the largest absolute entry;
-            agc: the largest ratio of a row's gradient norm to its weight norm, adaptive clipping,
-                arXiv:2102.06171.
+        value: None or 0 only measures (in Swin 0.0 zeroes every gradient). Else it is, by mode, the
+            largest total norm (norm), the largest absolute entry (value), or the largest ratio of a
+            row's gradient norm to its weight norm (agc, adaptive clipping, arXiv:2102.06171).
         exempt: parameters that agc leaves alone; its paper leaves out the classifier.
     Raises: RunError for an unknown mode or a negative value.
     """

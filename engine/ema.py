@@ -18,7 +18,8 @@ class ParameterEma:
     (1 - decay) updates: choose decay for the run's length.
 
     Args:
-        model: on its device; wrapped by DDP or compile or not. decay: in [0, 1).
+        model: on its device; wrapped by DDP or compile or not.
+        decay: in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999):

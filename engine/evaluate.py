@@ -30,10 +30,11 @@ Autocast = AbstractContextManager | Callable[[], AbstractContextManager] | None
 class EvalResult:
     """Sums over all images of all processes.
 
-    count: images. loss: mean cross-entropy. acc1, acc5: per cent with the target first, or among
-        the first `topk` = min(5, K).
-    per_class: (K,) per cent, NaN where a class has no image, or None. class_images: (K,) images of
-        each class, or None.
+    count: images.
+    loss: mean cross-entropy.
+    acc1, acc5: per cent with the target first, or among the first `topk` = min(5, K).
+    per_class: (K,) per cent, NaN where a class has no image, or None.
+    class_images: (K,) images of each class, or None.
     confusion: (K, K) counts, [target, prediction], or None.
     """
 

@@ -29,8 +29,8 @@ class MetricLog:
             entries of step n that are already there are not written twice, so that the file ends up
             as that of a run never stopped. -1: begin anew. None: add to what is there. What is
             dropped stays in metrics.jsonl.bak.
-        tensorboard: also event files in folder/tensorboard. wandb: also a W&B run, named `name`,
-            with `config` (plain values).
+        tensorboard: also event files in folder/tensorboard.
+        wandb: also a W&B run, named `name`, with `config` (plain values).
     Raises: LogError if W&B is asked for and not installed. A missing TensorBoard is a warning,
         since it is on by default.
     """

@@ -72,7 +72,8 @@ class Distillation(nn.Module):
     Args:
         teacher: images (B, 3, H, W) -> logits (B, K); frozen, always in eval mode, and in no state
             dict. None for kind "none".
-        alpha: in [0, 1]. tau: temperature of `soft`, above 0.
+        alpha: in [0, 1].
+        tau: temperature of `soft`, above 0.
     Shapes: logits (B, K) or the pair ((B, K), (B, K)) of a model with two heads; targets as `base`
         takes them.
     Raises: RunError for an unknown kind, values out of range, or a teacher with another number of

@@ -15,7 +15,8 @@ class Progress:
     """Times updates and epochs; all times are in seconds.
 
     Args:
-        layout: images and micro-batches of an update. batches: micro-batches of an epoch.
+        layout: images and micro-batches of an update.
+        batches: micro-batches of an epoch.
         epochs, max_steps: the run ends after `epochs` epochs, or `max_steps` updates if that is
             earlier (0: no limit).
         timer: seconds since any fixed moment.

@@ -33,7 +33,8 @@ def choose(
     folder itself is taken at its word.
 
     Args:
-        explicit: path or URL given by the user, "" or None for none. auto: look into the folder.
+        explicit: path or URL given by the user, "" or None for none.
+        auto: look into the folder.
     Raises: CheckpointError where the explicit file is missing or cannot be read, or the folder
         holds damaged checkpoints only.
     """

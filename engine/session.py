@@ -35,7 +35,8 @@ def make_trainer(
     """A `Trainer`, with `options` as it takes them.
 
     Args:
-        model: a backbone, bare. criterion: (logits, targets) -> scalar.
+        model: a backbone, bare.
+        criterion: (logits, targets) -> scalar.
         distillation: the teacher; a second head of the model learns from it.
         ema_decay: of an average of the parameters; None: no average.
         start_epoch: where a new run begins.
@@ -75,12 +76,16 @@ def train(
     """Trains to the end of the plan, or until a signal; returns the exit status.
 
     Args:
-        loader, evaluate: as `fit` takes them. folder: of the checkpoints and the metric log.
+        loader, evaluate: as `fit` takes them.
+        folder: of the checkpoints and the metric log.
         fresh: the run begins here, and so does its metric log.
         validate_first: evaluate the weights that were loaded before the first update.
-        name: of the run. config: plain data, for the checkpoints.
-        save_freq, keep: for `CheckpointFolder`; print_freq, training_loss: for `Report`;
-            tensorboard, wandb: for `MetricLog`; plot: draw the curves at the end.
+        name: of the run.
+        config: plain data, for the checkpoints.
+        save_freq, keep: for `CheckpointFolder`.
+        print_freq, training_loss: for `Report`.
+        tensorboard, wandb: for `MetricLog`.
+        plot: draw the curves at the end.
     """
     world = trainer.world
     checkpoints = CheckpointFolder(folder, save_freq, keep)

@@ -33,8 +33,8 @@ class TrainState:
     """Where a run stands. epoch: the one under way, from 0. batch: micro-batches of it that every
     process has used up.
 
-    update: optimizer updates since the beginning. best: highest accuracy of an epoch so far, in
-    percent, reached in best_epoch (-1: none yet).
+    update: optimizer updates since the beginning.
+    best: highest accuracy of an epoch so far, in percent, reached in best_epoch (-1: none yet).
     """
 
     epoch: int = 0

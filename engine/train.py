@@ -19,9 +19,10 @@ from engine.trainer import Batch, Trainer
 class Plan:
     """When to do what.
 
-    epochs: in all. save_steps: updates between two checkpoints inside an epoch, 0 none.
-    max_steps: updates in all, 0 no limit. max_nonfinite: updates skipped in a row before the run
-    ends with an error.
+    epochs: in all.
+    save_steps: updates between two checkpoints inside an epoch, 0 none.
+    max_steps: updates in all, 0 no limit.
+    max_nonfinite: updates skipped in a row before the run ends with an error.
     """
 
     epochs: int
@@ -44,8 +45,8 @@ def fit(
     """Trains from `trainer.state` to the plan's end; after each epoch validates, then saves.
 
     Args:
-        loader: len() batches an epoch, .epoch(epoch, start_batch) yields them. evaluate: model ->
-            result on the validation images.
+        loader: len() batches an epoch, .epoch(epoch, start_batch) yields them.
+        evaluate: model -> result on the validation images.
         extra: plain data for every checkpoint (the config).
     Returns: 0, or the number of the signal that ended the run early (its state is saved).
     Raises: DivergedError.

@@ -28,18 +28,20 @@ class Trainer:
     """Everything that an update changes, and the update.
 
     Args:
-        model: on its device, bare. optimizer, scheduler: over its parameters; scheduler has
-            step_update(n), state_dict, load_state_dict.
+        model: on its device, bare.
+        optimizer, scheduler: over its parameters; scheduler has step_update(n), state_dict,
+            load_state_dict.
         loss: (images, logits, targets) -> scalar, the mean over the batch, formed in float32 or
             wider.
         layout: batch_size, world_size and accumulation (micro-batches of one update).
         dtype: of autocast; float16 turns on the gradient scaler, float32 turns autocast off.
-        clip, clip_mode: for `engine.clip.clip_gradients`. mixup: (images, targets) -> (images, soft
-            targets), or None.
+        clip, clip_mode: for `engine.clip.clip_gradients`.
+        mixup: (images, targets) -> (images, soft targets), or None.
         two_heads: the loss takes the pair of logits of `model.forward_heads`, class head first,
             instead of the model's result.
-        ema: `engine.ema.ParameterEma` or None. ema_leads: it is evaluated too, and the best
-            checkpoint is chosen by it (`leader`: the model that decides).
+        ema: `engine.ema.ParameterEma` or None.
+        ema_leads: it is evaluated too, and the best checkpoint is chosen by it (`leader`: the model
+            that decides).
     """
 
     def __init__(

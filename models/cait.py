@@ -92,14 +92,16 @@ class CaiT(TokenTransformer):
     """Patch blocks, then class blocks; the head sees the class token.
 
     Args:
-        img_size, patch_size: an int or (rows, columns). depth, class_depth: blocks of each kind.
-            head_dim: channels of a head; None is
-            embed_dim / num_heads. layer_scale: initial gamma of all branches, or "depth": 0.1 up to
-                block 18, 1e-5 up to 24, then 1e-6.
+        img_size, patch_size: an int or (rows, columns).
+        depth, class_depth: blocks of each kind.
+        head_dim: channels of a head; None is embed_dim / num_heads.
+        layer_scale: initial gamma of all branches, or "depth": 0.1 up to block 18, 1e-5 up to 24,
+            then 1e-6.
         mixing: initial values of the head mixings, "small" as released, "normal" (N(0, 1)) or
-            "identity". mixing_bias: they have one.
-        class_context: what the class token attends to, see ClassBlock. class_mixing: heads mix in
-            the class blocks as well.
+            "identity".
+        mixing_bias: they have one.
+        class_context: what the class token attends to, see ClassBlock.
+        class_mixing: heads mix in the class blocks as well.
         drop_path_rate: of the patch blocks, drop_path_profile constant or linear; the class blocks
             have none.
         attention: modifies the patch blocks; the class blocks have a single query without a place

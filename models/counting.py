@@ -30,9 +30,11 @@ class Macs:
     """Multiply-accumulates of one image, by kind. Element-wise work (softmax, masks, activations)
     is in none of them.
 
-    linear: linear layers and convolutions. attention: products of two activations, such as q kᵀ and
-        map times v, and all that
-    modifiers do to an N x N matrix. norm: 2 per number that a LayerNorm writes.
+    linear: linear layers and convolutions.
+    attention: products of two activations, such as q kᵀ and map times v, and all that modifiers do
+        to an N x N matrix.
+    norm: 2 per number that a LayerNorm writes.
+
     Local attention is counted as it is computed, tile by tile: more than the k² products per pixel
     of its own `flops`.
     """

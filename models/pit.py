@@ -60,8 +60,9 @@ class TokenPooling(nn.Module):
     """Halves the grid and widens the channels: a depthwise 3 x 3 convolution of stride 2 for the
     patches, a linear layer for class tokens.
 
-    grid: (rows, columns) before. prefix: class tokens. pointwise: a 1 x 1 convolution after the
-        depthwise one.
+    grid: (rows, columns) before.
+    prefix: class tokens.
+    pointwise: a 1 x 1 convolution after the depthwise one.
     Shapes: (B, prefix + rows * columns, dim) -> (B, prefix + ceil(rows / 2) * ceil(columns / 2),
         out_dim), out_dim a multiple of dim.
     """
@@ -108,12 +109,13 @@ class PiT(TokenTransformer):
     doubles the channels.
 
     Args:
-        img_size, patch_size: an int or (rows, columns). stride: pixels between two patches; None is
-            patch_size. embed_dim: channels of
-            the first stage. depths, num_heads: per stage. head_dim: channels of a head; None is
-                channels / heads.
-        pointwise: a 1 x 1 convolution in the pooling. class_position: the class tokens have a
-            position embedding, `cls_pos`.
+        img_size, patch_size: an int or (rows, columns).
+        stride: pixels between two patches; None is patch_size.
+        embed_dim: channels of the first stage.
+        depths, num_heads: per stage.
+        head_dim: channels of a head; None is channels / heads.
+        pointwise: a 1 x 1 convolution in the pooling.
+        class_position: the class tokens have a position embedding, `cls_pos`.
         distilled: a second class token with a head of its own; the logits are the mean of both.
         drop_path_profile: linear from 0 to drop_path_rate, or constant.
     Shapes: (B, in_chans, H, W) -> (B, num_classes), or features of the (first) class token where

@@ -85,8 +85,9 @@ class MapBlock(TokenBlock):
     attention is returned too.
 
     Args:
-        attn: (x, previous map) -> (y, map) where `hands_on`, else x -> y. gain: initial gamma, per
-            channel. eps: of the norms.
+        attn: (x, previous map) -> (y, map) where `hands_on`, else x -> y.
+        gain: initial gamma, per channel.
+        eps: of the norms.
     Shapes: x (B, N, C), previous (B, H, N, N) or None -> x, and the map (B, H, N, N) or None. State
         dict: as TokenBlock; gamma is ls2.gamma.
     Source: github.com/zhoudaquan/Refiner_ViT writes the branches as 2 f(norm(x / 2)). As norm(x /
@@ -131,8 +132,8 @@ def run_map_blocks(
 ) -> tuple[Tensor, list[Tensor]]:
     """Tokens through the blocks, each handed the map of the one before.
 
-    again: activations are computed again in the backward. pairs: neighbouring blocks, from the
-        first on, whose maps are compared.
+    again: activations are computed again in the backward.
+    pairs: neighbouring blocks, from the first on, whose maps are compared.
     Returns: tokens (B, N, C), and the `map_similarity` of each pair.
     """
     attn, similarities = None, []
@@ -164,16 +165,16 @@ class RefinedViT(TokenTransformer):
     values only.
 
     Args:
-        img_size, patch_size: an int or (rows, columns). stem: "conv", three convolutions in front
-            of the patches, or "linear".
-        share_every: blocks in a row that share a map, which the first forms; 1 shares none, 2
-            is the released form. Or one bool per block, True where it shares.
-        carry: a block that forms a map adds head_dim^-0.5 times the last one formed. refine: what a
-            shared block does to its map.
-        mlp_gain: initial factor, per channel, of the MLP's branch. aux_head: a second head on every
-            patch; the logits are the class token's + half the largest over the patches. It is
-            trained through these logits: the released weights were trained with dense labels per
-                patch, which this project does not read.
+        img_size, patch_size: an int or (rows, columns).
+        stem: "conv", three convolutions in front of the patches, or "linear".
+        share_every: blocks in a row that share a map, which the first forms; 1 shares none, 2 is
+            the released form. Or one bool per block, True where it shares.
+        carry: a block that forms a map adds head_dim^-0.5 times the last one formed.
+        refine: what a shared block does to its map.
+        mlp_gain: initial factor, per channel, of the MLP's branch.
+        aux_head: a second head on every patch; the logits are the class token's + half the largest
+            over the patches. It is trained through these logits: the released weights were trained
+            with dense labels per patch, which this project does not read.
         cos_reg, cos_pairs: while training, cos_reg / cos_pairs * sum over the first cos_pairs pairs
             of neighbouring blocks of the mean cosine, over the heads, of their maps is added to the
             loss; of a block that shares, with the one before, it is 1. cos_reg 0 computes and keeps

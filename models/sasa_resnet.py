@@ -24,8 +24,9 @@ class Bottleneck(nn.Module):
     """relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1 x))))))) + shortcut(x)): 1 x 1, spatial, 1 x 1.
 
     Args:
-        dim: channels of x. width: channels of the spatial layer; the result has 4 width. stride: of
-            the spatial layer (ResNet v1.5).
+        dim: channels of x.
+        width: channels of the spatial layer; the result has 4 width.
+        stride: of the spatial layer (ResNet v1.5).
         attention: options of LocalAttention, which then is the spatial layer conv2; None is a 3 x 3
             convolution.
     Shapes: (B, dim, H, W) -> (B, 4 width, ceil(H / stride), ceil(W / stride)). State-dict keys are
@@ -83,15 +84,15 @@ class SasaResNet(Backbone):
     convolutions (v1.5).
 
     Args:
-        img_size: what `flops` assumes; the model takes any size. width: channels of the spatial
-            layers in the first group; each later
-            group has twice as many. depths: blocks per group.
+        img_size: what `flops` assumes; the model takes any size.
+        width: channels of the spatial layers in the first group; each later group has twice as
+            many.
+        depths: blocks per group.
         stem: conv (7 x 7, stride 2, max pooling), attention (AttentionStem; images in multiples of
-            4 pixels), or small (3 x 3, stride 1,
-            no pooling: for images of about 32 pixels). conv_groups: numbers of the groups, from 1,
-                that stay convolutions.
-        num_heads, kernel_size, rel, pad, scale, grouped, content: of LocalAttention. stem_heads,
-        mixtures: of AttentionStem.
+            4 pixels), or small (3 x 3, stride 1, no pooling: for images of about 32 pixels).
+        conv_groups: numbers of the groups, from 1, that stay convolutions.
+        num_heads, kernel_size, rel, pad, scale, grouped, content: of LocalAttention.
+        stem_heads, mixtures: of AttentionStem.
     Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, 4 width 2^(groups - 1))
         where num_classes is 0. State-dict keys are torchvision's; conv2 of a block may be
         attention, as may conv1 of the stem.

@@ -178,14 +178,16 @@ class SwiftFormer(Backbone):
     """Four stages on maps of 1/4, 1/8, 1/16 and 1/32 of the image.
 
     Args:
-        img_size: what `flops` assumes; the model takes any size. embed_dims, depths: channels and
-            blocks of each stage.
+        img_size: what `flops` assumes; the model takes any size.
+        embed_dims, depths: channels and blocks of each stage.
         vit_num: blocks with attention at the end of each stage; the others are convolution
-            encoders. attention: the mixer, "name(option=value)" (models/attention/mixers).
-                num_heads: per stage, for mixers that have heads.
-        drop_rate: dropout before the heads and in the MLPs. drop_path_rate: grows linearly over the
-            blocks, 0 in the published recipe; drop_path_profile constant: the same in all.
-            layer_scale: initial value of the gammas of attention and MLP, None leaves all out.
+            encoders.
+        attention: the mixer, "name(option=value)" (models/attention/mixers).
+        num_heads: per stage, for mixers that have heads.
+        drop_rate: dropout before the heads and in the MLPs.
+        drop_path_rate: of the last block; 0 in the published recipe.
+        drop_path_profile: linear from 0 over the blocks, or constant.
+        layer_scale: initial value of the gammas of attention and MLP, None leaves all out.
         distillation: a second head. The logits are the mean of both; `forward_heads` gives each.
     Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dims[-1]) where
         num_classes is 0. State-dict keys are timm's. Published parameter counts include the second

@@ -54,13 +54,13 @@ class SwinTransformer(PyramidTransformer):
     """The arguments of the Swin repository in its order, then this project's.
 
     Args:
-        img_size, patch_size, window_size: an int or (rows, columns). qk_scale: None is
-            head_dim^-0.5.
+        img_size, patch_size, window_size: an int or (rows, columns).
+        qk_scale: None is head_dim^-0.5.
         attn_drop_rate: the same as AttentionSpec.drop, for callers of Swin's class.
         fused_window_process: has no effect, and True is answered with a warning; window attention
             here includes shift and partition anyway.
-        attention: what is modified. others: further `PyramidOptions` (pre_mlp, sw_mlp,
-            dynamic_img_size ...).
+        attention: what is modified.
+        others: further `PyramidOptions` (pre_mlp, sw_mlp, dynamic_img_size ...).
     Shapes: (B, in_chans, H, W) -> (B, num_classes).
     """
 

@@ -104,10 +104,10 @@ class TokensToToken(nn.Module):
     split of its tokens; a projection.
 
     Args:
-        count: token transformers; the grid is 2^-(count + 1) of the image. token_dim: their
-            channels. input_scale: their logits are scaled by (input channels)^-0.5 instead of
-                token_dim^-0.5. unused_norm: hold a LayerNorm `norm` that nothing uses and nothing
-                trains.
+        count: token transformers; the grid is 2^-(count + 1) of the image.
+        token_dim: their channels.
+        input_scale: their logits are scaled by (input channels)^-0.5 instead of token_dim^-0.5.
+        unused_norm: hold a LayerNorm `norm` that nothing uses and nothing trains.
         attention: modifies the token transformers.
     Shapes: (B, in_chans, H, W) of `img_size` -> (B, rows * columns, embed_dim). Raises ValueError
         for another image size.
@@ -188,10 +188,10 @@ class T2TViT(TokenTransformer):
     the tokens.
 
     Args:
-        img_size: an int or (rows, columns). token_transformers: their number; the tokens' grid is
-            2^-(number + 1) of the image.
-            token_dim: their channels. preset: "paper", or "release", what the code behind the
-                published small-image results does:
+        img_size: an int or (rows, columns).
+        token_transformers: their number; the tokens' grid is 2^-(number + 1) of the image.
+        token_dim: their channels.
+        preset: "paper", or "release", what the code behind the published small-image results does:
             inside the attention of a block its own (normed) input is added once more (v, if it has
             one head), the logits of the token transformers are scaled by their input width, and a
             class token and a norm exist that nothing uses. These are frozen.

@@ -111,8 +111,8 @@ def timm_model(
         text: timm's name, or "name(option=value, ...)" with options of the model's constructor.
         drop_rate: dropout after the embedding, the attention's projection and in the MLPs (timm's
             pos_drop_rate and proj_drop_rate).
-        pretrained: start from timm's released weights, which it fetches. attention: what is
-            modified.
+        pretrained: start from timm's released weights, which it fetches.
+        attention: what is modified.
     Shapes: (B, in_chans, H, W) -> (B, num_classes). State-dict keys are timm's; modifiers' come
         under attn.modifiers.<name>.
     Raises: ValueError for a name or an option that timm does not know, and for a model whose

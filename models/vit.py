@@ -20,12 +20,13 @@ class VisionTransformer(TokenTransformer):
     """Blocks of global attention at one resolution.
 
     Args:
-        img_size, patch_size: an int or (rows, columns). head_dim: channels of a head; None is
-            embed_dim / num_heads.
-        class_token: a learned token in front of the patches. pool: token (the class token after
-            `norm`) or mean (over the patches, then `fc_norm`). drop_path_profile: linear from 0 to
-            drop_path_rate, or constant. layer_scale: initial gamma of both branches of every block;
-                None leaves it out. attention: what is modified or put in its place.
+        img_size, patch_size: an int or (rows, columns).
+        head_dim: channels of a head; None is embed_dim / num_heads.
+        class_token: a learned token in front of the patches.
+        pool: token (the class token after `norm`) or mean (over the patches, then `fc_norm`).
+        drop_path_profile: linear from 0 to drop_path_rate, or constant.
+        layer_scale: initial gamma of both branches of every block; None leaves it out.
+        attention: what is modified or used instead.
     Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dim) where
         num_classes is 0. State-dict keys are timm's.
     """

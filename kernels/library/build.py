@@ -102,8 +102,9 @@ def build(
     compile it once.
 
     Args:
-        kind: "cpu" or "cuda". architectures: as in WINDOW_ATTENTION_CUDA_ARCHS, for "cuda". say:
-            called with one line before compiling.
+        kind: "cpu" or "cuda".
+        architectures: as in WINDOW_ATTENTION_CUDA_ARCHS, for "cuda".
+        say: called with one line before compiling.
     Raises: BuildError with the reason; the name of the log is part of it where a compiler failed.
         What has failed is not tried again with the same compilers until that log is deleted.
     """

@@ -22,9 +22,11 @@ def gelu_into(
 ) -> Tensor:
     """act = gelu(before + bias), and saved = before; returns act.
 
-    act, before: (rows, width) of one dtype, maybe the same memory. bias: (width,) in float32.
-    saved: (rows, width), in 16 bits where act is float32, else of its dtype. All contiguous. No
-    gradients.
+    act, before: (rows, width) of one dtype, maybe the same memory.
+    bias: (width,) in float32.
+    saved: (rows, width), in 16 bits where act is float32, else of its dtype.
+
+    All are contiguous, and there are no gradients.
     """
     torch.ops.idsw.gelu_forward(before, bias, saved, act)
     return act

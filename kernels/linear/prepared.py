@@ -50,7 +50,10 @@ class PreparedLinear:
     """Weight and bias of a linear layer, prepared once for many calls without gradients.
 
     Args:
-        weight: (out, in). bias: (out,) or None. dtype: of the result. kind: of the device.
+        weight: (out, in).
+        bias: (out,) or None.
+        dtype: of the result.
+        kind: of the device.
     On the CPU the weight is stored in the layout in which oneDNN multiplies, where it can be; a
     GELU behind the product is then part of it.
     """

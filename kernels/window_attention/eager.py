@@ -210,7 +210,9 @@ def _backward_chunk(
 ) -> None:
     """Adds one chunk's part to `sums` and writes its dq, dk, dv into `grads`.
 
-    packed, grads: (3, n, N, D) with n = images * nW * heads. attn: (n, N, N). grad: (n, N, D).
+    packed, grads: (3, n, N, D) with n = images * nW * heads.
+    attn: (n, N, N).
+    grad: (n, N, D).
     """
     q, k, v = packed
     area = attn.shape[-1]

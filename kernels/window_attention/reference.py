@@ -46,8 +46,9 @@ def softmax_attention(
 ) -> Tensor:
     """map(softmax(q kᵀ * scale + bias + mask)) v on windows.
 
-    q, k, v: (B*nW, heads, N, D). mask: (nW, N, N) or None. cosine: q and k are divided by their
-        norms first (at least 1e-12).
+    q, k, v: (B*nW, heads, N, D).
+    mask: (nW, N, N) or None.
+    cosine: q and k are divided by their norms first (at least 1e-12).
     dropout: probability with which an entry of the map is dropped. The softmax runs in float32 or
         wider.
     """

@@ -24,8 +24,8 @@ class OffsetTerms:
         post: multiplies the softmaxed map; shapes as `bias`.
         renormalise: divide the rows of the map by their sum after `post`.
         prefix: leading tokens without a place on the grid (class tokens); in a table's gathered
-            form their pairs have scale `neutral` (1, heads), bias 0 and post 1. neutral: by
-            default the scale given here, which must then be (1, heads).
+            form their pairs have scale `neutral` (1, heads), bias 0 and post 1.
+        neutral: by default the scale given here, which must then be (1, heads).
         weight: the former name of `scale`; read everywhere a term is named.
     Gathered forms are cached on the object, which is made once per step in training and once per
     set of parameters in evaluation.

@@ -27,8 +27,11 @@ class Case:
     """One call.
 
     window, windows: tokens of a window, and windows of the grid, down and across; `missing` tokens
-    are cut off at the end of the grid. scale: "one" number a head, or a "table". magnitude: of q
-    and k. ties: all q and k are equal. zero_rows: some tokens have q = k = 0.
+        are cut off at the end of the grid.
+    scale: "one" number a head, or a "table".
+    magnitude: of q and k.
+    ties: all q and k are equal.
+    zero_rows: some tokens have q = k = 0.
     """
 
     window: tuple[int, int] = (7, 7)

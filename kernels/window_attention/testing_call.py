@@ -70,8 +70,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class Call:
     """The tensors of a case laid out for the C interface.
 
-    gradients: names among GRADIENTS that the backward is to give. lse: whether the forward is to
-    give the log-sum-exp of each row.
+    gradients: names among GRADIENTS that the backward is to give.
+    lse: whether the forward is to give the log-sum-exp of each row.
     """
 
     def __init__(self, drawn: Drawn, gradients: tuple[str, ...] = GRADIENTS, lse: bool = True):

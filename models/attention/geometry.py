@@ -15,11 +15,14 @@ from kernels.window_attention.layout import Size, to_pair
 class Geometry:
     """What a modifier may need to know of the module it modifies.
 
-    dim: channels C. num_heads: heads H. window: tokens (rows, columns) that attend to each other.
+    dim: channels C.
+    num_heads: heads H.
+    window: tokens (rows, columns) that attend to each other.
     pretrained_window: the window whose offsets span [-1, 1] in log-spaced coordinates; (0, 0) is
-    the window itself. prefix: leading tokens that have no place on the grid (class tokens). For
-    attention over a whole image the window is its grid. head_dim: channels of a head; 0 is dim /
-    num_heads.
+        the window itself.
+    prefix: leading tokens that have no place on the grid (class tokens). For attention over a whole
+        image the window is its grid.
+    head_dim: channels of a head; 0 is dim / num_heads.
     """
 
     dim: int

@@ -14,8 +14,9 @@ class GlobalAttention(SoftmaxAttention):
     """Logits (q kᵀ) * scale over one window that is the whole grid, class tokens in front.
 
     Args:
-        geometry: `window` is the grid, `prefix` the number of class tokens. qk_scale: the scale;
-            None is head_dim^-0.5. out_dim: channels of the result; 0 is C.
+        geometry: `window` is the grid, `prefix` the number of class tokens.
+        qk_scale: the scale; None is head_dim^-0.5.
+        out_dim: channels of the result; 0 is C.
     Shapes: x (B, N, C) with N = prefix + rows * columns, row by row -> (B, N, C). Raises ValueError
         for another N.
     State dict: qkv, proj, as in timm's and the released ViT.

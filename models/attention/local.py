@@ -18,14 +18,16 @@ class LocalAttention(nn.Module):
         r = [row embedding; column embedding]
 
     Args:
-        dim: channels of the input. num_heads: heads; each has out_dim / num_heads channels D.
-            out_dim: by default `dim`.
-        kernel_size: side of the neighbourhood in pixels, odd. stride: attention at the input's
-            resolution, then average pooling over stride x stride pixels (incomplete squares at the
-            border are averaged over what there is).
-        rel: shared (one embedding for all heads), per_head, or none. pad: mask leaves pixels
-            outside the image out of the softmax, zero counts them as zeros with logit q · r. scale:
-            none (the paper), or sqrt_d divides the logits by sqrt(D).
+        dim: channels of the input.
+        num_heads: heads; each has out_dim / num_heads channels D.
+        out_dim: by default `dim`.
+        kernel_size: side of the neighbourhood in pixels, odd.
+        stride: attention at the input's resolution, then average pooling over stride x stride
+            pixels (incomplete squares at the border are averaged over what there is).
+        rel: shared (one embedding for all heads), per_head, or none.
+        pad: mask leaves pixels outside the image out of the softmax, zero counts them as zeros with
+            logit q · r.
+        scale: none (the paper), or sqrt_d divides the logits by sqrt(D).
         content: False leaves q · k out, and with it the key projection: the logits are q · r alone.
         grouped: each head projects its own share of the channels only, dim² / num_heads numbers a
             projection; the paper's words say so, its parameter counts say full projections.

@@ -18,8 +18,9 @@ class AttentionStem(nn.Module):
     shared by the heads; logits have no position term and no scale.
 
     Args:
-        in_chans, dim: channels of the image and of the result. num_heads: heads. block: side of the
-            blocks in pixels.
+        in_chans, dim: channels of the image and of the result.
+        num_heads: heads.
+        block: side of the blocks in pixels.
         mixtures: value matrices m. 1 is plain attention. The paper does not state m; 4 is this
             project's choice, as is the width dim / num_heads of row, col and nu.
     Shapes: (B, in_chans, H, W) -> (B, dim, H / block, W / block).

@@ -29,7 +29,8 @@ def neighbourhood_attention(
     (a, b) around (i, j).
 
     Args:
-        q, k, v: (B, H, D, rows, columns), H heads. size: side of the neighbourhood, odd.
+        q, k, v: (B, H, D, rows, columns), H heads.
+        size: side of the neighbourhood, odd.
         k: None leaves q · k out.
         row, col: (1 or H, size, D/2), r = [row of a - i; column of b - j]; both None leaves the
             position out.

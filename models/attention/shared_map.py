@@ -74,8 +74,8 @@ class SharedMapAttention(Modified):
         y = proj(refine(A_previous) v)
 
     Args:
-        refine: the modifier of maps that works on what is handed in, "name(option=value)". drop:
-            dropout of the refined map.
+        refine: the modifier of maps that works on what is handed in, "name(option=value)".
+        drop: dropout of the refined map.
     Shapes: x (B, N, C), previous (B, H, N, N) -> (B, N, C), and `previous` itself, which the next
         block is handed unrefined.
     State dict: v, proj, modifiers.<name>.

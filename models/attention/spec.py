@@ -12,8 +12,10 @@ class AttentionSpec:
     drop: probability of dropping an entry of the softmaxed map while training.
     logit_scale_init: SwinV2's initial multiplier of the cosine (its logarithm is the parameter).
     bias_sigmoid: SwinV2's bias is 16 sigmoid(mlp) as published; False is the variant without
-    squashing. backend: see kernels.window_attention. mixer: "softmax", or what replaces softmax
-        attention, "name(option=value)" (models/attention/mixers).
+        squashing.
+    backend: see kernels.window_attention.
+    mixer: "softmax", or what replaces softmax attention, "name(option=value)"
+        (models/attention/mixers).
     """
 
     modifiers: tuple[str, ...] = ()

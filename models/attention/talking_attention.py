@@ -31,9 +31,9 @@ class TalkingHeadsAttention(GlobalAttention):
     masks of modifiers come before both.
 
     Args:
-        mixing: initial values of the mixings, see `head_mixings`. mixing_bias: whether they have a
-            bias; that of proj_l is constant along a row of the softmax, so it has no effect and no
-            gradient.
+        mixing: initial values of the mixings, see `head_mixings`.
+        mixing_bias: whether they have a bias; that of proj_l is constant along a row of the
+            softmax, so it has no effect and no gradient.
     Shapes: (B, N, C) -> (B, N, C). State dict: qkv, proj, proj_l and proj_w (H, H) [to, from], as
         in timm's CaiT.
     Raises: ValueError for a mixer instead of softmax attention: it has no maps of heads to mix.

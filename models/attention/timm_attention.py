@@ -39,8 +39,8 @@ class TimmAttention(GlobalAttention):
     """timm.layers.Attention, the attention of ViT and DeiT, with its options.
 
     Args:
-        module: what it replaces. grid, prefix: tokens (rows, columns) of the patches, and tokens in
-            front of them.
+        module: what it replaces.
+        grid, prefix: tokens (rows, columns) of the patches, and tokens in front of them.
     Shapes: (B, N, C) -> (B, N, out). State dict: qkv, q_norm, k_norm (of each head's q and k), norm
         (of the heads' results together), gate, proj.
     Raises: ValueError in the forward for a mask or for causal attention.

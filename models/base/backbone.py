@@ -19,8 +19,9 @@ class Backbone(nn.Module):
     Attributes every backbone has: num_classes, num_features (channels of the pooled features), and
         `forward_features`, `forward`, `flops`.
     optional_settings: the settings of models.base.options.NEUTRAL that `from_config` reads; a
-        config that changes another one is refused. head_names: attributes that are linear layers to
-        the classes, or None or Identity where the model has none.
+        config that changes another one is refused.
+    head_names: attributes that are linear layers to the classes, or None or Identity where the
+        model has none.
     """
 
     optional_settings: frozenset[str] = frozenset()

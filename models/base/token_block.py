@@ -30,9 +30,11 @@ class TokenBlock(nn.Module):
     """x + drop_path(ls1(attn(norm1(x)))), then x + drop_path(ls2(mlp(norm2(x)))).
 
     Args:
-        attn: (B, N, C) -> (B, N, C), with `flops(tokens)`. hidden: width of the MLP. drop: dropout
-            in the MLP. drop_path: stochastic depth
-        of both branches. layer_scale: initial gamma of ls1 and ls2; None leaves them out.
+        attn: (B, N, C) -> (B, N, C), with `flops(tokens)`.
+        hidden: width of the MLP.
+        drop: dropout in the MLP.
+        drop_path: stochastic depth of both branches.
+        layer_scale: initial gamma of ls1 and ls2; None leaves them out.
     Shapes: (B, N, C) -> (B, N, C). State-dict keys are timm's ViT block's.
     """
 

@@ -28,15 +28,15 @@ class EfficientAdditiveAttention(nn.Module):
         y = (proj(k * sum_n a_n q_n) + q) W_final
 
     Args:
-        dim: channels of x. num_heads: has no effect, the layer has no heads; here so that all
-            mixers are built alike.
-        out_dim: channels of y, by default `dim`. widen: q and k have out_dim * widen channels (the
-            original calls it num_heads).
+        dim: channels of x.
+        num_heads: has no effect, the layer has no heads; here so that all mixers are built alike.
+        out_dim: channels of y, by default `dim`.
+        widen: q and k have out_dim * widen channels (the original calls it num_heads).
         pool_norm: l2 (the released code since 2023-07-26), softmax over tokens, none (the paper's
             equations), or ones: all a are 1 and w_g gets a zero gradient, as in the first release,
             whose softmax ran over an axis of size 1.
-        qk_norm: the units; False leaves q and k as projected. w_g: False puts a constant vector of
-            ones in its place.
+        qk_norm: the units; False leaves q and k as projected.
+        w_g: False puts a constant vector of ones in its place.
         residual: q adds the query before the last layer, none does not.
     Shapes: (..., N, dim) -> (..., N, out_dim); 4d² + 5d parameters where all widths are d. With N =
         1 and l2, a is +-1 and w_g gets no gradient. The scale cancels under l2.

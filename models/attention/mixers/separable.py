@@ -17,8 +17,9 @@ class SeparableAttention(nn.Module):
         y = W_o (relu(v) * sum_n softmax_n(s) k_n)
 
     Args:
-        dim: channels d. num_heads: has no effect, the layer has no heads. drop: dropout of the
-            softmaxed scores.
+        dim: channels d.
+        num_heads: has no effect, the layer has no heads.
+        drop: dropout of the softmaxed scores.
     Shapes: (..., N, d) -> (..., N, d); 3d² + 4d + 1 parameters. MobileViT-V2 runs it on (B, pixels
         of a patch, patches, d).
     Source: MobileViT-V2, arXiv:2206.02680, section 3.1.

@@ -46,11 +46,12 @@ class Refiner(MapModifier):
         expand: r; at 1 there is no E (nor the norm and activation behind it).
         kernel: side k; of an even one the extra zero goes to the end.
         reduce: False leaves out R: V is cut into r H heads of C / (r H) channels instead.
-        act: "none" or "relu6". bn: BatchNorm over heads after each step and at the end. residual:
-            add A to what R returns.
+        act: "none" or "relu6".
+        bn: BatchNorm over heads after each step and at the end.
+        residual: add A to what R returns.
         init: "identity" (A' = A, exactly so without bn) or "uniform", what convolutions start with.
-        rescale: multiply by head_dim^-0.5. renorm: "none", or "row": divide rows by their sums, at
-            least 1e-6 in size.
+        rescale: multiply by head_dim^-0.5.
+        renorm: "none", or "row": divide rows by their sums, at least 1e-6 in size.
         geometry: the plane of the convolution: "raster", queries x keys as numbered row by row (one
             step is one column, or a jump to the next row); "key_grid", the keys' own grid, for each
             query; "query_grid", the other way round.
