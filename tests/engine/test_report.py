@@ -67,6 +67,7 @@ def train(
     epochs: int = 3,
     max_steps: int = 0,
     state: TrainState | None = None,
+    loader=None,
     **options,
 ):
     """A whole run on a clock of its own; returns (trainer, report, clock, log lines)."""
@@ -93,7 +94,7 @@ def train(
             caplog.set_level(logging.INFO)
         fit(
             trainer,
-            SlowLoader(clock, batches),
+            (loader or SlowLoader)(clock, batches),
             evaluate,
             plan=Plan(epochs, max_steps=max_steps),
             folder=NoFiles(),
@@ -230,6 +231,36 @@ def test_the_line_shows_the_mean_loss_of_its_epoch(caplog, tmp_path):
     losses = [e["loss"] for e in read_metrics(tmp_path / "metrics.jsonl") if e["kind"] == "train"]
     assert f"\tloss {losses[6]:.4f} ({losses[6]:.4f})\t" in lines[6]
     assert f"\tloss {losses[8]:.4f} ({sum(losses[6:9]) / 3:.4f})\t" in lines[8]
+
+
+def test_the_metric_log_has_every_number_of_updates_epochs_and_evaluations(tmp_path):
+    trainer, _, _, _ = train(folder=tmp_path, epochs=1, batches=2, ema=True)
+    first, _, epoch, val, val_ema = read_metrics(tmp_path / "metrics.jsonl")
+    read = trainer.statistics.read()
+    assert first["lr"] == 0.01 and first["skipped"] == 0
+    assert epoch == {
+        "step": 2,
+        "epoch": 0,
+        "kind": "epoch",
+        "train_loss": read["loss_mean"],
+        "grad_norm": read["norm_mean"],
+        "skipped": 0,
+    }
+    result = {"step": 2, "epoch": 0, "acc1": 50.0, "acc5": 90.0, "loss": 1.0}
+    assert val == {**result, "kind": "val"}
+    assert val_ema == {**result, "kind": "val_ema"}
+
+
+def test_skipped_updates_are_counted_in_the_line_and_in_the_metric_log(caplog, tmp_path):
+    class Broken(SlowLoader):
+        def epoch(self, epoch, start_batch=0):
+            for index, (images, targets) in enumerate(super().epoch(epoch, start_batch)):
+                yield images * (float("nan") if index == 1 else 1.0), targets
+
+    _, _, _, lines = train(caplog, tmp_path, epochs=1, loader=Broken)
+    assert [line.rpartition("\t")[2] for line in lines] == ["skipped 0"] + 5 * ["skipped 1"]
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [entry["skipped"] for entry in entries if "skipped" in entry] == [0] + 6 * [1]
 
 
 def test_the_log_of_an_epoch_gives_its_time_and_speed(caplog):
