@@ -423,18 +423,23 @@ def _create_timm(name: str, request: Request, groups: list[dict]) -> torch.optim
 
 
 def muon_groups(model: nn.Module, groups: list[dict]) -> list[dict]:
-    """Splits each group: decayed matrices inside `layers.` or `blocks.` go to Muon, all else to the
-    AdamW in the same object.
+    """Splits each group: decayed matrices of the parts that `model.hidden_names` lists go to Muon,
+    all else to the AdamW in the same object.
 
     Embedding, head, convolutions, tables and modifiers' parameters are no hidden linear maps, so
     orthogonal updates have no meaning for them. Muon's updates are scaled to AdamW's root mean
     square (timm's default), so one learning rate fits both.
     """
     decayed = decay_rule(model)
+    parts = model.hidden_names() if hasattr(model, "hidden_names") else []
+    inside = tuple(f"{part}." for part in parts)
     hidden = {
         p
         for name, p in model.named_parameters()
-        if p.ndim == 2 and _is_hidden(name) and decayed(name, p)
+        if p.ndim == 2
+        and name.startswith(inside)
+        and ".modifiers." not in name
+        and decayed(name, p)
     }
     split = []
     for group in groups:
@@ -444,14 +449,6 @@ def muon_groups(model: nn.Module, groups: list[dict]) -> list[dict]:
                 {**group, "params": params, "use_fallback": fallback, "nesterov": not fallback}
             )
     return [group for group in split if group["params"]]
-
-
-def _is_hidden(name: str) -> bool:
-    parts = name.split(".")
-    return (
-        any(part in parts for part in ("layers", "blocks", "blocks_token_only"))
-        and "modifiers" not in parts
-    )
 
 
 # ---- resuming

@@ -269,6 +269,10 @@ class PiT(TokenTransformer):
             groups += [[f"transformers.{index}.blocks.{block}"] for block in blocks]
         return groups
 
+    def hidden_names(self) -> list[str]:
+        """The blocks alone; the pooling's matrix sees no patches."""
+        return [name for name in super().hidden_names() if not name.endswith(".pool")]
+
     def has_two_heads(self) -> bool:
         """Whether it is distilled."""
         return self.head_dist is not None

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kernels.window_attention.layout import Size, to_pair
 from models.attention.local import LocalAttention
 from models.attention.local_stem import AttentionStem
-from models.base.backbone import BACKBONES, Backbone
-from models.base.options import attention_spec, pixels
+from models.base.backbone import BACKBONES, Backbone, attention_spec
+from models.base.options import pixels
 from models.layers.drop_path import drop_path_rates, stochastic_depth
 from registry import check_choice
 

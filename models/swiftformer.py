@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.mixers import MIXERS
-from models.base.backbone import BACKBONES, Backbone
-from models.base.options import attention_spec, pixels
+from models.base.backbone import BACKBONES, Backbone, attention_spec
+from models.base.options import pixels
 from models.layers.drop_path import drop_path_rates, stochastic_depth
 from models.layers.init import trunc_normal
 from registry import check_choice, parse_call

@@ -10,8 +10,8 @@ from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, WindowAttention
 from models.attention.build import window_attention
-from models.base.backbone import BACKBONES
-from models.base.options import SOFTMAX, attention_spec
+from models.base.backbone import BACKBONES, attention_spec
+from models.base.options import SOFTMAX
 from models.base.pyramid import PyramidTransformer, pyramid_options
 from models.base.window_block import AttentionBlock, block_geometry
 

@@ -10,8 +10,8 @@ from kernels.window_attention import window_partition, window_reverse
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec, WindowAttentionV2
 from models.attention.build import window_attention
-from models.base.backbone import BACKBONES
-from models.base.options import COSINE, SOFTMAX, attention_spec
+from models.base.backbone import BACKBONES, attention_spec
+from models.base.options import COSINE, SOFTMAX
 from models.base.pyramid import PyramidOptions, PyramidTransformer, pyramid_options
 from models.base.window_block import AttentionBlock, block_geometry
 

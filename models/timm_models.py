@@ -10,8 +10,8 @@ from torch import nn
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec
 from models.attention.timm_attention import replacement
-from models.base.backbone import BACKBONES, Backbone
-from models.base.options import SOFTMAX, attention_spec, pixels
+from models.base.backbone import BACKBONES, Backbone, attention_spec
+from models.base.options import SOFTMAX, pixels
 from registry import did_you_mean, parse_call
 
 from .counting import count_macs

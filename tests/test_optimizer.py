@@ -94,6 +94,9 @@ class Net(nn.Module):
         second = ["layers.0.blocks.1", "layers.0.downsample"]
         return [["patch_embed"], first, second, ["layers.1.blocks.0", "layers.1.pre_mlp"]]
 
+    def hidden_names(self):
+        return ["layers"]
+
     def query_key_weights(self):
         return [name for name, _ in self.named_parameters() if name.endswith("qkv.weight")]
 

@@ -17,7 +17,7 @@ class Modified(nn.Module):
     them, see Backbone.
     """
 
-    def hold(self, texts: Iterable[str], geometry: Geometry) -> None:
+    def add_modifiers(self, texts: Iterable[str], geometry: Geometry) -> None:
         """Makes the modifiers, each "name" or "name(option=value)". Raises: ValueError for a name
         that comes twice.
         """

@@ -95,7 +95,7 @@ class SharedMapAttention(Modified):
         self.geometry, self.num_heads, self.drop = geometry, geometry.num_heads, drop
         self.v = Linear(geometry.dim, geometry.inner, bias=qkv_bias)
         self.proj, self.proj_drop = Linear(geometry.inner, geometry.dim), nn.Dropout(proj_drop)
-        self.hold((refine,), geometry)
+        self.add_modifiers((refine,), geometry)
         if not all(isinstance(modifier, MapModifier) for modifier in self.modifiers.values()):
             raise ValueError(
                 f"REFINE {refine}: a shared block is handed a map; take a modifier of maps, refiner"
@@ -109,7 +109,7 @@ class SharedMapAttention(Modified):
         with torch.autocast(x.device.type, enabled=False):
             attn = previous
             for modifier in self.modifiers.values():
-                attn = modifier.settle(modifier(attn))
+                attn = modifier.after_mask(modifier(attn))
         y = weigh(self.map_tap(attn), v, self.drop if self.training else 0.0)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2))), previous
 

@@ -72,7 +72,7 @@ class SoftmaxAttention(Modified):
         self.qkv = nn.Linear(self.dim, 3 * self.geometry.inner, bias=qkv_bias)
         self.proj = Linear(self.geometry.inner, out_dim or self.dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.hold(self.spec.modifiers, self.geometry)
+        self.add_modifiers(self.spec.modifiers, self.geometry)
         self.logit_tap, self.map_tap = nn.Identity(), nn.Identity()
 
     def base_terms(self) -> OffsetTerms:
@@ -233,7 +233,7 @@ class SoftmaxAttention(Modified):
             attn = attn / attn.sum(-1, keepdim=True) if terms.renormalise else attn
         attn = attn if carried is None else attn + carried
         for modifier in self._stage(MapModifier):
-            attn = modifier.settle(_zero_masked(modifier(attn), mask))
+            attn = modifier.after_mask(_zero_masked(modifier(attn), mask))
         return attn
 
     def map_flops(self, layout: WindowLayout) -> int:

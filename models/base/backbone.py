@@ -4,6 +4,7 @@ values, and what it says of its parameters.
 
 from torch import nn
 
+from models.attention import AttentionSpec
 from models.attention.modified import Modified
 from models.attention.softmax import SoftmaxAttention
 from models.layers.init import init_linear_and_norm
@@ -11,6 +12,19 @@ from models.layers.pre_mlp import PreMlp
 from registry import Registry
 
 BACKBONES = Registry("backbone")
+
+
+def attention_spec(config, own: str = "softmax") -> AttentionSpec:
+    """MODEL.ATTENTION as plain values; mixer auto is the family's `own`."""
+    node = config.MODEL.ATTENTION
+    return AttentionSpec(
+        modifiers=tuple(node.MODIFIERS),
+        drop=node.DROP,
+        logit_scale_init=node.LOGIT_SCALE_INIT,
+        bias_sigmoid=node.BIAS_SIGMOID,
+        backend=node.BACKEND,
+        mixer=own if node.MIXER == "auto" else node.MIXER,
+    )
 
 
 class Backbone(nn.Module):
@@ -61,9 +75,15 @@ class Backbone(nn.Module):
         comes after the blocks.
 
         A block's list has everything that is as deep: a downsampling behind the block, and the
-        pre-MLP in front of it.
+        pre-MLP in front of it. By default no blocks are known: [].
         """
-        raise NotImplementedError
+        return []
+
+    def hidden_names(self) -> list[str]:
+        """Names of the parts whose matrices are hidden linear maps, not embeddings or heads: the
+        blocks, and what counts with them.
+        """
+        return [name for group in self.layer_groups()[1:] for name in group]
 
     def classifiers(self) -> list[str]:
         """Names of the linear layers to the classes, as far as the model has them."""

@@ -340,6 +340,10 @@ class PyramidTransformer(Backbone):
             groups[-1].append(f"layers.{stage}.downsample")
         return groups
 
+    def hidden_names(self) -> list[str]:
+        """All stages."""
+        return ["layers"]
+
     def position_names(self) -> set[str]:
         """The absolute position embedding."""
         return {"absolute_pos_embed"}

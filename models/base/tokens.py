@@ -13,8 +13,8 @@ from models.attention import AttentionSpec, Geometry
 from models.attention.build import global_attention
 from models.layers.patch_embed import PatchEmbed
 
-from .backbone import Backbone
-from .options import DEPTH, SOFTMAX, attention_spec, pixels
+from .backbone import Backbone, attention_spec
+from .options import DEPTH, SOFTMAX, pixels
 from .token_block import TokenBlock
 
 

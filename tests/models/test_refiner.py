@@ -191,7 +191,7 @@ def test_normalised_rows_sum_to_1_within_the_mask_too():
 
 def test_a_row_that_sums_to_nothing_stays_finite():
     modifier = refiner("renorm=row")
-    assert modifier.settle(torch.zeros(1, 2, 12, 12)).eq(0).all()
+    assert modifier.after_mask(torch.zeros(1, 2, 12, 12)).eq(0).all()
 
 
 def test_rescaling_multiplies_by_the_scale_of_the_logits():

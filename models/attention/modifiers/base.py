@@ -103,6 +103,6 @@ class MapModifier(Modifier):
         """G."""
         return self.geometry.num_heads
 
-    def settle(self, attn: Tensor) -> Tensor:
+    def after_mask(self, attn: Tensor) -> Tensor:
         """(B*nW, G, N, N) -> the same, after masked pairs have become zero; must leave them so."""
         return attn

@@ -161,7 +161,7 @@ class Refiner(MapModifier):
         """H, or r H without `reduce`."""
         return len(self.kernel) if self.reduction is None else len(self.reduction)
 
-    def settle(self, attn: Tensor) -> Tensor:
+    def after_mask(self, attn: Tensor) -> Tensor:
         """Normalises the rows, where that is asked for, once the masked pairs are zero."""
         if self.renorm == "none":
             return attn
