@@ -9,10 +9,8 @@ import pytest
 import torch
 
 import main as program
-from checkpoint import CheckpointError
 from tests.checkpoint.states import MISSING, changed
 from tests.engine.runs import arguments, checkpoint, folder, metrics
-from tests.engine.small import Loader, make_trainer
 
 QUICK = {"TRAIN__MAX_STEPS": 3, "TRAIN__SAVE_STEPS": 0, "DATA__NUM_WORKERS": 0}
 ONWARD = QUICK | {"TRAIN__MAX_STEPS": 5}
@@ -131,46 +129,6 @@ def test_lost_moments_of_a_parameter_are_noticed_before_the_next_update(mine, ca
     before = (folder(mine) / "last.pth").read_bytes()
     assert "no moments of " in refused(capsys, arguments(mine, **ONWARD))
     assert (folder(mine) / "last.pth").read_bytes() == before
-
-
-def resumed(saved, optimizer=None):
-    """A trainer that goes on from a training state, after an update."""
-    trainer = make_trainer(ema=True, optimizer=optimizer)
-    trainer.restore(saved)
-    trainer.update([next(iter(Loader().epoch(1)))])
-    return trainer
-
-
-def captured():
-    trainer = make_trainer(ema=True)
-    trainer.update([next(iter(Loader().epoch(0)))])
-    return trainer.capture()
-
-
-@pytest.mark.parametrize(
-    "place, value, says",
-    [
-        ("optimizer.state.0.exp_avg", torch.zeros(3), "exp_avg of shape .3,. for body.1.weight"),
-        ("optimizer.state.2", MISSING, "no moments of head.weight"),
-        ("lr_scheduler.position", MISSING, "lr_scheduler cannot be put back .KeyError"),
-        ("optimizer.state", 3, "optimizer cannot be put back"),
-        ("ema.calls", MISSING, "ema cannot be put back"),
-        ("ranks.0.rng.torch", torch.zeros(9, dtype=torch.uint8), r"rng cannot be put back"),
-    ],
-)
-def test_what_does_not_fit_the_run_is_one_line_that_names_the_entry(place, value, says):
-    with pytest.raises(CheckpointError, match=says) as caught:
-        resumed(changed(captured(), place, value))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_parameter_that_stays_without_a_gradient_may_stay_without_moments():
-    saved = changed(captured(), "optimizer.state.2")
-    trainer = make_trainer(ema=True)
-    trainer.restore(saved)
-    trainer.model.head.weight.requires_grad_(False)
-    trainer.update([next(iter(Loader().epoch(1)))])
-    assert trainer.without_moments == []
 
 
 @pytest.mark.parametrize("settings", ["config", "args"])
