@@ -126,9 +126,10 @@ def timm_model(
             " MODEL.TYPE vit"
         )
     drops = {"pos_drop_rate": drop_rate, "proj_drop_rate": drop_rate} if drop_rate else {}
+    without_numbers = torch.get_default_device().type == "meta"  # nothing to load into
     net = _create(
         text,
-        pretrained,
+        pretrained and not without_numbers,
         dict(num_classes=num_classes, in_chans=in_chans),
         dict(img_size=size, drop_path_rate=drop_path_rate, **drops),
     )

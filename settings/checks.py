@@ -14,6 +14,7 @@ from data.build import check_transforms
 from engine.teacher import check_timm_teacher
 from lr_scheduler import build_schedule, scaled_rates
 from models import build_model
+from models.attention.report import check_backends
 from optimizer import build_optimizer
 from settings.kinds import ConfigError
 from settings.rules import is_yaml
@@ -27,6 +28,10 @@ def check_settings(config: Any) -> None:
     Raises: UserError, one line.
     """
     model = draft_model(config)
+    try:
+        check_backends(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if config.THROUGHPUT_MODE:
         return
     check_transforms(config, train=not config.EVAL_MODE)
@@ -42,15 +47,12 @@ def check_settings(config: Any) -> None:
 
 
 def draft_model(config: Any) -> nn.Module:
-    """The configured model on the meta device: shapes and names, without numbers. Where the classes
-    are counted in the data it has two.
+    """The configured model on the meta device, in the mode of the run: shapes and names, without
+    numbers. Where the classes are counted in the data it has two.
     """
-    if config.MODEL.TIMM.PRETRAINED:  # a draft fetches no weights
-        config = config.clone()
-        config.defrost()
-        config.MODEL.TIMM.PRETRAINED = False
     with torch.device("meta"):
-        return build_model(config, config.MODEL.NUM_CLASSES or 2)
+        model = build_model(config, config.MODEL.NUM_CLASSES or 2)
+    return model.train(not (config.EVAL_MODE or config.THROUGHPUT_MODE))
 
 
 def check_weights_are_given(config: Any) -> None:

@@ -74,11 +74,18 @@ def is_yaml(name: str) -> bool:
 
 
 def check_teacher(cfg: Any) -> None:
-    """A teacher and a kind of distillation come together."""
+    """A teacher and a kind of distillation come together; a YAML of this repository has no released
+    weights.
+    """
     distill = cfg.TRAIN.DISTILL
     check_distillation(distill.KIND, distill.TEACHER)
     if distill.KIND == "none":
         check_distillation(distill.KIND, distill.TEACHER_WEIGHTS)
+    elif is_yaml(distill.TEACHER) and not distill.TEACHER_WEIGHTS:
+        raise ConfigError(
+            "TRAIN.DISTILL.TEACHER_WEIGHTS is empty; a teacher from a YAML needs the checkpoint of"
+            " its training"
+        )
 
 
 ALWAYS = (check_data, check_stages)

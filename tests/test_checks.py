@@ -18,6 +18,7 @@ FOLDER = (
     "AUG.AFFINE",
     "False",
 )
+TEACHER = ("TRAIN.DISTILL.KIND", "hard", "TRAIN.DISTILL.TEACHER")
 
 
 def configured(cfg: str, *options):
@@ -57,11 +58,15 @@ def printed(capsys, *argv) -> str:
         (VIT, ("MODEL.SW_MLP", "shift"), "MODEL.SW_MLP"),
         (VIT, ("MODEL.ATTENTION.BIAS_SIGMOID", False), "is for swinv2"),
         (VIT, ("MODEL.ATTENTION.LOGIT_SCALE_INIT", 5), "is for swinv2"),
+        (DIGITS, ("MODEL.ATTENTION.BACKEND", "sdpa"), "MODEL.ATTENTION.BACKEND sdpa"),
+        (VIT, ("MODEL.ATTENTION.BACKEND", "eager", "MODEL.ATTENTION.DROP", 0.1), "no dropout"),
+        (VIT, ("MODEL.ATTENTION.BACKEND", "fused"), "fused backend does not apply"),
         (VIT, ("MODEL.VIT.IN_CHANS", 4), "grey (1) or RGB (3)"),
         (VIT, ("AUG.AFFINE", True, "AUG.AUTO_AUGMENT", "v0"), "AUG.AUTO_AUGMENT none"),
         (VIT, ("AUG.AFFINE", True, "DATA.DATASET", "cifar10"), "AUG.AFFINE True"),
         (VIT, ("AUG.AFFINE", False, "AUG.AUTO_AUGMENT", "rand-x9"), "AUG.AUTO_AUGMENT"),
-        (DIGITS, ("TRAIN.DISTILL.KIND", "hard", "TRAIN.DISTILL.TEACHER", "regnety_16O"), "timm"),
+        (DIGITS, (*TEACHER, "regnety_16O"), "nor a model of timm"),
+        (DIGITS, (*TEACHER, "teacher.yaml"), "needs the checkpoint of its training"),
         (DIGITS, ("EVAL_MODE", True), "give --resume CHECKPOINT"),
     ],
 )
@@ -79,6 +84,7 @@ def test_the_configurations_of_the_project_pass():
 def test_the_draft_of_a_model_holds_no_numbers_and_fetches_no_weights():
     cfg = configured("configs/digits/digits_timm_vit.yaml", "MODEL.TIMM.PRETRAINED", True)
     model = draft_model(cfg)
+    assert model.training
     assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"meta"}
     assert cfg.MODEL.TIMM.PRETRAINED
 
@@ -119,8 +125,8 @@ def test_printing_looks_at_no_files(capsys):
         (("MODEL.PRETRAINED", "/no/such/weights.pth"), "/no/such/weights.pth does not exist"),
         (("MODEL.RESUME", "/no/such/last.pth"), "/no/such/last.pth does not exist"),
         (
-            ("TRAIN.DISTILL.KIND", "hard", "TRAIN.DISTILL.TEACHER", "/no/such/teacher.yaml"),
-            "TRAIN.DISTILL.TEACHER",
+            (*TEACHER, "/no/such/teacher.yaml", "TRAIN.DISTILL.TEACHER_WEIGHTS", "any.pth"),
+            "TRAIN.DISTILL.TEACHER: '/no/such/teacher.yaml' is not a file",
         ),
     ],
 )
@@ -137,7 +143,8 @@ def test_names_and_files_are_checked_before_the_data_are_looked_for(
 def test_the_teacher_of_a_yaml_must_be_a_model_that_can_be_built(tmp_path):
     teacher = tmp_path / "teacher.yaml"
     teacher.write_text("MODEL: {ATTENTION: {MODIFIERS: [crwp]}}")
-    cfg = configured(DIGITS, "TRAIN.DISTILL.KIND", "hard", "TRAIN.DISTILL.TEACHER", str(teacher))
+    weights = ("TRAIN.DISTILL.TEACHER_WEIGHTS", "any.pth")
+    cfg = configured(DIGITS, *TEACHER, str(teacher), *weights)
     with pytest.raises(UserError, match="did you mean 'crpw'"):
         check_files(cfg, load_config)
 

@@ -26,6 +26,16 @@ CHUNK_BYTES = 4 << 20
 NEGLIGIBLE = 1e-30
 
 
+def eager_cannot(terms: OffsetTerms, dropout: float) -> str | None:
+    """Why this backend cannot do what is asked, or None."""
+    if dropout or terms.post is not None:
+        return (
+            "the eager backend has no dropout and no factor after the softmax; use backend"
+            " 'reference'"
+        )
+    return None
+
+
 def window_attention_eager(
     qkv: Tensor,
     terms: OffsetTerms,
@@ -37,11 +47,9 @@ def window_attention_eager(
     """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. No dropout, no `post`
     term.
     """
-    if dropout or terms.post is not None:
-        raise ValueError(
-            "window_attention: the eager backend has no dropout and no factor after the softmax;"
-            " use backend 'reference'"
-        )
+    reason = eager_cannot(terms, dropout)
+    if reason:
+        raise ValueError(f"window_attention: {reason}")
     scale, bias = terms.dense("scale"), terms.dense("bias")
     padded = pad_grid(qkv, layout)
     with torch.autocast(qkv.device.type, enabled=False):

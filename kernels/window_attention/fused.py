@@ -21,9 +21,9 @@ AUTOCAST = frozenset(
 )
 
 
-def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
-    """Why the kernel cannot do this, or None; whether it is compiled is not asked. Under autocast
-    its dtype is what counts.
+def cannot(qkv: Tensor, terms: OffsetTerms, kind: str = "") -> str | None:
+    """Why the kernel of a kind of device (cpu, cuda; by default qkv's) cannot do this, or None;
+    whether it is compiled is not asked. Under autocast its dtype is what counts.
     """
     if _dtype(qkv) not in DTYPES:
         given = str(_dtype(qkv)).removeprefix("torch.")
@@ -37,7 +37,8 @@ def cannot(qkv: Tensor, terms: OffsetTerms) -> str | None:
         table = getattr(terms, name)
         if table is not None and (table.dim() != 2 or table.shape[0] not in allowed):
             return f"{name} is not given per offset"
-    kind = "cpu" if qkv.device.type == "cpu" else "cuda"
+    if not kind:
+        kind = "cpu" if qkv.device.type == "cpu" else "cuda"
     head_dim = qkv.shape[-1] // (3 * terms.scale.shape[-1])
     compiled = HEAD_DIMS[kind]
     if head_dim not in compiled:

@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-from .eager import window_attention_eager
-from .fused import cannot, missing, window_attention_fused
+from .eager import eager_cannot, window_attention_eager
+from .fused import HEAD_DIMS, cannot, missing, window_attention_fused
 from .layout import WindowLayout
 from .reference import window_attention_reference
-from .sdpa import window_attention_sdpa
+from .sdpa import sdpa_cannot, window_attention_sdpa
 from .terms import OffsetTerms
 
 BACKENDS = {
@@ -54,6 +54,19 @@ def explain(qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> tuple[str,
     return "eager", f"not fused ({unfused}); SDPA " + (
         "has no scale per offset" if not uniform else "is slower than eager attention here"
     )
+
+
+def why_never(backend: str, qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> str | None:
+    """Why a forced backend cannot do this on any machine, or None."""
+    if backend == "sdpa":
+        return sdpa_cannot(terms)
+    if backend == "eager":
+        return eager_cannot(terms, dropout)
+    if backend == "fused":
+        reasons = [cannot(qkv, terms, kind) for kind in HEAD_DIMS]
+        if all(reasons):
+            return f"the fused backend does not apply: {reasons[0]}"
+    return None
 
 
 def why_not_fused(qkv: Tensor, terms: OffsetTerms) -> str | None:

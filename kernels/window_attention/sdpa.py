@@ -10,6 +10,16 @@ from .reference import merge_windows, split_windows
 from .terms import OffsetTerms
 
 
+def sdpa_cannot(terms: OffsetTerms) -> str | None:
+    """Why this backend cannot do what is asked, or None."""
+    if terms.post is None and terms.scale.dim() == 2 and terms.scale.shape[0] == 1:
+        return None
+    return (
+        "the sdpa backend takes one scale per head and no factor after the softmax; use backend"
+        " 'eager'"
+    )
+
+
 def window_attention_sdpa(
     qkv: Tensor,
     terms: OffsetTerms,
@@ -21,11 +31,9 @@ def window_attention_sdpa(
     """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. The scale is folded into
     q.
     """
-    if terms.post is not None or terms.scale.dim() == 3 or terms.scale.shape[0] != 1:
-        raise ValueError(
-            "window_attention: the sdpa backend takes one scale per head and no factor after"
-            " the softmax; use backend 'eager'"
-        )
+    reason = sdpa_cannot(terms)
+    if reason:
+        raise ValueError(f"window_attention: {reason}")
     q, k, v = split_windows(qkv, layout, num_heads)
     if cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)

@@ -1,5 +1,6 @@
 """Which attention modules of a model run as the fused kernel, and why the others do not."""
 
+import copy
 import os
 from collections import Counter
 
@@ -32,6 +33,27 @@ def describe_attention(model: nn.Module) -> str:
         return "attention: the model has none"
     others = "".join(f"; {count} not: {reason}" for reason, count in reasons.most_common())
     return f"attention: {fused} of {total} modules run as the fused kernel{others}"
+
+
+def check_backends(model: nn.Module) -> None:
+    """Raises ValueError where a forced backend cannot compute an attention module of `model`, in
+    the mode that it is in, on any machine. Works on the meta device too.
+    """
+    for module in model.modules():
+        if not isinstance(module, SoftmaxAttention) or module.is_open():
+            continue
+        backend = module.spec.backend
+        if backend in ("auto", "reference"):
+            continue
+        probe = copy.deepcopy(module).to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*probe.parameters(), *probe.buffers()):
+                tensor.zero_()
+            qkv = torch.empty((1, 1, 1, probe.qkv.weight.shape[0]))
+            dropout = module.spec.drop if module.training else 0.0
+            reason = interface.why_never(backend, qkv, probe.terms(), dropout)
+        if reason:
+            raise ValueError(f"MODEL.ATTENTION.BACKEND {backend}: {reason}")
 
 
 def _reason(attention: nn.Module) -> str | None:
