@@ -1,6 +1,8 @@
-// The CPU kernel in a program of its own, for processors that only an emulator runs: reads a call from its input, writes back what the call
-// wrote. Input: WindowAttentionArgs as it lies in memory, then for each of its pointers but the workspace a number of bytes (int64, -1 for
-// null) and these bytes. Output: the same without the structure, after a forward and, with a gradient of qkv, a backward.
+// The CPU kernel in a program of its own, for processors that only an emulator runs: reads a call
+// from its input, writes back what the call wrote. Input: WindowAttentionArgs as it lies in memory,
+// then for each of its pointers but the workspace a number of bytes (int64, -1 for null) and these
+// bytes. Output: the same without the structure, after a forward and, with a gradient of qkv, a
+// backward.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

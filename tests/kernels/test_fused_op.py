@@ -368,7 +368,7 @@ def test_strided_inputs_and_any_mask_value_are_right():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": torch.ones(5, HEADS)}, r"weight must be \(49 or 1, 2\)"),
+        ({"scale": torch.ones(5, HEADS)}, r"scale must be \(49 or 1, 2\)"),
         ({"bias": torch.ones(49, 3)}, r"bias must be \(49, 2\)"),
         ({"bias": torch.ones(49, HEADS).double()}, "bias must be float32"),
         ({"qkv": torch.ones(1, 8, 8, 97)}, r"qkv must be \(B, H, W, 3 \* heads \* head_dim\)"),

@@ -147,8 +147,8 @@ MUTANTS = {
     "a window is stored where the one before it was": (FORWARD, "here[i] = there[i];", ";"),
     "columns without a pair are left as they were": (
         BACKWARD,
-        "= 0u;  // part of a k-step",
-        "= 0x7fc07fc0u;  // part of a k-step",
+        "ds[2 * K::WARPS - 1][1] = 0u;",
+        "ds[2 * K::WARPS - 1][1] = 0x7fc07fc0u;",
     ),
     "the backward's dropout mask is another": (
         BACKWARD,
@@ -160,12 +160,12 @@ MUTANTS = {
         "g[n][e] *= keep ? p.keep_scale : 0.f;",
         "g[n][e] *= keep ? 1.f : 0.f;",
     ),
-    "the gradient of P lacks the weight after the softmax": (
+    "the gradient of P lacks the factor after the softmax": (
         BACKWARD,
         "g[n][e] *= by[e];",
         "g[n][e] *= 1.f;",
     ),
-    "dS lacks the weight": (
+    "dS lacks the scale": (
         BACKWARD,
         "x[n][2 * h] * by[2 * h], x[n][2 * h + 1] * by[2 * h + 1]",
         "x[n][2 * h], x[n][2 * h + 1]",
@@ -178,7 +178,7 @@ MUTANTS = {
         ),
         "        sum_by_offset<K>(p, reinterpret_cast<float*>(shared), p.bias",
     ),
-    "the sum of one weight forgets a warp": (
+    "the sum of one scale forgets a warp": (
         BACKWARD,
         "int i = 0; i < K::WARPS; ++i) sum",
         "int i = 1; i < K::WARPS; ++i) sum",

@@ -10,15 +10,15 @@ import pytest
 from tests.kernels.emulated import CSRC
 from tests.kernels.tiled_kernels import judge
 
-FORWARD, QUERIES, KEYS, WINDOW, TILE, PAIRS = (
-    f"cuda/tiled_{name}.h" for name in ("forward", "queries", "keys", "window", "tile", "pairs")
-)
+NAMES = ("forward", "queries", "keys", "window", "tile", "pairs", "tables")
+FORWARD, QUERIES, KEYS, WINDOW, TILE, PAIRS, TABLES = (f"cuda/tiled_{name}.h" for name in NAMES)
+
 # name: (file, what stands there, what a slip would have written)
 MUTANTS = {
     "the forward does not wait for its keys": (
         FORWARD,
-        "            cp_wait<0>();\n            arrived(",
-        "            arrived(",
+        "            cp_wait<0>();\n            rows_arrived(",
+        "            rows_arrived(",
     ),
     "the forward reads keys that other warps bring": (
         FORWARD,
@@ -46,17 +46,17 @@ MUTANTS = {
         "__syncwarp();\n            write_rows",
         "write_rows",
     ),
-    "the sum keeps its old unit": (FORWARD, "            sum[r] *= factor;\n", ""),
+    "the sum keeps its old unit": (FORWARD, "            row_sum[r] *= softmax_rescale;\n", ""),
     "the output keeps its old unit": (
         FORWARD,
-        "o[n][2 * r + 1] *= factor;",
+        "o[n][2 * r + 1] *= softmax_rescale;",
         "o[n][2 * r + 1] *= 1.f;",
     ),
     "padding is a key": (FORWARD, "if (key & kOutside) x = -INFINITY;", ""),
     "the row sum is taken after dropout": (
         FORWARD,
-        "? x[n][e] * p.keep_factor : 0.f",
-        "? x[n][e] : 0.f",
+        "? x[n][e] * p.keep_factor",
+        "? x[n][e]",
     ),
     "the shift has the wrong sign": (
         WINDOW,
@@ -81,7 +81,7 @@ MUTANTS = {
     ),
     "the norm's gradient lacks its second term": (
         TILE,
-        "along = factor < 0.99e12f ? along : 0.f;",
+        "along = reciprocal_norm < 0.99e12f ? along : 0.f;",
         "along = 0.f;",
     ),
     "half a warp skips a shuffle": (
@@ -120,16 +120,16 @@ MUTANTS = {
         "",
     ),
     "a table's last query is left out": (
-        QUERIES,
+        TABLES,
         "i + first >= last) continue;",
         "i + first >= last - 1) continue;",
     ),
-    "dq lacks the weight": (
+    "dq lacks the scale": (
         QUERIES,
-        "of_product[e] = of_bias[e] * x.weight[n][e];",
+        "of_product[e] = of_bias[e] * x.scale[n][e];",
         "of_product[e] = of_bias[e];",
     ),
-    "gradients of the post weight ignore the dropout": (
+    "gradients of the post factor ignore the dropout": (
         QUERIES,
         "of_post[e] = keep ?",
         "of_post[e] = keep || e < 4 ?",
@@ -141,8 +141,8 @@ MUTANTS = {
     ),
     "the backward's dropout mask is another": (
         KEYS,
-        "first_row + i + (e & 1), first_key",
-        "first_row + i, first_key",
+        "first_row + i + (e & 1),",
+        "first_row + i,",
     ),
     "the keys start a window before the last is done": (
         KEYS,

@@ -1,5 +1,6 @@
-// The operations as PyTorch sees them: shapes are checked, outputs allocated, and the kernel of the tensors' device is called.
-// Only libtorch's stable ABI is used, so that one binary serves every PyTorch from 2.10 on, with any Python, with or without CUDA.
+// The operations as PyTorch sees them: shapes are checked, outputs allocated, and the kernel of the
+// tensors' device is called. Only libtorch's stable ABI is used, so that one binary serves every
+// PyTorch from 2.10 on, with any Python, with or without CUDA.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -38,40 +39,49 @@ int dtype_of(const Tensor& x) {
         case ScalarType::Float: return WA_F32;
         case ScalarType::Half: return WA_F16;
         case ScalarType::BFloat16: return WA_BF16;
-        default: STD_TORCH_CHECK(false, "window_attention: qkv must be float32, float16 or bfloat16");
+        default:
+            STD_TORCH_CHECK(false, "window_attention: qkv must be float32, float16 or bfloat16");
     }
     return -1;
 }
 
-void check_table(const Table& table, const char* name, const Tensor& qkv, const Options& o, bool one_row_allowed) {
+void check_table(const Table& table, const char* name, const Tensor& qkv, const Options& o,
+                 bool one_row_allowed) {
     if (!table) return;
-    STD_TORCH_CHECK(table->scalar_type() == ScalarType::Float, "window_attention: ", name, " must be float32");
-    STD_TORCH_CHECK(table->is_cuda() == qkv.is_cuda() && table->get_device_index() == qkv.get_device_index(),
-                    "window_attention: ", name, " and qkv are on different devices");
-    STD_TORCH_CHECK(table->dim() == 2 && table->size(1) == o.heads &&
-                        (table->size(0) == rows_of(o) || (one_row_allowed && table->size(0) == 1)),
-                    "window_attention: ", name, " must be (", rows_of(o), one_row_allowed ? " or 1" : "", ", ", o.heads,
-                    "): a row for each offset between two tokens of a window, a column for each head");
+    STD_TORCH_CHECK(table->scalar_type() == ScalarType::Float, "window_attention: ", name,
+                    " must be float32");
+    STD_TORCH_CHECK(
+        table->is_cuda() == qkv.is_cuda() && table->get_device_index() == qkv.get_device_index(),
+        "window_attention: ", name, " and qkv are on different devices");
+    STD_TORCH_CHECK(
+        table->dim() == 2 && table->size(1) == o.heads &&
+            (table->size(0) == rows_of(o) || (one_row_allowed && table->size(0) == 1)),
+        "window_attention: ", name, " must be (", rows_of(o), one_row_allowed ? " or 1" : "", ", ",
+        o.heads, "): a row for each offset between two tokens of a window, a column for each head");
 }
 
-WindowAttentionArgs describe(const Tensor& qkv, const Tensor& weight, const Table& bias, const Table& post, const Table& seed,
-                             const Options& o) {
-    STD_TORCH_CHECK(o.window.size() == 2 && o.shift.size() == 2, "window_attention: window and shift are pairs (rows, columns)");
+WindowAttentionArgs describe(const Tensor& qkv, const Tensor& scale, const Table& bias,
+                             const Table& post, const Table& seed, const Options& o) {
+    STD_TORCH_CHECK(o.window.size() == 2 && o.shift.size() == 2,
+                    "window_attention: window and shift are pairs (rows, columns)");
     for (int axis = 0; axis < 2; ++axis)
         STD_TORCH_CHECK(o.window[axis] >= 1 && o.shift[axis] >= 0 && o.shift[axis] < o.window[axis],
-                        "window_attention: window ", o.window[axis], " with shift ", o.shift[axis], "; 0 <= shift < window is needed");
+                        "window_attention: window ", o.window[axis], " with shift ", o.shift[axis],
+                        "; 0 <= shift < window is needed");
     STD_TORCH_CHECK(qkv.dim() == 4 && o.heads >= 1 && qkv.size(3) % (3 * o.heads) == 0,
-                    "window_attention: qkv must be (B, H, W, 3 * heads * head_dim) for ", o.heads, " heads");
-    STD_TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "window_attention: dropout ", o.dropout, " is not in [0, 1)");
-    STD_TORCH_CHECK(o.dropout == 0 || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 &&
-                                       seed->is_cuda() == qkv.is_cuda()),
+                    "window_attention: qkv must be (B, H, W, 3 * heads * head_dim) for ", o.heads,
+                    " heads");
+    STD_TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "window_attention: dropout ", o.dropout,
+                    " is not in [0, 1)");
+    STD_TORCH_CHECK(o.dropout == 0 || (seed && seed->scalar_type() == ScalarType::Long &&
+                                       seed->numel() == 1 && seed->is_cuda() == qkv.is_cuda()),
                     "window_attention: dropout needs a seed, one int64 on the device of qkv");
-    check_table(weight, "weight", qkv, o, true);
+    check_table(scale, "scale", qkv, o, true);
     check_table(bias, "bias", qkv, o, false);
     check_table(post, "post", qkv, o, false);
     WindowAttentionArgs a{};
     a.qkv = qkv.const_data_ptr();
-    a.weight = static_cast<const float*>(weight.const_data_ptr());
+    a.scale = static_cast<const float*>(scale.const_data_ptr());
     a.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
     a.post = post ? static_cast<const float*>(post->const_data_ptr()) : nullptr;
     a.seed = o.dropout > 0 ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
@@ -84,7 +94,7 @@ WindowAttentionArgs describe(const Tensor& qkv, const Tensor& weight, const Tabl
         a.window[axis] = static_cast<int32_t>(o.window[axis]);
         a.shift[axis] = static_cast<int32_t>(o.shift[axis]);
     }
-    a.weight_rows = static_cast<int32_t>(weight.size(0));
+    a.scale_rows = static_cast<int32_t>(scale.size(0));
     a.cosine = o.cosine;
     a.dtype = dtype_of(qkv);
     a.threads = 1;
@@ -94,12 +104,14 @@ WindowAttentionArgs describe(const Tensor& qkv, const Tensor& weight, const Tabl
 }
 
 int64_t windows_of(const WindowAttentionArgs& a) {
-    return int64_t((a.height + a.window[0] - 1) / a.window[0]) * ((a.width + a.window[1] - 1) / a.window[1]);
+    return int64_t((a.height + a.window[0] - 1) / a.window[0]) *
+           ((a.width + a.window[1] - 1) / a.window[1]);
 }
 
 // A kernel of one device: the C functions of kernels.h with the stream bound.
 void in_threads_of_torch(int64_t count, void (*body)(int64_t, int64_t, void*), void* of) {
-    torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(begin, end, of); });
+    torch::stable::parallel_for(0, count, 1,
+                                [=](int64_t begin, int64_t end) { body(begin, end, of); });
 }
 
 struct Cpu {
@@ -107,14 +119,21 @@ struct Cpu {
         static const bool once = (wa_cpu_set_parallel_for(in_threads_of_torch), true);
         (void)once;
     }
-    void prepare(WindowAttentionArgs& a) const { a.threads = static_cast<int32_t>(torch::stable::get_num_threads()); }
+    void prepare(WindowAttentionArgs& a) const {
+        a.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+    }
     const char* unsupported(const WindowAttentionArgs& a) const { return wa_cpu_supports(&a); }
-    int64_t workspace(const WindowAttentionArgs& a, int backward) const { return wa_cpu_workspace(&a, backward); }
-    int run(const WindowAttentionArgs& a, int backward) const { return backward ? wa_cpu_backward(&a) : wa_cpu_forward(&a); }
+    int64_t workspace(const WindowAttentionArgs& a, int backward) const {
+        return wa_cpu_workspace(&a, backward);
+    }
+    int run(const WindowAttentionArgs& a, int backward) const {
+        return backward ? wa_cpu_backward(&a) : wa_cpu_forward(&a);
+    }
 };
 
 #ifdef WA_WITH_CUDA
-// Found at run time: a PyTorch without CUDA has no such function, and the CPU kernel of this same library must load there.
+// Found at run time: a PyTorch without CUDA has no such function, and the CPU kernel of this same
+// library must load there.
 void* current_stream(int32_t device) {
     using Function = AOTITorchError (*)(int32_t, void**);
     static const auto function = [] {
@@ -126,15 +145,19 @@ void* current_stream(int32_t device) {
     }();
     STD_TORCH_CHECK(function, "window_attention: this PyTorch was built without CUDA");
     void* stream = nullptr;
-    STD_TORCH_CHECK(function(device, &stream) == 0, "window_attention: PyTorch gave no stream for CUDA device ", device);
+    STD_TORCH_CHECK(function(device, &stream) == 0,
+                    "window_attention: PyTorch gave no stream for CUDA device ", device);
     return stream;
 }
 
 struct Cuda {
-    explicit Cuda(const Tensor& x) : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
+    explicit Cuda(const Tensor& x)
+        : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
     void prepare(WindowAttentionArgs&) const {}
     const char* unsupported(const WindowAttentionArgs& a) const { return wa_cuda_supports(&a); }
-    int64_t workspace(const WindowAttentionArgs& a, int backward) const { return wa_cuda_workspace(&a, backward); }
+    int64_t workspace(const WindowAttentionArgs& a, int backward) const {
+        return wa_cuda_workspace(&a, backward);
+    }
     int run(const WindowAttentionArgs& a, int backward) const {
         return backward ? wa_cuda_backward(&a, stream) : wa_cuda_forward(&a, stream);
     }
@@ -154,23 +177,30 @@ void call(const Device& device, WindowAttentionArgs& a, const Tensor& like, int 
         a.workspace = scratch.mutable_data_ptr();
     }
     const int code = device.run(a, backward);
-    STD_TORCH_CHECK(code == 0, "window_attention: the kernel's ", backward ? "backward" : "forward", " failed with code ", code);
+    STD_TORCH_CHECK(code == 0, "window_attention: the kernel's ", backward ? "backward" : "forward",
+                    " failed with code ", code);
 }
 
 Table contiguous(const Table& x) { return x ? Table(torch::stable::contiguous(*x)) : x; }
 
 template <class Device>
-std::tuple<Tensor, Tensor> forward(Tensor qkv, Tensor weight, Table bias, Table post, Table seed, std::vector<int64_t> window,
-                                   std::vector<int64_t> shift, int64_t num_heads, bool cosine, double mask_value, double dropout,
-                                   bool need_lse) {
+std::tuple<Tensor, Tensor> forward(Tensor qkv, Tensor scale, Table bias, Table post, Table seed,
+                                   std::vector<int64_t> window, std::vector<int64_t> shift,
+                                   int64_t num_heads, bool cosine, double mask_value,
+                                   double dropout, bool need_lse) {
     const Options o{window, shift, num_heads, cosine, mask_value, dropout};
-    qkv = torch::stable::contiguous(qkv), weight = torch::stable::contiguous(weight), bias = contiguous(bias), post = contiguous(post);
-    WindowAttentionArgs a = describe(qkv, weight, bias, post, seed, o);
+    qkv = torch::stable::contiguous(qkv);
+    scale = torch::stable::contiguous(scale);
+    bias = contiguous(bias);
+    post = contiguous(post);
+    WindowAttentionArgs a = describe(qkv, scale, bias, post, seed, o);
     const Device device(qkv);
     device.prepare(a);
-    Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3});
+    Tensor out = torch::stable::new_empty(qkv,
+                                          {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3});
     const std::vector<int64_t> rows{a.batch, windows_of(a), a.heads, o.window[0] * o.window[1]};
-    const bool padded = a.height % a.window[0] || a.width % a.window[1];  // the kernel leaves the rows of padding as they are
+    // the kernel leaves the rows of padding as they are
+    const bool padded = a.height % a.window[0] || a.width % a.window[1];
     Tensor lse = !need_lse ? torch::stable::new_empty(qkv, {0}, ScalarType::Float)
                  : padded  ? torch::stable::new_zeros(qkv, rows, ScalarType::Float)
                            : torch::stable::new_empty(qkv, rows, ScalarType::Float);
@@ -181,56 +211,77 @@ std::tuple<Tensor, Tensor> forward(Tensor qkv, Tensor weight, Table bias, Table 
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor qkv, Tensor lse, Tensor weight, Table bias, Table post,
-                                                    Table seed, std::vector<int64_t> window, std::vector<int64_t> shift,
-                                                    int64_t num_heads, bool cosine, double mask_value, double dropout, bool need_weight,
-                                                    bool need_bias, bool need_post) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad_out, Tensor qkv, Tensor lse, Tensor scale, Table bias, Table post, Table seed,
+    std::vector<int64_t> window, std::vector<int64_t> shift, int64_t num_heads, bool cosine,
+    double mask_value, double dropout, bool need_scale, bool need_bias, bool need_post) {
     const Options o{window, shift, num_heads, cosine, mask_value, dropout};
-    qkv = torch::stable::contiguous(qkv), weight = torch::stable::contiguous(weight), bias = contiguous(bias), post = contiguous(post);
+    qkv = torch::stable::contiguous(qkv);
+    scale = torch::stable::contiguous(scale);
+    bias = contiguous(bias);
+    post = contiguous(post);
     grad_out = torch::stable::contiguous(grad_out), lse = torch::stable::contiguous(lse);
-    WindowAttentionArgs a = describe(qkv, weight, bias, post, seed, o);
-    STD_TORCH_CHECK(grad_out.scalar_type() == qkv.scalar_type() && grad_out.numel() * 3 == qkv.numel(),
-                    "window_attention: grad_out must have the dtype of qkv and a third of its elements");
-    STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == a.batch * windows_of(a) * a.heads * a.window[0] * a.window[1],
-                    "window_attention: lse is not what the forward returns with need_lse");
+    WindowAttentionArgs a = describe(qkv, scale, bias, post, seed, o);
+    STD_TORCH_CHECK(
+        grad_out.scalar_type() == qkv.scalar_type() && grad_out.numel() * 3 == qkv.numel(),
+        "window_attention: grad_out must have the dtype of qkv and a third of its elements");
+    STD_TORCH_CHECK(
+        lse.scalar_type() == ScalarType::Float &&
+            lse.numel() == a.batch * windows_of(a) * a.heads * a.window[0] * a.window[1],
+        "window_attention: lse is not what the forward returns with need_lse");
     const Device device(qkv);
     device.prepare(a);
-    const bool empty = qkv.numel() == 0;  // then no kernel runs, and the gradients of the tables are sums of nothing
+    // then no kernel runs, and the gradients of the tables are sums of nothing
+    const bool empty = qkv.numel() == 0;
     auto table = [&](const Table& like, bool needed, float*& pointer) {
         if (!needed || !like) return torch::stable::new_empty(qkv, {0}, ScalarType::Float);
-        Tensor grad = empty ? torch::stable::new_zeros(*like, like->sizes()) : torch::stable::empty_like(*like);
+        Tensor grad = empty ? torch::stable::new_zeros(*like, like->sizes())
+                            : torch::stable::empty_like(*like);
         pointer = static_cast<float*>(grad.mutable_data_ptr());
         return grad;
     };
     Tensor grad_qkv = torch::stable::empty_like(qkv);
     a.grad_qkv = grad_qkv.mutable_data_ptr();
-    Tensor grad_weight = table(weight, need_weight, a.grad_weight);
+    Tensor grad_scale = table(scale, need_scale, a.grad_scale);
     Tensor grad_bias = table(bias, need_bias, a.grad_bias);
     Tensor grad_post = table(post, need_post, a.grad_post);
     a.grad_out = grad_out.const_data_ptr();
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     if (!empty) call(device, a, qkv, 1);
-    return {grad_qkv, grad_weight, grad_bias, grad_post};
+    return {grad_qkv, grad_scale, grad_bias, grad_post};
 }
 
 // GELU between two linear layers, on the CPU.
-GeluArgs describe_gelu(const Tensor& before, const Table& bias, const Tensor& act, ScalarType kept) {
-    const char* const what = "gelu: contiguous matrices of one shape on the CPU, in one of float32, float16 and bfloat16 (what is kept also in "
-                             "16 bits beside float32), and a float32 bias for its columns are needed";
+GeluArgs describe_gelu(const Tensor& before, const Table& bias, const Tensor& act,
+                       ScalarType kept) {
+    const char* const what =
+        "gelu: contiguous matrices of one shape on the CPU, in one of float32, float16 and "
+        "bfloat16 (what is kept also in "
+        "16 bits beside float32), and a float32 bias for its columns are needed";
     auto fits = [&](const Tensor& x) { return x.is_cpu() && x.is_contiguous() && x.dim() == 2; };
-    STD_TORCH_CHECK(fits(before) && fits(act) && before.size(0) == act.size(0) && before.size(1) == act.size(1), what);
-    STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 && bias->size(0) == act.size(1) &&
-                              bias->scalar_type() == ScalarType::Float), what);
-    const auto narrow = [](ScalarType t) { return t == ScalarType::Half || t == ScalarType::BFloat16; };
-    STD_TORCH_CHECK(act.scalar_type() == ScalarType::Float ? kept == ScalarType::Float || narrow(kept)
-                                                           : narrow(kept) && kept == act.scalar_type(), what);
+    STD_TORCH_CHECK(
+        fits(before) && fits(act) && before.size(0) == act.size(0) && before.size(1) == act.size(1),
+        what);
+    STD_TORCH_CHECK(
+        !bias || (bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 &&
+                  bias->size(0) == act.size(1) && bias->scalar_type() == ScalarType::Float),
+        what);
+    const auto narrow = [](ScalarType t) {
+        return t == ScalarType::Half || t == ScalarType::BFloat16;
+    };
+    STD_TORCH_CHECK(act.scalar_type() == ScalarType::Float
+                        ? kept == ScalarType::Float || narrow(kept)
+                        : narrow(kept) && kept == act.scalar_type(),
+                    what);
     GeluArgs a{};
     a.before = before.const_data_ptr();
     a.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
     a.act = act.mutable_data_ptr();
     a.rows = act.size(0), a.width = act.size(1);
     a.act_dtype = dtype_of(act);
-    a.kept_dtype = kept == act.scalar_type() ? a.act_dtype : kept == ScalarType::Half ? WA_F16 : WA_BF16;
+    a.kept_dtype = kept == act.scalar_type()  ? a.act_dtype
+                   : kept == ScalarType::Half ? WA_F16
+                                              : WA_BF16;
     a.threads = static_cast<int32_t>(torch::stable::get_num_threads());
     return a;
 }
@@ -238,8 +289,10 @@ GeluArgs describe_gelu(const Tensor& before, const Table& bias, const Tensor& ac
 void gelu_forward(Tensor before, Table bias, Table kept, Tensor act) {
     const Cpu pool(act);
     GeluArgs a = describe_gelu(before, bias, act, kept ? kept->scalar_type() : act.scalar_type());
-    STD_TORCH_CHECK(before.scalar_type() == act.scalar_type() && (!kept || (kept->is_cpu() && kept->is_contiguous() &&
-                        kept->numel() == act.numel())), "gelu: what is kept must be of the shape of the product, the rest of its dtype");
+    STD_TORCH_CHECK(
+        before.scalar_type() == act.scalar_type() &&
+            (!kept || (kept->is_cpu() && kept->is_contiguous() && kept->numel() == act.numel())),
+        "gelu: what is kept must be of the shape of the product, the rest of its dtype");
     a.kept = kept ? kept->mutable_data_ptr() : nullptr;
     STD_TORCH_CHECK(wa_cpu_gelu(&a, 0) == 0, "gelu: the kernel failed");
 }
@@ -247,10 +300,12 @@ void gelu_forward(Tensor before, Table bias, Table kept, Tensor act) {
 Tensor gelu_backward(Tensor kept, Table bias, Tensor act, Tensor grad) {
     const Cpu pool(act);
     GeluArgs a = describe_gelu(kept, bias, act, kept.scalar_type());
-    STD_TORCH_CHECK(grad.scalar_type() == act.scalar_type() && grad.is_cpu() && grad.is_contiguous() && grad.numel() == act.numel(),
+    STD_TORCH_CHECK(grad.scalar_type() == act.scalar_type() && grad.is_cpu() &&
+                        grad.is_contiguous() && grad.numel() == act.numel(),
                     "gelu: the gradient must be like the activation");
     Tensor grad_bias = torch::stable::new_empty(act, {a.width}, ScalarType::Float);
-    const Tensor partial = torch::stable::new_empty(act, {wa_cpu_gelu_blocks(a.rows, a.width), a.width}, ScalarType::Float);
+    const Tensor partial = torch::stable::new_empty(
+        act, {wa_cpu_gelu_blocks(a.rows, a.width), a.width}, ScalarType::Float);
     a.grad = grad.mutable_data_ptr();
     a.grad_bias = static_cast<float*>(grad_bias.mutable_data_ptr());
     a.partial = static_cast<float*>(partial.mutable_data_ptr());
@@ -261,11 +316,17 @@ Tensor gelu_backward(Tensor kept, Table bias, Tensor act, Tensor grad) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(idsw, m) {
-    m.def("window_attention_forward(Tensor qkv, Tensor weight, Tensor? bias, Tensor? post, Tensor? seed, int[] window, int[] shift, "
-          "int num_heads, bool cosine, float mask_value, float dropout, bool need_lse) -> (Tensor, Tensor)");
-    m.def("window_attention_backward(Tensor grad_out, Tensor qkv, Tensor lse, Tensor weight, Tensor? bias, Tensor? post, Tensor? seed, "
-          "int[] window, int[] shift, int num_heads, bool cosine, float mask_value, float dropout, bool need_weight, bool need_bias, "
-          "bool need_post) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "window_attention_forward(Tensor qkv, Tensor scale, Tensor? bias, Tensor? post, Tensor? "
+        "seed, int[] window, int[] shift, "
+        "int num_heads, bool cosine, float mask_value, float dropout, bool need_lse) -> (Tensor, "
+        "Tensor)");
+    m.def(
+        "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor lse, Tensor scale, Tensor? "
+        "bias, Tensor? post, Tensor? seed, "
+        "int[] window, int[] shift, int num_heads, bool cosine, float mask_value, float dropout, "
+        "bool need_scale, bool need_bias, "
+        "bool need_post) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("gelu_forward(Tensor before, Tensor? bias, Tensor(a!)? kept, Tensor(b!) act) -> ()");
     m.def("gelu_backward(Tensor kept, Tensor? bias, Tensor(a!) act, Tensor(b!) grad) -> Tensor");
 }

@@ -1,4 +1,5 @@
-// The functions that a device offers, called by binding.cpp. All return at once with a nonzero code where they fail, and never print.
+// The functions that a device offers, called by binding.cpp. All return at once with a nonzero code
+// where they fail, and never print.
 #pragma once
 #include <stdint.h>
 
@@ -9,11 +10,13 @@
 extern "C" {
 #endif
 
-// Null where the kernel can do these arguments (pointers are not looked at), else one clause that says why not.
+// Null where the kernel can do these arguments (pointers are not looked at), else one clause that
+// says why not.
 const char* wa_cpu_supports(const WindowAttentionArgs* args);
 const char* wa_cuda_supports(const WindowAttentionArgs* args);
 
-// Bytes of scratch that the forward (backward = 0) or the backward (1) wants in args->workspace; 0 is none.
+// Bytes of scratch that the forward (backward = 0) or the backward (1) wants in args->workspace; 0
+// is none.
 int64_t wa_cpu_workspace(const WindowAttentionArgs* args, int backward);
 int64_t wa_cuda_workspace(const WindowAttentionArgs* args, int backward);
 
@@ -24,9 +27,12 @@ int wa_cpu_backward(const WindowAttentionArgs* args);
 int64_t wa_cpu_gelu_blocks(int64_t rows, int64_t width);
 int wa_cpu_gelu(const GeluArgs* args, int backward);
 
-// Lets the CPU kernel use a pool of threads that exists: run(count, body, of) calls body(begin, end, of) on pieces of [0, count), at best
-// each in a thread of its own. Without it the kernel makes its own threads.
-void wa_cpu_set_parallel_for(void (*run)(int64_t count, void (*body)(int64_t begin, int64_t end, void* of), void* of));
+// Lets the CPU kernel use a pool of threads that exists: run(count, body, of) calls body(begin,
+// end, of) on pieces of [0, count), at best each in a thread of its own. Without it the kernel
+// makes its own threads.
+void wa_cpu_set_parallel_for(void (*run)(int64_t count,
+                                         void (*body)(int64_t begin, int64_t end, void* of),
+                                         void* of));
 
 // stream: a cudaStream_t of the current device; the work is queued on it, nothing waits.
 int wa_cuda_forward(const WindowAttentionArgs* args, void* stream);

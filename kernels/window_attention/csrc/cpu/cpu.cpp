@@ -1,4 +1,5 @@
-// Entry points of the CPU kernel (kernels.h): chooses the instruction set, cuts the work into tasks, sums what they leave.
+// Entry points of the CPU kernel (kernels.h): chooses the instruction set, cuts the work into
+// tasks, sums what they leave.
 #include "../kernels.h"
 
 #include <stdlib.h>
@@ -16,12 +17,13 @@ using wa::Kernels;
 
 int ceiling(int count, int of) { return (count + of - 1) / of; }
 
-// The heads of a token lie together in memory, so a task takes several, as far as their tables stay in the second-level cache and every
-// thread still finds a few tasks.
+// The heads of a token lie together in memory, so a task takes several, as far as their tables stay
+// in the second-level cache and every thread still finds a few tasks.
 void group_heads(Job* job, int backward) {
     const WindowAttentionArgs& a = *job->args;
-    const int tables = (a.weight_rows > 1) + (a.bias != nullptr) + (a.post != nullptr);
-    const int64_t bytes = int64_t(4) * job->area * (job->area + 15) * tables * (backward ? 2 : 1), cache = 320 << 10;
+    const int tables = (a.scale_rows > 1) + (a.bias != nullptr) + (a.post != nullptr);
+    const int64_t bytes = int64_t(4) * job->area * (job->area + 15) * tables * (backward ? 2 : 1);
+    const int64_t cache = 320 << 10;
     int64_t most = bytes ? cache / bytes : a.heads;
     if (a.threads > 1) most = wa::least(most, a.heads * int64_t(job->runs) / (4 * a.threads));
     job->groups = ceiling(a.heads, most < 1 ? 1 : int(wa::least(most, a.heads)));
@@ -33,7 +35,8 @@ Job make_job(const WindowAttentionArgs* a, int backward) {
     Job job{};
     job.args = a;
     job.down = ceiling(a->height, a->window[0]), job.across = ceiling(a->width, a->window[1]);
-    job.area = a->window[0] * a->window[1], job.offsets = (2 * a->window[0] - 1) * (2 * a->window[1] - 1);
+    job.area = a->window[0] * a->window[1];
+    job.offsets = (2 * a->window[0] - 1) * (2 * a->window[1] - 1);
     job.windows = int64_t(a->batch) * job.down * job.across;
     // the tables are spread once per task: many small windows in one, few large ones
     job.run = job.area >= 1024 ? 1 : 1024 / job.area < 16 ? 1024 / job.area : 16;
@@ -41,7 +44,8 @@ Job make_job(const WindowAttentionArgs* a, int backward) {
     group_heads(&job, backward);
     if (backward) {
         job.partial = static_cast<float*>(a->workspace);
-        job.partial_size = (a->grad_weight ? a->weight_rows : 0) + (a->grad_bias ? job.offsets : 0) + (a->grad_post ? job.offsets : 0);
+        job.partial_size = (a->grad_scale ? a->scale_rows : 0) + (a->grad_bias ? job.offsets : 0) +
+                           (a->grad_post ? job.offsets : 0);
     }
     return job;
 }
@@ -55,11 +59,13 @@ struct Call {
 
 void run_task(int64_t task, void* of) {
     const Call& call = *static_cast<const Call*>(of);
-    const int groups = call.job->groups;  // they vary fastest: the rows of one token lie together in memory
+    // they vary fastest: the rows of one token lie together in memory
+    const int groups = call.job->groups;
     void* scratch = wa::scratch_of_thread(call.scratch);
     if (!scratch) return wa::report_failure();
     const wa::FlushDenormals flush;
-    (call.backward ? call.kernels->backward : call.kernels->forward)(call.job, int(task % groups), int(task / groups), scratch);
+    (call.backward ? call.kernels->backward : call.kernels->forward)(call.job, int(task % groups),
+                                                                     int(task / groups), scratch);
 }
 
 // Adds the runs of one head in their order.
@@ -67,13 +73,14 @@ void sum_head(int64_t head, void* of) {
     const Job& job = *static_cast<const Call*>(of)->job;
     const WindowAttentionArgs& a = *job.args;
     const float* from = job.partial + head * job.runs * job.partial_size;
-    float* const tables[3] = {a.grad_weight, a.grad_bias, a.grad_post};
-    const int rows[3] = {a.weight_rows, job.offsets, job.offsets};
+    float* const tables[3] = {a.grad_scale, a.grad_bias, a.grad_post};
+    const int rows[3] = {a.scale_rows, job.offsets, job.offsets};
     for (int which = 0; which < 3; ++which) {
         if (!tables[which]) continue;
         for (int t = 0; t < rows[which]; ++t) {
             double total = 0;
-            for (int run = 0; run < job.runs; ++run) total += from[int64_t(run) * job.partial_size + t];
+            for (int run = 0; run < job.runs; ++run)
+                total += from[int64_t(run) * job.partial_size + t];
             tables[which][int64_t(t) * a.heads + head] = float(total);
         }
         from += rows[which];
@@ -108,13 +115,18 @@ extern "C" {
 
 const char* wa_cpu_supports(const WindowAttentionArgs* a) {
     if (const char* refusal = wa::chosen().refusal) return refusal;
-    if (a->dtype != WA_F32 && a->dtype != WA_F16 && a->dtype != WA_BF16) return "the dtype is not float32, float16 or bfloat16";
-    if (a->head_dim < 8 || a->head_dim % 8 || a->head_dim > 256) return "the head dimension is not a multiple of 8 up to 256";
-    if (a->window[0] < 1 || a->window[1] < 1 || a->window[0] > 32 || a->window[1] > 32) return "a side of the window is not in 1 .. 32";
+    if (a->dtype != WA_F32 && a->dtype != WA_F16 && a->dtype != WA_BF16)
+        return "the dtype is not float32, float16 or bfloat16";
+    if (a->head_dim < 8 || a->head_dim % 8 || a->head_dim > 256)
+        return "the head dimension is not a multiple of 8 up to 256";
+    if (a->window[0] < 1 || a->window[1] < 1 || a->window[0] > 32 || a->window[1] > 32)
+        return "a side of the window is not in 1 .. 32";
     for (int axis = 0; axis < 2; ++axis)
-        if (a->shift[axis] < 0 || a->shift[axis] >= a->window[axis]) return "the shift is not in 0 .. window - 1";
+        if (a->shift[axis] < 0 || a->shift[axis] >= a->window[axis])
+            return "the shift is not in 0 .. window - 1";
     const int offsets = (2 * a->window[0] - 1) * (2 * a->window[1] - 1);
-    if (a->weight_rows != 1 && a->weight_rows != offsets) return "the weight has neither one row nor one for each offset";
+    if (a->scale_rows != 1 && a->scale_rows != offsets)
+        return "the scale has neither one row nor one for each offset";
     if (!(a->dropout >= 0 && a->dropout < 1)) return "the dropout is not in [0, 1)";
     return nullptr;
 }

@@ -1,6 +1,7 @@
-// While an object of this lives, results below the smallest normal float32 become 0 on this thread. The mask of -100 leaves entries of the
-// map near 1e-30; times a small gradient they are subnormal, and x86 takes many times longer over such numbers. Operands are left as
-// they are: subnormal float16 numbers are exact on their way through float32.
+// While an object of this lives, results below the smallest normal float32 become 0 on this thread.
+// The mask of -100 leaves entries of the map near 1e-30; times a small gradient they are subnormal,
+// and x86 takes many times longer over such numbers. Operands are left as they are: subnormal
+// float16 numbers are exact on their way through float32.
 #pragma once
 #if defined(__SSE2__)
 #include <xmmintrin.h>

@@ -1,4 +1,5 @@
-// GELU of rows of numbers, forward and backward, with bias, conversions and the sums for the bias in the same pass.
+// GELU of rows of numbers, forward and backward, with bias, conversions and the sums for the bias
+// in the same pass.
 #pragma once
 #include "../gelu.h"
 #include "rows.h"
@@ -10,11 +11,14 @@ template <class T>
 static inline vf take(const T* from) {
     if constexpr (__is_same(T, float)) return load(from);
 #if defined(__AVX512F__)
-    else if constexpr (__is_same(T, Half)) return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    else if constexpr (__is_same(T, Half))
+        return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(__AVX2__)
-    else if constexpr (__is_same(T, Half)) return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+    else if constexpr (__is_same(T, Half))
+        return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #endif
-    else if constexpr (__is_same(T, Bf16)) return (vf)(__builtin_convertvector(*(const vh_any*)from, vi) << 16);
+    else if constexpr (__is_same(T, Bf16))
+        return (vf)(__builtin_convertvector(*(const vh_any*)from, vi) << 16);
     else {
         vf x;
         for (int i = 0; i < W; ++i) x[i] = wide(from[i]);
@@ -25,7 +29,7 @@ static inline vf take(const T* from) {
 template <class T>
 static inline void give(vf x, T* to) {
     const float* const from = (const float*)&x;
-    give_row(from, 1.0f, to, W);
+    store_row(from, 1.0f, to, W);
 }
 
 static inline vf inverse(vf x) {  // for 1 <= x
@@ -37,11 +41,13 @@ static inline vf inverse(vf x) {  // for 1 <= x
 #endif
 }
 
-// Φ(x). With a = |x|, Φ(-a) = 2^(-a² / (2 ln 2)) R(a); R is a polynomial in 1 / (1 + 0.35 a) - 0.6, fitted by least squares weighted until
-// the largest error was least: 2e-10 of 1, and up to a = 9 within 5e-6 of Φ(-a). density: that power of 2. From 11.75 on, where they are
-// below 1e-30, both are 0.
+// Φ(x). With a = |x|, Φ(-a) = 2^(-a² / (2 ln 2)) R(a); R is a polynomial in 1 / (1 + 0.35 a) - 0.6,
+// fitted by least squares scaleed until the largest error was least: 2e-10 of 1, and up to a = 9
+// within 5e-6 of Φ(-a). density: that power of 2. From 11.75 on, where they are below 1e-30, both
+// are 0.
 static inline vf normal(vf x, vf& density) {
-    const vf a = (vf)((vi)x & all_int(0x7fffffff)), u = inverse(all(1.0f) + all(0.35f) * a) - all(0.6f);
+    const vf a = (vf)((vi)x & all_int(0x7fffffff));
+    const vf u = inverse(all(1.0f) + all(0.35f) * a) - all(0.6f);
     const vf e = exp2v<true>(x * x * all(-0.5f * LOG2E));
     const vi near = a < all(11.75f);
     density = near ? e : vf{};
@@ -72,7 +78,8 @@ struct Gelu {
         return g;
     }
 
-    // R rows of a block: the sums for the bias are added up for them first, which is more exact, and reads them less often.
+    // R rows of a block: the sums for the bias are added up for them first, which is more exact,
+    // and reads them less often.
     template <int R>
     static void rows_back(const GeluArgs* a, int64_t row, float* sums) {
         const int64_t width = a->width, whole = width / W * W, at = row * width;
@@ -108,11 +115,13 @@ struct Gelu {
         Act* const act = (Act*)a->act + at;
         Kept* const kept = a->kept ? (Kept*)a->kept + at : nullptr;
         for (int64_t c = 0; c < whole; c += W)
-            forward(before + c, a->bias ? load(a->bias + c) : vf{}, kept ? kept + c : nullptr, act + c);
+            forward(before + c, a->bias ? load(a->bias + c) : vf{}, kept ? kept + c : nullptr,
+                    act + c);
         if (!rest) return;
         Padded<Act> x(before + whole, rest), y;
         Padded<Kept> k;
-        forward(x.numbers, Padded<float>(a->bias ? a->bias + whole : nullptr, rest).vector(), k.numbers, y.numbers);
+        forward(x.numbers, Padded<float>(a->bias ? a->bias + whole : nullptr, rest).vector(),
+                k.numbers, y.numbers);
         y.give(act + whole, rest);
         if (kept) k.give(kept + whole, rest);
     }

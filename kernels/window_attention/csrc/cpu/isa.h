@@ -1,4 +1,5 @@
-// The functions of one instruction set; its file defines WA_ISA (namespace), WA_NAME, and WA_MULTIPLIES_BF16 if it multiplies bf16 itself.
+// The functions of one instruction set; its file defines WA_ISA (namespace), WA_NAME, and
+// WA_MULTIPLIES_BF16 if it multiplies bf16 itself.
 #pragma once
 #include "backward.h"
 #include "gelu.h"
@@ -20,7 +21,8 @@ static int64_t measure(const Job* job) {
 }
 
 static int64_t scratch(const Job* job, int backward) {
-    if (job->args->dtype == WA_BF16) return backward ? measure<Backward, UnitOfBf16>(job) : measure<Forward, UnitOfBf16>(job);
+    if (job->args->dtype == WA_BF16)
+        return backward ? measure<Backward, UnitOfBf16>(job) : measure<Forward, UnitOfBf16>(job);
     return backward ? measure<Backward, Floats>(job) : measure<Forward, Floats>(job);
 }
 
@@ -37,7 +39,7 @@ static void task(const Job* job, int group, int run, void* memory) {
 
 }  // namespace WA_ISA
 
-extern const Kernels WA_KERNELS = {WA_NAME, WA_ISA::scratch, WA_ISA::task<WA_ISA::Forward>, WA_ISA::task<WA_ISA::Backward>,
-                                   WA_ISA::gelu};
+extern const Kernels WA_KERNELS = {WA_NAME, WA_ISA::scratch, WA_ISA::task<WA_ISA::Forward>,
+                                   WA_ISA::task<WA_ISA::Backward>, WA_ISA::gelu};
 
 }  // namespace wa

@@ -1,6 +1,7 @@
-// One call as the kernels of every instruction set see it, and the table of functions that each instruction set fills.
-// The files that include this are compiled with different processor flags: no templates of the standard library here, because the linker
-// would keep one of their copies for all.
+// One call as the kernels of every instruction set see it, and the table of functions that each
+// instruction set fills. The files that include this are compiled with different processor flags:
+// no templates of the standard library here, because the linker would keep one of their copies for
+// all.
 #pragma once
 #include <stdint.h>
 
@@ -11,7 +12,8 @@ namespace wa {
 
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
-// Work is cut into tasks, one per group of heads and run of windows. Sums are kept per head and run, so no result depends on the groups.
+// Work is cut into tasks, one per group of heads and run of windows. Sums are kept per head and
+// run, so no result depends on the groups.
 struct Job {
     const WindowAttentionArgs* args;
     int down, across;   // windows per image, down and across
@@ -19,7 +21,9 @@ struct Job {
     int runs, run;      // runs of windows per head; windows in a run
     int groups, group;  // groups of heads; heads in a group, in the last one perhaps fewer
     int64_t windows;    // in all images
-    float* partial;     // backward: (heads, runs, partial_size) sums of the tables' gradients: weight, bias, post as far as asked for
+    // backward: (heads, runs, partial_size) sums of the tables' gradients: scale, bias, post as far
+    // as asked for
+    float* partial;
     int partial_size;
 };
 
@@ -35,7 +39,9 @@ struct Kernels {
 // Rows of a GELU worked on in one task: about 48 thousand numbers.
 static inline int64_t rows_of_block(int64_t width) { return width >= 49152 ? 1 : 49152 / width; }
 
-static inline int up(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+static inline int up(int count, int multiple) {
+    return (count + multiple - 1) / multiple * multiple;
+}
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace wa

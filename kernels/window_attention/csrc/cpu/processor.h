@@ -9,7 +9,8 @@ struct Choice {
     const char* refusal;  // why what WINDOW_ATTENTION_CPU_ISA asks for cannot be had, or null
 };
 
-// Made once. WINDOW_ATTENTION_CPU_ISA = scalar, avx2, avx512, avx512bf16, amx or amx_emulated forces one.
+// Made once. WINDOW_ATTENTION_CPU_ISA = scalar, avx2, avx512, avx512bf16, amx or amx_emulated
+// forces one.
 const Choice& chosen();
 
 }  // namespace wa

@@ -1,4 +1,5 @@
-// Rows of tokens: from the tensors into packed matrices of units, from sums in float back into the tensors, and the turns in between.
+// Rows of tokens: from the tensors into packed matrices of units, from sums in float back into the
+// tensors, and the turns in between.
 #pragma once
 #include "product.h"
 
@@ -11,7 +12,8 @@ struct Half { uint16_t bits; };
 static inline int32_t bits_of(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
 static inline float float_of(uint32_t i) { float x; memcpy(&x, &i, 4); return x; }
 
-// Rounded to the nearest bf16, ties to even, in the high half of each lane; the low half is whatever.
+// Rounded to the nearest bf16, ties to even, in the high half of each lane; the low half is
+// whatever.
 static inline vi rounded(vf x) {
     const vi bits = (vi)x;
     const vi up = bits + (((bits >> 16) & all_int(1)) + all_int(0x7fff));
@@ -29,8 +31,9 @@ static inline vh to_bf16(vf x) {
 #if defined(__AVX512BF16__)
 // 16 + 16 bf16 -> one of each per lane, the first in the low half.
 static inline vf interleave(__m512i x) {
-    const __m512i order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+                                           16, 0);
     return (vf)_mm512_permutexvar_epi16(order, x);
 }
 #endif
@@ -40,7 +43,8 @@ static inline vf pair(vf a, vf b) {
 #if defined(__AVX512BF16__)
     return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 #else
-    return (vf)(((rounded(a) >> 16) & all_int(0xffff)) | (rounded(b) & all_int(int32_t(0xffff0000u))));
+    return (vf)(((rounded(a) >> 16) & all_int(0xffff)) |
+                (rounded(b) & all_int(int32_t(0xffff0000u))));
 #endif
 }
 
@@ -62,7 +66,8 @@ static inline float wide(Bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 static inline float wide(Half x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
     if (rest >= 0x7c00) return float_of(sign | 0x7f800000u | (rest & 0x3ff) << 13);
-    const float magnitude = float_of(rest << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent, subnormal numbers too
+    // 2^112 moves the exponent, subnormal numbers too
+    const float magnitude = float_of(rest << 13) * 5.192296858534828e33f;
     return float_of(sign | uint32_t(bits_of(magnitude)));
 }
 
@@ -72,7 +77,9 @@ static inline void narrow(float x, Bf16& to) {
     to.bits = x == x ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
 }
 static inline void narrow(float x, Half& to) {
-    const uint32_t bits = uint32_t(bits_of(x)), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+    const uint32_t bits = uint32_t(bits_of(x));
+    const uint32_t sign = (bits >> 16) & 0x8000;
+    const uint32_t rest = bits & 0x7fffffff;
     if (rest >= 0x7f800001u) to.bits = uint16_t(sign | 0x7e00);
     else if (rest >= 0x477ff000u) to.bits = uint16_t(sign | 0x7c00);  // 65520 and more
     else if (rest < 0x38800000u)  // subnormal: in steps of 2^-24
@@ -82,14 +89,15 @@ static inline void narrow(float x, Half& to) {
 
 // dim numbers, or zeros for null, into `width` units, zeros behind.
 template <class Unit, class T>
-static inline void take_row(const T* from, float* to, int dim, int width) {
+static inline void load_row(const T* from, float* to, int dim, int width) {
     if (!from) {
         for (int d = 0; d < width; d += W) store(to + d, vf{});
         return;
     }
     const int used = dim / Unit::SIZE;
     if constexpr (sizeof(T) * Unit::SIZE == 4) {
-        if (used % W == 0) for (int d = 0; d < used; d += W) store(to + d, load((const float*)from + d));
+        if (used % W == 0)
+            for (int d = 0; d < used; d += W) store(to + d, load((const float*)from + d));
         else memcpy(to, from, used * 4);
     } else {
         int d = 0;
@@ -113,16 +121,20 @@ static inline void take_row(const T* from, float* to, int dim, int width) {
 
 // factor * (from - along * other), rounded; other may be null.
 template <class T>
-static inline void give_row(const float* from, float factor, T* to, int dim) {
+static inline void store_row(const float* from, float factor, T* to, int dim) {
     int d = 0;
     for (; d + W <= dim; d += W) {
         const vf x = load(from + d) * all(factor);
         if constexpr (__is_same(T, float)) store(to + d, x);
         else if constexpr (__is_same(T, Bf16)) *(vh_any*)(to + d) = to_bf16(x);
 #if defined(__AVX512F__)
-        else _mm256_storeu_si256((__m256i*)(to + d), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+        else
+            _mm256_storeu_si256((__m256i*)(to + d),
+                                _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
-        else _mm_storeu_si128((__m128i*)(to + d), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+        else
+            _mm_storeu_si128((__m128i*)(to + d),
+                             _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
         else for (int i = 0; i < W; ++i) narrow(x[i], to[d + i]);
 #endif
@@ -137,16 +149,22 @@ static inline void turn_block(const float* from, int64_t from_row, float* to, in
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_row);
 #pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]), r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]), r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
         const int at = i / 4 * 8 + i % 4;
-        t[at] = _mm512_shuffle_i32x4(r[at], r[at + 4], 0x88), t[at + 4] = _mm512_shuffle_i32x4(r[at], r[at + 4], 0xdd);
+        t[at] = _mm512_shuffle_i32x4(r[at], r[at + 4], 0x88);
+        t[at + 4] = _mm512_shuffle_i32x4(r[at], r[at + 4], 0xdd);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
@@ -157,10 +175,12 @@ static inline void turn_block(const float* from, int64_t from_row, float* to, in
 #endif
 
 // (rows, columns) -> (columns, rows), both multiples of 16.
-static inline void turn(const float* from, int64_t from_row, float* to, int64_t to_row, int rows, int columns) {
+static inline void turn(const float* from, int64_t from_row, float* to, int64_t to_row, int rows,
+                        int columns) {
 #if defined(__AVX512F__)
     for (int i = 0; i < rows; i += 16)
-        for (int j = 0; j < columns; j += 16) turn_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+        for (int j = 0; j < columns; j += 16)
+            turn_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
 #else
     for (int i = 0; i < rows; i += 4)
         for (int j = 0; j < columns; ++j)
@@ -168,15 +188,18 @@ static inline void turn(const float* from, int64_t from_row, float* to, int64_t 
 #endif
 }
 
-// (rows, width) of bf16 -> (rows / 2, width) of units: what stood one above the other becomes a pair. row: units between rows of `from`.
+// (rows, width) of bf16 -> (rows / 2, width) of units: what stood one above the other becomes a
+// pair. row: units between rows of `from`.
 static inline void pair_rows(const float* from, int64_t row, float* to, int rows, int width) {
 #if defined(__AVX512F__)
-    const __m512i low = _mm512_set_epi16(
-        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     for (int i = 0; i < rows; i += 2)
         for (int d = 0; d < width; d += 16) {
-            const __m512i a = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(from + i * row + d / 2)));
-            const __m512i b = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(from + (i + 1) * row + d / 2)));
+            const __m512i a = _mm512_castsi256_si512(
+                _mm256_loadu_si256((const __m256i*)(from + i * row + d / 2)));
+            const __m512i b = _mm512_castsi256_si512(
+                _mm256_loadu_si256((const __m256i*)(from + (i + 1) * row + d / 2)));
             _mm512_storeu_si512(to + i / 2 * width + d, _mm512_permutex2var_epi16(a, low, b));
         }
 #else

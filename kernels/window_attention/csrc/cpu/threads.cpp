@@ -24,7 +24,8 @@ thread_local Tasks* current = nullptr;
 void work(Tasks& tasks) {
     Tasks* const outer = current;
     current = &tasks;
-    for (int64_t task; (task = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;) tasks.body(task, tasks.of);
+    for (int64_t task; (task = tasks.next.fetch_add(1, std::memory_order_relaxed)) < tasks.count;)
+        tasks.body(task, tasks.of);
     current = outer;
 }
 
@@ -80,7 +81,10 @@ void* scratch_of_thread(int64_t bytes) {
 
 }  // namespace wa
 
-// Lets a host that has a pool of threads lend it: run(count, body, of) calls body on ranges that cover 0 .. count - 1.
-extern "C" void wa_cpu_set_parallel_for(void (*run)(int64_t count, void (*body)(int64_t begin, int64_t end, void*), void*)) {
+// Lets a host that has a pool of threads lend it: run(count, body, of) calls body on ranges that
+// cover 0 .. count - 1.
+extern "C" void wa_cpu_set_parallel_for(void (*run)(int64_t count,
+                                                    void (*body)(int64_t begin, int64_t end, void*),
+                                                    void*)) {
     parallel_for = run;
 }

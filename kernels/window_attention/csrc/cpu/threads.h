@@ -10,7 +10,8 @@ bool run_tasks(int64_t count, int threads, void (*body)(int64_t, void*), void* o
 // From within a task: it could not do its work.
 void report_failure();
 
-// At least `bytes` of memory aligned to 64 that belong to this thread until its next call; null where there is none.
+// At least `bytes` of memory aligned to 64 that belong to this thread until its next call; null
+// where there is none.
 void* scratch_of_thread(int64_t bytes);
 
 }  // namespace wa

@@ -1,12 +1,13 @@
-// Products of bf16 by tiles of 16 x 16 units (AMX). The four operations on tiles stand behind functions, so that a processor without them
-// can run all the rest of this code: WA_TILES_EMULATED.
+// Products of bf16 by tiles of 16 x 16 units (AMX). The four operations on tiles stand behind
+// functions, so that a processor without them can run all the rest of this code: WA_TILES_EMULATED.
 #pragma once
 #include "rows.h"
 
 namespace wa {
 namespace WA_ISA {
 
-// Eight tiles of 16 rows of 64 bytes; made before the first product of a thread, gone after the last.
+// Eight tiles of 16 rows of 64 bytes; made before the first product of a thread, gone after the
+// last.
 #ifdef WA_TILES_EMULATED
 
 struct Tiles {
@@ -15,14 +16,17 @@ struct Tiles {
     template <int N> static void take(const float* from, int64_t row) {
         for (int i = 0; i < 16; ++i) memcpy(tile[N][i], from + i * row, 64);
     }
-    template <int N> static void give(float* to, int64_t row) { for (int i = 0; i < 16; ++i) memcpy(to + i * row, tile[N][i], 64); }
+    template <int N> static void give(float* to, int64_t row) {
+        for (int i = 0; i < 16; ++i) memcpy(to + i * row, tile[N][i], 64);
+    }
     // C += A B; a unit of A or B is a pair along the summed dimension
     template <int C, int A, int B>
     static void multiply_add() {
         for (int m = 0; m < 16; ++m)
             for (int n = 0; n < 16; n += W) {
                 vf total = load(&tile[C][m][n]);
-                for (int k = 0; k < 16; ++k) total = Pairs::multiply_add(all(tile[A][m][k]), load(&tile[B][k][n]), total);
+                for (int k = 0; k < 16; ++k)
+                    total = Pairs::multiply_add(all(tile[A][m][k]), load(&tile[B][k][n]), total);
                 store(&tile[C][m][n], total);
             }
     }
@@ -32,7 +36,11 @@ struct Tiles {
 
 struct Tiles {
     Tiles() {
-        struct alignas(64) { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {};
+        struct alignas(64) {
+            uint8_t palette, start, rest[14];
+            uint16_t bytes[16];
+            uint8_t rows[16];
+        } shape = {};
         shape.palette = 1;
         for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = 16;
         fence(&shape);
@@ -40,16 +48,23 @@ struct Tiles {
         fence(&shape);
     }
     ~Tiles() { _tile_release(); }
-    // The compiler's intrinsics do not all say that they read memory: what is written before must be there, what is written after not yet.
+    // The compiler's intrinsics do not all say that they read memory: what is written before must
+    // be there, what is written after not yet.
     static void fence(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
     // the intrinsics take literal numbers
 #define WA_EACH(N, DO) if constexpr (NUMBER == N) { DO(N); }
-#define WA_ALL(DO) WA_EACH(0, DO) WA_EACH(1, DO) WA_EACH(2, DO) WA_EACH(3, DO) WA_EACH(4, DO) WA_EACH(5, DO) WA_EACH(6, DO) WA_EACH(7, DO)
+#define WA_ALL(DO)                                                                            \
+    WA_EACH(0, DO)                                                                            \
+    WA_EACH(1, DO) WA_EACH(2, DO) WA_EACH(3, DO) WA_EACH(4, DO) WA_EACH(5, DO) WA_EACH(6, DO) \
+        WA_EACH(7, DO)
 #define WA_ZERO(N) _tile_zero(N)
 #define WA_TAKE(N) _tile_loadd(N, from, row * 4)
 #define WA_GIVE(N) _tile_stored(N, to, row * 4)
     template <int NUMBER> static void zero() { WA_ALL(WA_ZERO) }
-    template <int NUMBER> static void take(const float* from, int64_t row) { fence(from); WA_ALL(WA_TAKE) fence(from); }
+    template <int NUMBER> static void take(const float* from, int64_t row) {
+        fence(from);
+        WA_ALL(WA_TAKE) fence(from);
+    }
     template <int NUMBER> static void give(float* to, int64_t row) { WA_ALL(WA_GIVE) }
     template <int C, int A, int B>
     static void multiply_add() {
@@ -68,12 +83,13 @@ struct Tiles {
 
 #endif
 
-// Tile NUMBER = rows m .. m + 15 and units k .. k + 15 of a; units from `depth` on may be anything finite where the step is 1,
-// else they are 0.
+// Tile NUMBER = rows m .. m + 15 and units k .. k + 15 of a; units from `depth` on may be anything
+// finite where the step is 1, else they are 0.
 template <int NUMBER>
 static inline void take_left(Strided a, int m, int k, int depth) {
     if (a.step == 1) return Tiles::take<NUMBER>(a.at + m * a.row + k, a.row);
-    alignas(64) float lines[256], turned[256];  // a is the transpose of what lies in memory (a.row == 1)
+    // a is the transpose of what lies in memory (a.row == 1)
+    alignas(64) float lines[256], turned[256];
     for (int i = 0; i < 16; ++i) {
         if (k + i < depth) memcpy(lines + i * 16, a.at + (k + i) * a.step + m, 64);
         else memset(lines + i * 16, 0, 64);
@@ -84,7 +100,8 @@ static inline void take_left(Strided a, int m, int k, int depth) {
 
 // Up to 32 x 32 of `out`: R x C tiles.
 template <int R, int C>
-static inline void tile_block(Strided a, const float* b, int64_t b_row, float* out, int64_t out_row, int m, int n, int depth, bool add) {
+static inline void tile_block(Strided a, const float* b, int64_t b_row, float* out, int64_t out_row,
+                              int m, int n, int depth, bool add) {
     float* const corner = out + m * out_row + n;
     if (add) {
         Tiles::take<0>(corner, out_row);
@@ -98,7 +115,10 @@ static inline void tile_block(Strided a, const float* b, int64_t b_row, float* o
         take_left<4>(a, m, k, depth);
         Tiles::take<6>(b + k * b_row + n, b_row);
         Tiles::multiply_add<0, 4, 6>();
-        if constexpr (C == 2) Tiles::take<7>(b + k * b_row + n + 16, b_row), Tiles::multiply_add<1, 4, 7>();
+        if constexpr (C == 2) {
+            Tiles::take<7>(b + k * b_row + n + 16, b_row);
+            Tiles::multiply_add<1, 4, 7>();
+        }
         if constexpr (R == 2) take_left<5>(a, m + 16, k, depth), Tiles::multiply_add<2, 5, 6>();
         if constexpr (R == 2 && C == 2) Tiles::multiply_add<3, 5, 7>();
     }
@@ -108,13 +128,16 @@ static inline void tile_block(Strided a, const float* b, int64_t b_row, float* o
     if constexpr (R == 2 && C == 2) Tiles::give<3>(corner + 16 * out_row + 16, out_row);
 }
 
-// As `product`, by tiles: `out` and a have rows up to a multiple of 16, b has finite ones, and a row of a has units up to one.
+// As `product`, by tiles: `out` and a have rows up to a multiple of 16, b has finite ones, and a
+// row of a has units up to one.
 template <>
-void product<Pairs>(Strided a, const float* b, int64_t b_row, float* out, int64_t out_row, int rows, int width, int depth, bool add) {
+void product<Pairs>(Strided a, const float* b, int64_t b_row, float* out, int64_t out_row, int rows,
+                    int width, int depth, bool add) {
     for (int n = 0; n < width; n += 32)
         for (int m = 0; m < rows; m += 32) {
             const bool two_rows = m + 16 < rows, two_columns = n + 16 < width;
-            if (two_rows && two_columns) tile_block<2, 2>(a, b, b_row, out, out_row, m, n, depth, add);
+            if (two_rows && two_columns)
+                tile_block<2, 2>(a, b, b_row, out, out_row, m, n, depth, add);
             else if (two_rows) tile_block<2, 1>(a, b, b_row, out, out_row, m, n, depth, add);
             else if (two_columns) tile_block<1, 2>(a, b, b_row, out, out_row, m, n, depth, add);
             else tile_block<1, 1>(a, b, b_row, out, out_row, m, n, depth, add);

@@ -1,37 +1,56 @@
-// Backward for windows of up to 64 tokens: dq, dk, dv of every window, and the sums over a block's windows of the gradients of the tables.
+// Backward for windows of up to 64 tokens: dq, dk, dv of every window, and the sums over a block's
+// windows of the gradients of the tables.
 //
-//   G = dO vᵀ,  G' = G keep post,  dS = P (G' - Σ_j P G'),  dv = (P keep post)ᵀ dO,  dq = (dS w) k,  dk = (dS w)ᵀ q
-//   d bias = Σ dS,  d weight = Σ dS (q kᵀ),  d post = Σ P G keep
-// P comes from the forward's log-sum-exp, read a window ahead. A warp computes 16 query rows of dS and P keep post, takes dq from its own
-// registers, leaves both in shared memory in 16 bits, and takes 16 key rows of them transposed for dk and dv. The three leave one after
-// another through the warp's rows of v. Every thread sums its own pairs over the windows, in registers or in its own words of shared
-// memory; at the end each table entry is summed by one thread in fixed order. small_reduce.h adds the blocks. No atomics: equal runs,
-// equal bits.
+//   G = dO vᵀ
+//   G' = G keep post
+//   dS = P (G' - Σ_j P G')
+//   dv = (P keep post)ᵀ dO
+//   dq = (dS w) k
+//   dk = (dS w)ᵀ q
+//   d bias = Σ dS
+//   d scale = Σ dS (q kᵀ)
+//   d post = Σ P G keep
+//
+// P comes from the forward's log-sum-exp, read a window ahead. A warp computes 16 query rows of dS
+// and P keep post, takes dq from its own registers, leaves both in shared memory in 16 bits, and
+// takes 16 key rows of them transposed for dk and dv. The three leave one after another through the
+// warp's rows of v. Every thread sums its own pairs over the windows, in registers or in its own
+// words of shared memory; at the end each table entry is summed by one thread in fixed order.
+// small_reduce.h adds the blocks. No atomics: equal runs, equal bits.
 #pragma once
 #include "small_gradients.h"
 
-template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) small_backward(const SmallProblem p) {
+template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
+    small_backward(const SmallProblem p) {
     using T = typename K::T;
-    constexpr int D = K::D, NT = K::NT, ROWS = K::ROWS, HALF = 8 * ROWS * 2;  // HALF: bytes from a row of the pairs to row + 8
+    // HALF: bytes from a row of the pairs to row + 8
+    constexpr int D = K::D;
+    constexpr int NT = K::NT;
+    constexpr int ROWS = K::ROWS;
+    constexpr int HALF = 8 * ROWS * 2;
     WA_DYN_SMEM(shared);
     unsigned char *pairs_p = shared + K::P, *pairs_ds = shared + K::DS;  // (ROWS, ROWS) of T
     uint32_t* places = reinterpret_cast<uint32_t*>(shared + K::PLACES);
     float* norms = reinterpret_cast<float*>(shared + K::NORMS);
-    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5 & (K::WARPS - 1), row = warp * 16 + lane / 4, column = lane % 4 * 2;
+    int thread = threadIdx.x;
+    int lane = thread & 31;
+    int warp = thread >> 5 & (K::WARPS - 1);
+    int row = warp * 16 + lane / 4;
+    int column = lane % 4 * 2;
     const int head = blockIdx.x, heads = p.a.heads, fragment = warp * NT * 32 + lane;
 
     const int last = (int)((int64_t)p.windows * (blockIdx.y + 1) / p.splits);
     int index = (int)((int64_t)p.windows * blockIdx.y / p.splits);
     Window window(p, index);
     float4* bias_fragments = reinterpret_cast<float4*>(shared + K::TABLES) + fragment;  // LEAN
-    float4* weight_fragments = bias_fragments + K::WARPS * NT * 32;
+    float4* scale_fragments = bias_fragments + K::WARPS * NT * 32;
     float* bias_table = reinterpret_cast<float*>(shared + K::TABLES);  // not LEAN
-    float *weight_table = bias_table + K::TABLE / 4, *post_table = weight_table + K::TABLE / 4;
+    float *scale_table = bias_table + K::TABLE / 4, *post_table = scale_table + K::TABLE / 4;
     float4* sums = reinterpret_cast<float4*>(shared + K::SUMS);
     float4* bias_sums = p.bias_parts ? sums + fragment : nullptr;
     if (p.bias_parts) sums += K::WARPS * NT * 32;
-    float4* weight_sums = p.weight_parts ? sums + fragment : nullptr;
-    if (p.weight_parts) sums += K::WARPS * NT * 32;
+    float4* scale_sums = p.scale_parts ? sums + fragment : nullptr;
+    if (p.scale_parts) sums += K::WARPS * NT * 32;
     float4* post_sums = p.post_parts ? sums + fragment : nullptr;
 
     if (thread < ROWS) places[thread] = place_of(p, thread);
@@ -45,37 +64,44 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
     float lse[2];  // of the window at hand: read before its turn comes
     read_lse(lse, p, window, places, row_sums, row);
     const PairMask<NT> mask(p, places, row, column);
-    const int from[2] = {place_offset(places[row]) + middle(p), place_offset(places[row + 8]) + middle(p)};
-    const float uniform = p.a.weight[head], late_weight = K::LATE_WEIGHT ? uniform : 1.f;
+    const int from[2] = {place_offset(places[row]) + middle(p),
+                         place_offset(places[row + 8]) + middle(p)};
+    const float uniform = p.a.scale[head], late_scale = K::LATE_SCALE ? uniform : 1.f;
     const bool cosine = K::COSINE && (K::LEAN || p.a.cosine);
     if (K::LEAN) {
         for (int n = 0; n < NT; ++n) {
             float b[4], w[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int key = n * 8 + column + e % 2, offset = key < p.tokens ? from[e / 2] - place_offset(places[key]) : middle(p);
-                b[e] = key >= p.tokens ? -INFINITY : p.a.bias ? p.a.bias[offset * heads + head] : 0.f;
-                w[e] = p.a.weight_rows > 1 ? p.a.weight[offset * heads + head] : uniform;
+                const int key = n * 8 + column + e % 2;
+                const int offset = key < p.tokens ? from[e / 2] - place_offset(places[key])
+                                                  : middle(p);
+                b[e] = key >= p.tokens ? -INFINITY
+                       : p.a.bias      ? p.a.bias[offset * heads + head]
+                                       : 0.f;
+                w[e] = p.a.scale_rows > 1 ? p.a.scale[offset * heads + head] : uniform;
             }
             bias_fragments[n * 32] = make_float4(b[0], b[1], b[2], b[3]);
-            if (K::W) weight_fragments[n * 32] = make_float4(w[0], w[1], w[2], w[3]);
+            if (K::W) scale_fragments[n * 32] = make_float4(w[0], w[1], w[2], w[3]);
         }
     } else {
         for (int t = thread; t < p.offsets; t += K::THREADS) {
             bias_table[t] = p.a.bias ? p.a.bias[t * heads + head] : 0.f;
-            weight_table[t] = p.a.weight_rows > 1 ? p.a.weight[t * heads + head] : uniform;
+            scale_table[t] = p.a.scale_rows > 1 ? p.a.scale[t * heads + head] : uniform;
             post_table[t] = p.a.post ? p.a.post[t * heads + head] : 1.f;
         }
         const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int n = 0; n < NT; ++n) {
             if (bias_sums) bias_sums[n * 32] = zero;
-            if (weight_sums) weight_sums[n * 32] = zero;
+            if (scale_sums) scale_sums[n * 32] = zero;
             if (post_sums) post_sums[n * 32] = zero;
         }
     }
-    float bias_sum[K::LEAN ? NT : 1][4], weight_sum[K::LEAN && K::W ? NT : 1][4], one_weight_sum = 0.f;
+    float bias_sum[K::LEAN ? NT : 1][4];
+    float scale_sum[K::LEAN && K::W ? NT : 1][4];
+    float one_scale_sum = 0.f;
     clear(bias_sum);
-    clear(weight_sum);
+    clear(scale_sum);
     const uint64_t seed = !K::LEAN && p.threshold ? (uint64_t)*p.a.seed : 0u;
 
     for (int stage = 0; index < last; ++index, stage ^= K::STAGES - 1) {
@@ -84,12 +110,16 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         row = warp * 16 + lane / 4;
         if (!K::LEAN) column = lane % 4 * 2;
         int eight = eight_rows<D>(lane), sixteen = sixteen_rows<D>(lane);
-        int pair = at<ROWS>(row, 0) + column * 2;                                   // of the pairs: this thread's `row`, chunk 0
-        int across = at<ROWS>(lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);  // of the pairs: this warp's keys of 16 queries
+        int pair = at<ROWS>(row, 0) + column * 2;  // of the pairs: this thread's `row`, chunk 0
+        // of the pairs: this warp's keys of 16 queries
+        int across = at<ROWS>(lane % 8 + lane / 16 * 8, warp * 2 + lane / 8 % 2);
         forget(eight);  // so that what is added to these is part of an instruction
         forget(sixteen);
         forget(across);
-        unsigned char *q = shared + stage * K::STAGE, *k = q + K::TILE, *v = k + K::TILE, *dout = v + K::TILE;
+        unsigned char* q = shared + stage * K::STAGE;
+        unsigned char* k = q + K::TILE;
+        unsigned char* v = k + K::TILE;
+        unsigned char* dout = v + K::TILE;
         cp_wait<0>();
         __syncthreads();
         if (K::STAGES > 1 && index + 1 < last) {
@@ -100,7 +130,8 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         }
         if (K::COSINE) inverse_norm<T, D>(p, q, norms, thread);
 
-        // s: q kᵀ, x: the logits, by the same roundings as in the forward, then P; this warp's 16 rows
+        // s: q kᵀ, x: the logits, by the same roundings as in the forward, then P; this warp's 16
+        // rows
         float s[NT][4], x[NT][4], g[NT][4];
         rows_with_rows<T, D>(s, q + warp * (32 * D), sixteen, k, eight);
         float norm[2] = {1.f, 1.f};
@@ -114,18 +145,22 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         for (int n = 0; n < NT; ++n) {
             const uint2 keys = *reinterpret_cast<const uint2*>(places + n * 8 + column);
             const float4 t = K::LEAN ? bias_fragments[n * 32] : gather(bias_table, from, keys);
-            float4 w = make_float4(uniform * norm[0], uniform * norm[0], uniform * norm[1], uniform * norm[1]);
-            if (K::W) w = K::LEAN ? weight_fragments[n * 32] : gather(weight_table, from, keys);
-            if (K::COSINE) {  // without W the row's norm is left to the weight
-                const float2 key_norm = *reinterpret_cast<const float2*>(norms + ROWS + n * 8 + column);
+            float4 w = make_float4(uniform * norm[0], uniform * norm[0], uniform * norm[1],
+                                   uniform * norm[1]);
+            if (K::W) w = K::LEAN ? scale_fragments[n * 32] : gather(scale_table, from, keys);
+            if (K::COSINE) {  // without W the row's norm is left to the scale
+                const float2 key_norm = *reinterpret_cast<const float2*>(norms + ROWS + n * 8 +
+                                                                         column);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) s[n][e] *= (e % 2 ? key_norm.y : key_norm.x) * (K::W ? norm[e / 2] : 1.f);
+                for (int e = 0; e < 4; ++e)
+                    s[n][e] *= (e % 2 ? key_norm.y : key_norm.x) * (K::W ? norm[e / 2] : 1.f);
             }
             x[n][0] = s[n][0] * w.x + t.x; x[n][1] = s[n][1] * w.y + t.y;
             x[n][2] = s[n][2] * w.z + t.z; x[n][3] = s[n][3] * w.w + t.w;
             if (!K::LEAN) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) if (n * 8 + column + e % 2 >= p.tokens) x[n][e] = -INFINITY;
+                for (int e = 0; e < 4; ++e)
+                    if (n * 8 + column + e % 2 >= p.tokens) x[n][e] = -INFINITY;
             }
         }
         mask.apply(x, p, window, places, column);
@@ -144,18 +179,25 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
             if (!K::LEAN && (p.threshold || p.a.post)) {
                 const int64_t base = ((int64_t)index * heads + head) * p.tokens;
                 float4 f = make_float4(1.f, 1.f, 1.f, 1.f);
-                if (p.a.post) f = gather(post_table, from, *reinterpret_cast<const uint2*>(places + n * 8 + column));
+                if (p.a.post)
+                    f = gather(post_table, from,
+                               *reinterpret_cast<const uint2*>(places + n * 8 + column));
                 const float by[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const uint32_t key = (uint32_t)(n * 8 + column + e % 2);
-                    const bool keep = !p.threshold || wa_keep(seed, (uint64_t)(base + row + e / 2 * 8), key, p.threshold);
+                    const bool keep = !p.threshold ||
+                                      wa_keep(seed, (uint64_t)(base + row + e / 2 * 8), key,
+                                              p.threshold);
                     g[n][e] *= keep ? p.keep_scale : 0.f;
                     kept[e] *= keep ? by[e] * p.keep_scale : 0.f;
                 }
                 if (post_sums) {
                     float4 t = post_sums[n * 32];
-                    t.x += x[n][0] * g[n][0]; t.y += x[n][1] * g[n][1]; t.z += x[n][2] * g[n][2]; t.w += x[n][3] * g[n][3];
+                    t.x += x[n][0] * g[n][0];
+                    t.y += x[n][1] * g[n][1];
+                    t.z += x[n][2] * g[n][2];
+                    t.w += x[n][3] * g[n][3];
                     post_sums[n * 32] = t;
                 }
 #pragma unroll
@@ -165,49 +207,59 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
             for (int e = 0; e < 4; ++e) part[e] += x[n][e] * g[n][e];
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-                *reinterpret_cast<uint32_t*>(pairs_p + (pair ^ n << 4) + h * HALF) = pack2<T>(kept[2 * h], kept[2 * h + 1]);
+                *reinterpret_cast<uint32_t*>(pairs_p + (pair ^ n << 4) + h * HALF) = pack2<T>(
+                    kept[2 * h], kept[2 * h + 1]);
         }
-        const float inner[2] = {across_quad_sum(part[0] + part[1]), across_quad_sum(part[2] + part[3])};
+        const float inner[2] = {across_quad_sum(part[0] + part[1]),
+                                across_quad_sum(part[2] + part[3])};
 
         // x: dS; dS w to shared memory, and kept in pairs of 16 bits
         uint32_t ds[2 * K::WARPS][2];
         float with_s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            const float flat = K::LATE_WEIGHT ? 1.f : uniform;
+            const float flat = K::LATE_SCALE ? 1.f : uniform;
             float4 w = make_float4(flat, flat, flat, flat);
             const uint2 keys = *reinterpret_cast<const uint2*>(places + n * 8 + column);
-            if (K::W) w = K::LEAN ? weight_fragments[n * 32] : gather(weight_table, from, keys);
+            if (K::W) w = K::LEAN ? scale_fragments[n * 32] : gather(scale_table, from, keys);
             const float by[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 x[n][e] *= g[n][e] - inner[e / 2];
                 if (K::LEAN) bias_sum[K::LEAN ? n : 0][e] += x[n][e];
-                if (K::LEAN && K::W) weight_sum[K::LEAN && K::W ? n : 0][e] += x[n][e] * s[n][e];
-                if (K::ONE_WEIGHT_SUM) with_s[e] += x[n][e] * s[n][e];
+                if (K::LEAN && K::W) scale_sum[K::LEAN && K::W ? n : 0][e] += x[n][e] * s[n][e];
+                if (K::ONE_SCALE_SUM) with_s[e] += x[n][e] * s[n][e];
             }
             if (bias_sums && !K::LEAN) {
                 float4 t = bias_sums[n * 32];
                 t.x += x[n][0]; t.y += x[n][1]; t.z += x[n][2]; t.w += x[n][3];
                 bias_sums[n * 32] = t;
             }
-            if (weight_sums && !K::LEAN) {
-                float4 t = weight_sums[n * 32];
-                t.x += x[n][0] * s[n][0]; t.y += x[n][1] * s[n][1]; t.z += x[n][2] * s[n][2]; t.w += x[n][3] * s[n][3];
-                weight_sums[n * 32] = t;
+            if (scale_sums && !K::LEAN) {
+                float4 t = scale_sums[n * 32];
+                t.x += x[n][0] * s[n][0];
+                t.y += x[n][1] * s[n][1];
+                t.z += x[n][2] * s[n][2];
+                t.w += x[n][3] * s[n][3];
+                scale_sums[n * 32] = t;
             }
 #pragma unroll
-            for (int h = 0; h < 2; ++h) ds[n][h] = pack2<T>(x[n][2 * h] * by[2 * h], x[n][2 * h + 1] * by[2 * h + 1]);
+            for (int h = 0; h < 2; ++h)
+                ds[n][h] = pack2<T>(x[n][2 * h] * by[2 * h], x[n][2 * h + 1] * by[2 * h + 1]);
         }
 #pragma unroll
         for (int n = 0; n < NT; ++n)  // apart, since no read would be moved up past a store
 #pragma unroll
-            for (int h = 0; h < 2; ++h) *reinterpret_cast<uint32_t*>(pairs_ds + (pair ^ n << 4) + h * HALF) = ds[n][h];
-        if (NT % 2) ds[2 * K::WARPS - 1][0] = ds[2 * K::WARPS - 1][1] = 0u;  // part of a k-step, but no pairs
-        if (K::ONE_WEIGHT_SUM) one_weight_sum += (with_s[0] + with_s[1]) * norm[0] + (with_s[2] + with_s[3]) * norm[1];
+            for (int h = 0; h < 2; ++h)
+                *reinterpret_cast<uint32_t*>(pairs_ds + (pair ^ n << 4) + h * HALF) = ds[n][h];
+        // part of a k-step, but no pairs
+        if (NT % 2) ds[2 * K::WARPS - 1][0] = ds[2 * K::WARPS - 1][1] = 0u;
+        if (K::ONE_SCALE_SUM)
+            one_scale_sum += (with_s[0] + with_s[1]) * norm[0] + (with_s[2] + with_s[3]) * norm[1];
         window = window.after(p);
         row_sums += heads * p.tokens;
-        if (index + 1 < last) read_lse(lse, p, window, places, row_sums, row);  // well before it is needed
+        // well before it is needed
+        if (index + 1 < last) read_lse(lse, p, window, places, row_sums, row);
         __syncthreads();  // all rows of P and dS and all unit vectors are there
 
         float gradient[3][D / 8][4];  // of this warp's rows of q, k and v
@@ -215,7 +267,8 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         for (int m = 0; m < 3; ++m) clear(gradient[m]);
 #pragma unroll
         for (int i = 0; i < K::WARPS; ++i) {
-            const uint32_t of_rows[4] = {ds[2 * i][0], ds[2 * i][1], ds[2 * i + 1][0], ds[2 * i + 1][1]};
+            const uint32_t of_rows[4] = {ds[2 * i][0], ds[2 * i][1], ds[2 * i + 1][0],
+                                         ds[2 * i + 1][1]};
             times_rows<T, D>(gradient[0], of_rows, k, i, sixteen);
             uint32_t of_keys[4];
             ldsm4t(of_keys, pairs_ds + across + i * (32 * ROWS));
@@ -229,18 +282,24 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
         for (int m = 0; m < 3; ++m) {
             if (m > 0) __syncwarp();
             const unsigned char* units = q + m * K::TILE;
-            if (m < 2) put_rows<T, D, K::COSINE>(gradient[m], way_out, units, row, column, norms + m * ROWS, cosine, late_weight);
-            else put_rows<T, D, false>(gradient[m], way_out, nullptr, row, column, nullptr, false, 1.f);
+            if (m < 2)
+                put_rows<T, D, K::COSINE>(gradient[m], way_out, units, row, column,
+                                          norms + m * ROWS, cosine, late_scale);
+            else
+                put_rows<T, D, false>(gradient[m], way_out, nullptr, row, column, nullptr, false,
+                                      1.f);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < CopyRows<D>::SLOTS; ++i)
-                words[m][i] = *reinterpret_cast<const uint4*>(way_out + at<D>(rows.row(i), rows.chunk));
+                words[m][i] = *reinterpret_cast<const uint4*>(way_out +
+                                                              at<D>(rows.row(i), rows.chunk));
         }
 #pragma unroll
         for (int i = 0; i < CopyRows<D>::SLOTS; ++i) {
             if (here[i] < 0) continue;
             const int chunks = heads * (D / 8);
-            uint4* to = static_cast<uint4*>(p.a.grad_qkv) + (int64_t)here[i] * (3 * chunks) + head * (D / 8) + rows.chunk;
+            uint4* to = static_cast<uint4*>(p.a.grad_qkv) + (int64_t)here[i] * (3 * chunks) +
+                        head * (D / 8) + rows.chunk;
 #pragma unroll
             for (int m = 0; m < 3; ++m) to[m * chunks] = words[m][i];
         }
@@ -258,9 +317,15 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
     const int64_t slot = ((int64_t)blockIdx.y * heads + head) * p.offsets;
     if (!K::LEAN) {
         __syncthreads();
-        if (p.bias_parts) sum_by_offset<K>(p, reinterpret_cast<float*>(bias_sums - fragment), p.bias_parts + slot, thread);
-        if (p.weight_parts) sum_by_offset<K>(p, reinterpret_cast<float*>(weight_sums - fragment), p.weight_parts + slot, thread);
-        if (p.post_parts) sum_by_offset<K>(p, reinterpret_cast<float*>(post_sums - fragment), p.post_parts + slot, thread);
+        if (p.bias_parts)
+            sum_by_offset<K>(p, reinterpret_cast<float*>(bias_sums - fragment), p.bias_parts + slot,
+                             thread);
+        if (p.scale_parts)
+            sum_by_offset<K>(p, reinterpret_cast<float*>(scale_sums - fragment),
+                             p.scale_parts + slot, thread);
+        if (p.post_parts)
+            sum_by_offset<K>(p, reinterpret_cast<float*>(post_sums - fragment), p.post_parts + slot,
+                             thread);
         return;
     }
     float4* staged = reinterpret_cast<float4*>(shared) + fragment;
@@ -269,30 +334,33 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) smal
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const int m = K::LEAN ? n : 0;
-            staged[n * 32] = make_float4(bias_sum[m][0], bias_sum[m][1], bias_sum[m][2], bias_sum[m][3]);
+            staged[n * 32] = make_float4(bias_sum[m][0], bias_sum[m][1], bias_sum[m][2],
+                                         bias_sum[m][3]);
         }
         __syncthreads();
         sum_by_offset<K>(p, reinterpret_cast<float*>(shared), p.bias_parts + slot, thread);
         __syncthreads();
     }
-    if (K::W && p.weight_parts) {
+    if (K::W && p.scale_parts) {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const int m = K::LEAN && K::W ? n : 0;
-            staged[n * 32] = make_float4(weight_sum[m][0], weight_sum[m][1], weight_sum[m][2], weight_sum[m][3]);
+            staged[n * 32] = make_float4(scale_sum[m][0], scale_sum[m][1], scale_sum[m][2],
+                                         scale_sum[m][3]);
         }
         __syncthreads();
-        sum_by_offset<K>(p, reinterpret_cast<float*>(shared), p.weight_parts + slot, thread);
+        sum_by_offset<K>(p, reinterpret_cast<float*>(shared), p.scale_parts + slot, thread);
     }
-    if (K::ONE_WEIGHT_SUM && p.weight_parts) {  // one number: entry 0 of the slot, the others 0
+    if (K::ONE_SCALE_SUM && p.scale_parts) {  // one number: entry 0 of the slot, the others 0
         float* all = reinterpret_cast<float*>(shared);
-        for (int apart = 16; apart > 0; apart /= 2) one_weight_sum += __shfl_xor_sync(ALL, one_weight_sum, apart);
-        if (lane == 0) all[warp] = one_weight_sum;
+        for (int apart = 16; apart > 0; apart /= 2)
+            one_scale_sum += __shfl_xor_sync(ALL, one_scale_sum, apart);
+        if (lane == 0) all[warp] = one_scale_sum;
         __syncthreads();
         for (int t = thread; t < p.offsets; t += K::THREADS) {
             float sum = 0.f;
             if (t == 0) for (int i = 0; i < K::WARPS; ++i) sum += all[i];
-            p.weight_parts[slot + t] = sum;
+            p.scale_parts[slot + t] = sum;
         }
     }
 }

@@ -1,4 +1,6 @@
 // fp16 instances of the kernels for windows of up to 64 tokens
 #include "small_launch.h"
 
-int run_small_f16(const SmallProblem& p, bool backward, void* stream) { return run_small<f16>(p, backward, stream); }
+int run_small_f16(const SmallProblem& p, bool backward, void* stream) {
+    return run_small<f16>(p, backward, stream);
+}

@@ -1,4 +1,5 @@
-// Window attention for windows of up to 576 tokens, in float, half and bfloat16: what the dispatcher sees. Codes: 0, or the device's error.
+// Window attention for windows of up to 576 tokens, in float, half and bfloat16: what the
+// dispatcher sees. Codes: 0, or the device's error.
 #pragma once
 #include "../args.h"
 

@@ -1,5 +1,6 @@
-// Forward: one warp works on 16 queries at a time, online softmax over blocks of up to 64 keys. Keys and values of the window stay in
-// shared memory where they fit, else two blocks of them take turns.
+// Forward: one warp works on 16 queries at a time, online softmax over blocks of up to 64 keys.
+// Keys and values of the window stay in shared memory where they fit, else two blocks of them take
+// turns.
 #pragma once
 #include "tiled_window.h"
 
@@ -17,17 +18,18 @@ template <typename T, int D, int Mode> struct ForwardShared : Shared<Mode> {
     }
 };
 
-// Running softmax of the lane's two rows, and what it weighs.
+// Running softmax of the lane's two rows, and the sum of values that it weighs.
 template <typename T, int D, int Mode> struct Attend {
     const Args& p;
     const ForwardShared<T, D, Mode>& shared;
     int lane;
-    float uniform;             // weight in Unit
+    float uniform;             // scale in Unit
     uint64_t seed;
     int word[2]{};             // words of the two queries
     const unsigned char* entries[2]{};
     int64_t row[2]{};          // their numbers for the dropout
-    float top[2]{}, sum[2]{};     // largest logit so far; sum of exponentials relative to it
+    float row_max[2]{};        // largest logit so far
+    float row_sum[2]{};        // sum of exponentials relative to it
     Left<T, D> q{};
     Fragment<D> o{};
 
@@ -39,26 +41,29 @@ template <typename T, int D, int Mode> struct Attend {
             word[r] = shared.word[first + i];
             entries[r] = entries_of<Mode>(shared, p, word[r]);
             row[r] = first_row + first + i;
-            top[r] = -1e30f;
-            sum[r] = 0.f;
+            row_max[r] = -1e30f;
+            row_sum[r] = 0.f;
         }
     }
 
     // Keys [first, first + count) of the window, whose rows k and v point to.
-    template <bool Special> WA_DEVICE void keys(const unsigned char* k, const unsigned char* v, int first, int count) {
+    template <bool Special> WA_DEVICE void keys(const unsigned char* k, const unsigned char* v,
+                                                int first, int count) {
         int now = lane;
         forget(now);  // where the lane reads is worked out for each block: kept, it would spill
         const Lane<T, D> at(now);
         if (count == 64) return some<4, Special>(at, k, v, first);
         if (count == 48) return some<3, Special>(at, k, v, first);
 #pragma unroll 1
-        for (int t = 0; t < count; t += 16) some<1, Special>(at, k + t * Row<T, D>::bytes, v + t * Row<T, D>::bytes, first + t);
+        for (int t = 0; t < count; t += 16)
+            some<1, Special>(at, k + t * Row<T, D>::bytes, v + t * Row<T, D>::bytes, first + t);
     }
 
     // The same for 16 Tiles of them.
     template <int Tiles, bool Special>
-    WA_DEVICE void some(const Lane<T, D>& at, const unsigned char* k, const unsigned char* v, int first) {
-        float s[Tiles][2][4], now[2] = {top[0], top[1]};
+    WA_DEVICE void some(const Lane<T, D>& at, const unsigned char* k, const unsigned char* v,
+                        int first) {
+        float s[Tiles][2][4], new_max[2] = {row_max[0], row_max[1]};
         const int* words = shared.word + first + (at.lane & 3) * 2;
         const float mask = p.a.mask_value * Unit<T>::of_natural;
 #pragma unroll
@@ -71,27 +76,29 @@ template <typename T, int D, int Mode> struct Attend {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int key = e & 1 ? of_keys.y : of_keys.x, r = e >> 1;
-                    float weight, x = logit<Mode>(entries[r] - (Special ? key & kBytes : key), uniform, s[t][n][e], weight);
+                    float scale;
+                    float x = logit<Mode>(entries[r] - (Special ? key & kBytes : key), uniform,
+                                          s[t][n][e], scale);
                     if (Special) {
                         if ((key ^ word[r]) & kRegion) x += mask;
                         if (key & kOutside) x = -INFINITY;
                     }
                     s[t][n][e] = x;
-                    now[r] = fmaxf(now[r], x);
+                    new_max[r] = fmaxf(new_max[r], x);
                 }
             }
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            now[r] = fmaxf(now[r], __shfl_xor_sync(0xffffffffu, now[r], 1));
-            now[r] = fmaxf(now[r], __shfl_xor_sync(0xffffffffu, now[r], 2));
-            const float factor = Unit<T>::exponential(top[r] - now[r]);
-            top[r] = now[r];
-            sum[r] *= factor;
+            new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(0xffffffffu, new_max[r], 1));
+            new_max[r] = fmaxf(new_max[r], __shfl_xor_sync(0xffffffffu, new_max[r], 2));
+            const float softmax_rescale = Unit<T>::exponential(row_max[r] - new_max[r]);
+            row_max[r] = new_max[r];
+            row_sum[r] *= softmax_rescale;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
-                o[n][2 * r] *= factor;
-                o[n][2 * r + 1] *= factor;
+                o[n][2 * r] *= softmax_rescale;
+                o[n][2 * r + 1] *= softmax_rescale;
             }
         }
 #pragma unroll
@@ -100,8 +107,8 @@ template <typename T, int D, int Mode> struct Attend {
             for (int n = 0; n < 2; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float x = Unit<T>::exponential(s[t][n][e] - top[e >> 1]);
-                    sum[e >> 1] += x;
+                    const float x = Unit<T>::exponential(s[t][n][e] - row_max[e >> 1]);
+                    row_sum[e >> 1] += x;
                     s[t][n][e] = x;
                 }
             if (Mode == kFull) after_softmax(s[t], first + t * 16);
@@ -112,7 +119,7 @@ template <typename T, int D, int Mode> struct Attend {
         }
     }
 
-    // The post-softmax weight and the dropout, which the sum of exponentials does not see.
+    // The factor after the softmax and the dropout, which the sum of exponentials does not see.
     WA_DEVICE void after_softmax(Fragment<16>& x, int first) {
         const int c = (lane & 3) * 2;
 #pragma unroll
@@ -121,22 +128,30 @@ template <typename T, int D, int Mode> struct Attend {
             for (int e = 0; e < 4; ++e) {
                 const int j = first + n * 8 + c + (e & 1);
                 x[n][e] *= post_of<Mode>(shared, entries[e >> 1] - (shared.word[j] & kBytes));
-                if (p.drop_below) x[n][e] = wa_keep(seed, (uint64_t)row[e >> 1], (uint32_t)j, p.drop_below) ? x[n][e] * p.keep_factor : 0.f;
+                if (p.drop_below)
+                    x[n][e] = wa_keep(seed, (uint64_t)row[e >> 1], (uint32_t)j, p.drop_below)
+                                  ? x[n][e] * p.keep_factor
+                                  : 0.f;
             }
     }
 };
 
 template <typename T, int D, int Mode>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forward_kernel(const Args p) {
+__global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>())
+    forward_kernel(const Args p) {
     WA_DYN_SMEM(memory);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, head = blockIdx.x;
+    const int lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5;
+    const int warps = blockDim.x >> 5;
+    const int head = blockIdx.x;
     Carve carve{memory};
     const ForwardShared<T, D, Mode> shared(carve, p, warps);
     fill_shared<T, Mode>(shared, p, head);
     const Heads<T> heads(p, head);
     const T *q = heads.part(p.a.qkv, 0), *k = heads.part(p.a.qkv, 1), *v = heads.part(p.a.qkv, 2);
     unsigned char* own = shared.queries + warp * 16 * Row<T, D>::bytes;
-    Attend<T, D, Mode> attend{p, shared, lane, p.a.weight[head] * Unit<T>::of_natural, p.drop_below ? (uint64_t)*p.a.seed : 0};
+    Attend<T, D, Mode> attend{p, shared, lane, p.a.scale[head] * Unit<T>::of_natural,
+                              p.drop_below ? (uint64_t)*p.a.seed : 0};
 
     for (int index = blockIdx.y; index < p.total; index += gridDim.y) {
         const Window window(p, index);
@@ -144,36 +159,45 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
         __syncthreads();  // the tables are there, the last window is done with
         fill_window<Mode>(shared, p, window);
         __syncthreads();
-        auto bring = [&](int first, int count, int at) {
-            load_rows<T, D>(shared.token + first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
+        auto fetch_rows = [&](int first, int count, int at) {
+            load_rows<T, D>(shared.token + first, count, k, heads.stride,
+                            shared.k + at * Row<T, D>::bytes, v, heads.stride,
                             shared.v + at * Row<T, D>::bytes, threadIdx.x, blockDim.x);
             cp_commit();
         };
-        auto arrived = [&](int count, int at) {
-            if (p.a.cosine) normalise_rows<T, D>(shared.k + at * Row<T, D>::bytes, nullptr, count, threadIdx.x, blockDim.x);
+        auto rows_arrived = [&](int count, int at) {
+            if (p.a.cosine)
+                normalise_rows<T, D>(shared.k + at * Row<T, D>::bytes, nullptr, count, threadIdx.x,
+                                     blockDim.x);
         };
         if (p.resident) {
-            bring(0, p.rows, 0);
+            fetch_rows(0, p.rows, 0);
             cp_wait<0>();
-            arrived(p.rows, 0);
+            rows_arrived(p.rows, 0);
         }
         __syncthreads();
         for (int pass = blockIdx.z; pass < p.passes; pass += gridDim.z) {
             const int tile = pass * warps + warp;
             const bool active = tile < p.tiles;
-            if (active) load_rows<T, D>(shared.token + tile * 16, 16, q, heads.stride, own, q, 0, nullptr, lane, 32);  // q alone
+            // q alone
+            if (active)
+                load_rows<T, D>(shared.token + tile * 16, 16, q, heads.stride, own, q, 0, nullptr,
+                                lane, 32);
             cp_commit();
-            if (!p.resident) bring(0, p.block < p.rows ? p.block : p.rows, 0);
+            if (!p.resident) fetch_rows(0, p.block < p.rows ? p.block : p.rows, 0);
             if (active) attend.start(tile * 16, first_row);
 #pragma unroll 1
             for (int first = 0; first < p.rows; first += p.block) {
                 const int count = p.block < p.rows - first ? p.block : p.rows - first;
-                const int at = p.resident ? first : first / p.block % 2 * p.block, next = first + p.block;
+                const int at = p.resident ? first : first / p.block % 2 * p.block;
+                const int next = first + p.block;
                 if (!p.resident) {
-                    if (next < p.rows) bring(next, p.block < p.rows - next ? p.block : p.rows - next, p.block - at);
+                    if (next < p.rows)
+                        fetch_rows(next, p.block < p.rows - next ? p.block : p.rows - next,
+                                   p.block - at);
                     else cp_commit();
                     cp_wait<1>();
-                    arrived(count, at);
+                    rows_arrived(count, at);
                     __syncthreads();
                 } else if (first == 0) {
                     cp_wait<0>();
@@ -183,24 +207,28 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>()) forw
                     __syncwarp();
                     attend.q.load(own, Lane<T, D>(lane));
                 }
-                const unsigned char *k_block = shared.k + at * Row<T, D>::bytes, *v_block = shared.v + at * Row<T, D>::bytes;
-                if (active && window.special) attend.template keys<true>(k_block, v_block, first, count);
+                const unsigned char* k_block = shared.k + at * Row<T, D>::bytes;
+                const unsigned char* v_block = shared.v + at * Row<T, D>::bytes;
+                if (active && window.special)
+                    attend.template keys<true>(k_block, v_block, first, count);
                 else if (active) attend.template keys<false>(k_block, v_block, first, count);
                 if (!p.resident) __syncthreads();
             }
             if (!active) continue;
-            float whole[2];
+            float total[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                whole[r] = sum_of_row(attend.sum[r]);
+                total[r] = sum_of_row(attend.row_sum[r]);
                 const int i = tile * 16 + (lane >> 2) + 8 * r;
                 if (p.a.lse && (lane & 3) == 0 && !(attend.word[r] & kOutside))
-                    p.a.lse[first_row + i] = (attend.top[r] + Unit<T>::logarithm(whole[r])) * Unit<T>::in_natural;
+                    p.a.lse[first_row + i] = (attend.row_max[r] + Unit<T>::logarithm(total[r])) *
+                                             Unit<T>::in_natural;
             }
             __syncwarp();  // the queries' rows are read, and take the output
-            store_fragment<T, D>(own, attend.o, 1.f / whole[0], 1.f / whole[1], lane);
+            store_fragment<T, D>(own, attend.o, 1.f / total[0], 1.f / total[1], lane);
             __syncwarp();
-            write_rows<T, D>(shared.token + tile * 16, own, static_cast<T*>(p.a.out) + heads.offset, heads.width, lane);
+            write_rows<T, D>(shared.token + tile * 16, own, static_cast<T*>(p.a.out) + heads.offset,
+                             heads.width, lane);
             __syncwarp();  // before the next pass brings queries here
         }
     }

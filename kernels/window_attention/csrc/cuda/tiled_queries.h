@@ -1,20 +1,24 @@
-// Backward, first kernel: a strip of queries of every window of one head. Forms delta (the sum over keys of P dP), dq, and the gradients of
-// the tables, whose N x N entries stay in shared memory over all windows of the block: each is owned by one thread, so nothing is atomic.
+// Backward, first kernel: a strip of queries of every window of one head. Forms delta (the sum over
+// keys of P dP), dq, and the gradients of the tables, whose N x N entries stay in shared memory
+// over all windows of the block: each is owned by one thread, so nothing is atomic.
 #pragma once
 #include "tiled_pairs.h"
+#include "tiled_tables.h"
 
 namespace tiled {
 
 template <typename T, int D, int Mode> struct QueryShared : Shared<Mode> {
     unsigned char *k, *v;            // (resident ? rows : 2 * block, D)
-    float4* exchange;                // (groups - 1, strip, D / 8, 32): dq of groups 1 .., in the place of k and v when these are done with
+    float4* exchange;  // (groups - 1, strip, D / 8, 32): dq of groups 1 .., in the place of k and v
+                       // when these are done with
     unsigned char *queries, *grads;  // (16 * strip, D): q and dO; then q takes dq
     float* inverse;                  // (16 * strip,) 1 / |q|
     float2* deltas;                  // (groups, 16 * strip): parts of delta and of the sum of P
-    float4* sums[3];                 // (strip, tiles, 2, 32) entries of bias, weight, post
+    float4* sums[3];                 // (strip, tiles, 2, 32) entries of bias, scale, post
     float* of_warps;                 // (strip * groups,)
     WA_HD QueryShared(Carve& carve, const Args& p) : Shared<Mode>(carve, p) {
-        const int keys = (p.resident ? p.rows : 2 * p.block) * Row<T, D>::bytes, own = p.strip * 16 * Row<T, D>::bytes;
+        const int keys = (p.resident ? p.rows : 2 * p.block) * Row<T, D>::bytes;
+        const int own = p.strip * 16 * Row<T, D>::bytes;
         const int parts = (p.groups - 1) * p.strip * 16 * D * 4;
         k = carve.take<unsigned char>(2 * keys > parts ? 2 * keys : parts);
         v = k + keys;
@@ -24,7 +28,8 @@ template <typename T, int D, int Mode> struct QueryShared : Shared<Mode> {
         inverse = carve.take<float>(p.strip * 16);
         deltas = carve.take<float2>(p.groups > 1 ? p.groups * p.strip * 16 : 0);
         of_warps = carve.take<float>(p.strip * p.groups);
-        for (int table = 0; table < 3; ++table) sums[table] = carve.take<float4>(p.grads >> table & 1 ? p.strip * p.tiles * 64 : 0);
+        for (int table = 0; table < 3; ++table)
+            sums[table] = carve.take<float4>(p.grads >> table & 1 ? p.strip * p.tiles * 64 : 0);
     }
 };
 
@@ -39,15 +44,17 @@ template <typename T, int D, int Mode> struct QueryTile {
     const unsigned char* entries[2]{};
     int64_t row[2]{};
     float lse[2]{}, delta[2]{};
-    float factor[2]{};         // float only: see Args. The saved log sum exp is rounded, which would show in all of a row alike
-    float of_map[2]{};         // float only: sum of P
-    float of_weight = 0.f;     // this thread's part of the uniform weight's gradient, over all windows
+    float map_rescale[2]{};  // float only: see Args. The saved log sum exp is rounded, which would
+                             // show in all of a row alike
+    float map_sum[2]{};        // float only: sum of P
+    float of_scale = 0.f;  // this thread's part of the uniform scale's gradient, over all windows
     float of_window = 0.f;     // and over this one
     Left<T, D> q{}, grad{};
     Fragment<D> dq{};
 
-    // What is known before the rows have arrived. first_query: of the strip; first_row: number of the window's first row
-    WA_DEVICE void expect(int first_query, int64_t first_row) {
+    // What is known before the rows have arrived. first_query: of the strip; first_row: number of
+    // the window's first row
+    WA_DEVICE void prepare(int first_query, int64_t first_row) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int i = first_query + tile * 16 + (at.lane >> 2) + 8 * r;
@@ -55,8 +62,8 @@ template <typename T, int D, int Mode> struct QueryTile {
             entries[r] = entries_of<Mode>(shared, p, word[r]);
             row[r] = first_row + i;
             lse[r] = word[r] & kOutside ? INFINITY : p.a.lse[first_row + i] * Unit<T>::of_natural;
-            delta[r] = of_map[r] = 0.f;
-            factor[r] = 1.f;
+            delta[r] = map_sum[r] = 0.f;
+            map_rescale[r] = 1.f;
         }
     }
     WA_DEVICE void start() {
@@ -67,8 +74,11 @@ template <typename T, int D, int Mode> struct QueryTile {
         clear<D>(dq);
     }
 
-    // Phase 0 (delta) or 1 (gradients) over this group's share of keys [first, first + count), whose rows k and v point to.
-    template <int Phase, bool Special> WA_DEVICE void keys(const unsigned char* k, const unsigned char* v, int first, int count) {
+    // Phase 0 (delta) or 1 (gradients) over this group's share of keys [first, first + count),
+    // whose rows k and v point to.
+    template <int Phase, bool Special> WA_DEVICE void keys(const unsigned char* k,
+                                                           const unsigned char* v, int first,
+                                                           int count) {
 #pragma unroll 1
         for (int t = group * 16; t < count; t += p.groups * 16) {
             Pairs x;
@@ -77,12 +87,14 @@ template <typename T, int D, int Mode> struct QueryTile {
             else add_grads(x, k + t * Row<T, D>::bytes, first + t);
         }
     }
-    template <int Phase> WA_DEVICE void phase(const unsigned char* k, const unsigned char* v, int first, int count, bool special) {
+    template <int Phase> WA_DEVICE void phase(const unsigned char* k, const unsigned char* v,
+                                              int first, int count, bool special) {
         if (special) keys<Phase, true>(k, v, first, count);
         else keys<Phase, false>(k, v, first, count);
     }
 
-    template <bool Special> WA_DEVICE void form(Pairs& x, const unsigned char* k, const unsigned char* v, int first) const {
+    template <bool Special> WA_DEVICE void form(Pairs& x, const unsigned char* k,
+                                                const unsigned char* v, int first) const {
         clear<16>(x.product);
         clear<16>(x.grad);
         q.times_transposed(x.product, k, at);
@@ -95,10 +107,12 @@ template <typename T, int D, int Mode> struct QueryTile {
             for (int e = 0; e < 4; ++e) {
                 const int key = e & 1 ? of_keys.y : of_keys.x, r = e >> 1;
                 const unsigned char* entry = entries[r] - (Special ? key & kBytes : key);
-                const bool masked = Special && ((key ^ word[r]) & kRegion), outside = Special && (key & kOutside);
+                const bool masked = Special && ((key ^ word[r]) & kRegion);
+                const bool outside = Special && (key & kOutside);
                 form_map<T, Mode>(x, n, e, entry, uniform, masked, mask, outside, lse[r]);
-                if (sizeof(T) == 4) x.map[n][e] *= factor[r];
-                x.kept[n][e] = kept_factor<Mode>(shared, p, seed, entry, row[r], first + n * 8 + c + (e & 1));
+                if (sizeof(T) == 4) x.map[n][e] *= map_rescale[r];
+                x.kept[n][e] = kept_factor<Mode>(shared, p, seed, entry, row[r],
+                                                 first + n * 8 + c + (e & 1));
             }
         }
     }
@@ -109,7 +123,7 @@ template <typename T, int D, int Mode> struct QueryTile {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 delta[e >> 1] += x.map[n][e] * x.kept[n][e] * x.grad[n][e];
-                if (sizeof(T) == 4) of_map[e >> 1] += x.map[n][e];
+                if (sizeof(T) == 4) map_sum[e >> 1] += x.map[n][e];
             }
     }
 
@@ -127,22 +141,24 @@ template <typename T, int D, int Mode> struct QueryTile {
                 of_window += of_product[e];
             }
             if (p.grads & kGradBias) accumulate(shared.sums[0] + entry + n * 32, of_bias);
-            if (Mode != kUniform && (p.grads & kGradWeight)) accumulate(shared.sums[1] + entry + n * 32, of_product);
+            if (Mode != kUniform && (p.grads & kGradScale))
+                accumulate(shared.sums[1] + entry + n * 32, of_product);
             if (Mode == kFull && (p.grads & kGradPost)) {
                 const int c = (at.lane & 3) * 2;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int j = first + n * 8 + c + (e & 1);
-                    const bool keep = p.drop_below == 0 || wa_keep(seed, (uint64_t)row[e >> 1], (uint32_t)j, p.drop_below);
+                    const bool keep = p.drop_below == 0 || wa_keep(seed, (uint64_t)row[e >> 1],
+                                                                   (uint32_t)j, p.drop_below);
                     of_post[e] = keep ? x.map[n][e] * x.grad[n][e] * p.keep_factor : 0.f;
                 }
                 accumulate(shared.sums[2] + entry + n * 32, of_post);
             }
-            if (weigh_late<T, Mode>) {
+            if (scale_late<T, Mode>) {
                 of_dot.set(n, of_bias);
             } else {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) of_product[e] = of_bias[e] * x.weight[n][e];
+                for (int e = 0; e < 4; ++e) of_product[e] = of_bias[e] * x.scale[n][e];
                 of_dot.set(n, of_product);
             }
         }
@@ -159,26 +175,6 @@ template <typename T, int D, int Mode> struct QueryTile {
     }
 };
 
-// This block's sum of each table entry over the pairs of its strip, in a fixed order. sums: as in QueryShared, complete.
-WA_DEVICE void fold_pairs(const Args& p, const float4* sums, int first, float* to) {
-    const int height = p.a.window[0], width = p.a.window[1], across = 2 * width - 1;
-    const int last = first + p.strip * 16 < p.area ? first + p.strip * 16 : p.area;
-    const float* entries = reinterpret_cast<const float*>(sums);
-    for (int t = threadIdx.x; t < p.offsets; t += blockDim.x) {
-        const int dy = t / across - (height - 1), dx = t % across - (width - 1);
-        const int y_first = first / width > dy ? first / width : dy, x_first = dx > 0 ? dx : 0;
-        float sum = 0.f;
-        for (int y = y_first; y < height && y - dy < height && y * width < last; ++y)
-            for (int x = x_first; x < width && x - dx < width; ++x) {
-                const int i = y * width + x - first, j = (y - dy) * width + x - dx;
-                if (i < 0 || i + first >= last) continue;
-                const int tile = (i >> 4) * p.tiles + (j >> 4), lane = (i & 7) * 4 + ((j & 7) >> 1), e = ((i >> 3) & 1) * 2 + (j & 1);
-                sum += entries[((tile * 2 + ((j >> 3) & 1)) * 32 + lane) * 4 + e];
-            }
-        to[t] = sum;
-    }
-}
-
 template <typename T, int D, int Mode>
 __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(const Args p) {
     WA_DYN_SMEM(memory);
@@ -188,15 +184,22 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
     fill_shared<T, Mode>(shared, p, head);
     for (int table = 0; table < 3; ++table)
         if (p.grads >> table & 1)
-            for (int i = threadIdx.x; i < p.strip * p.tiles * 64; i += blockDim.x) shared.sums[table][i] = make_float4(0.f, 0.f, 0.f, 0.f);
+            for (int i = threadIdx.x; i < p.strip * p.tiles * 64; i += blockDim.x)
+                shared.sums[table][i] = make_float4(0.f, 0.f, 0.f, 0.f);
     const Heads<T> heads(p, head);
     const T *q = heads.part(p.a.qkv, 0), *k = heads.part(p.a.qkv, 1), *v = heads.part(p.a.qkv, 2);
     const T* grad_out = static_cast<const T*>(p.a.grad_out) + heads.offset;
     const int first_query = blockIdx.z * p.strip * 16;
     const int queries = p.strip * 16 < p.rows - first_query ? p.strip * 16 : p.rows - first_query;
-    QueryTile<T, D, Mode> own{p, shared, Lane<T, D>(lane), p.a.weight[head] * Unit<T>::of_natural, p.a.mask_value * Unit<T>::of_natural,
-                              p.drop_below ? (uint64_t)*p.a.seed : 0, warp % p.strip, warp / p.strip};
-    const float dq_factor = Unit<T>::in_natural * (weigh_late<T, Mode> ? own.uniform : 1.f);
+    QueryTile<T, D, Mode> own{p,
+                              shared,
+                              Lane<T, D>(lane),
+                              p.a.scale[head] * Unit<T>::of_natural,
+                              p.a.mask_value * Unit<T>::of_natural,
+                              p.drop_below ? (uint64_t)*p.a.seed : 0,
+                              warp % p.strip,
+                              warp / p.strip};
+    const float dq_factor = Unit<T>::in_natural * (scale_late<T, Mode> ? own.uniform : 1.f);
     const bool active = own.tile * 16 < queries;
     const int own_row = own.tile * 16 * Row<T, D>::bytes;
 
@@ -206,25 +209,30 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
         __syncthreads();  // tables and sums are there, the last window is done with
         fill_window<Mode>(shared, p, window);
         __syncthreads();
-        load_rows<T, D>(shared.token + first_query, queries, q, heads.stride, shared.queries, grad_out, heads.width, shared.grads,
-                        threadIdx.x, blockDim.x);
-        auto bring = [&](int first, int at) {
+        load_rows<T, D>(shared.token + first_query, queries, q, heads.stride, shared.queries,
+                        grad_out, heads.width, shared.grads, threadIdx.x, blockDim.x);
+        auto fetch_rows = [&](int first, int at) {
             const int count = p.resident || p.rows - first < p.block ? p.rows - first : p.block;
-            load_rows<T, D>(shared.token + first, count, k, heads.stride, shared.k + at * Row<T, D>::bytes, v, heads.stride,
+            load_rows<T, D>(shared.token + first, count, k, heads.stride,
+                            shared.k + at * Row<T, D>::bytes, v, heads.stride,
                             shared.v + at * Row<T, D>::bytes, threadIdx.x, blockDim.x);
             cp_commit();
             return count;
         };
-        auto arrived = [&](int count, int at) {
-            if (p.a.cosine) normalise_rows<T, D>(shared.k + at * Row<T, D>::bytes, nullptr, count, threadIdx.x, blockDim.x);
+        auto rows_arrived = [&](int count, int at) {
+            if (p.a.cosine)
+                normalise_rows<T, D>(shared.k + at * Row<T, D>::bytes, nullptr, count, threadIdx.x,
+                                     blockDim.x);
         };
         cp_commit();
-        bring(0, 0);
-        if (active) own.expect(first_query, first_row);
+        fetch_rows(0, 0);
+        if (active) own.prepare(first_query, first_row);
         if (p.a.cosine || p.resident) {
             cp_wait<0>();
-            if (p.a.cosine) normalise_rows<T, D>(shared.queries, shared.inverse, queries, threadIdx.x, blockDim.x);
-            if (p.resident) arrived(p.rows, 0);
+            if (p.a.cosine)
+                normalise_rows<T, D>(shared.queries, shared.inverse, queries, threadIdx.x,
+                                     blockDim.x);
+            if (p.resident) rows_arrived(p.rows, 0);
         } else {
             cp_wait<1>();
         }
@@ -235,18 +243,24 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
         for (int phase = 0; phase < 2; ++phase) {
 #pragma unroll 1
             for (int first = 0; first < p.rows; first += p.block, ++turn) {
-                const int count = p.block < p.rows - first ? p.block : p.rows - first, at = place_of_block(p, first, turn);
+                const int count = p.block < p.rows - first ? p.block : p.rows - first;
+                const int at = place_of_block(p, first, turn);
                 if (!p.resident) {
-                    const int next = first + p.block < p.rows ? first + p.block : phase == 0 ? 0 : -1;
-                    if (next >= 0) bring(next, place_of_block(p, next, turn + 1));
+                    const int next = first + p.block < p.rows ? first + p.block
+                                     : phase == 0             ? 0
+                                                              : -1;
+                    if (next >= 0) fetch_rows(next, place_of_block(p, next, turn + 1));
                     else cp_commit();
                     cp_wait<1>();
-                    arrived(count, at);
+                    rows_arrived(count, at);
                     __syncthreads();
                 }
-                const unsigned char *k_block = shared.k + at * Row<T, D>::bytes, *v_block = shared.v + at * Row<T, D>::bytes;
-                if (active && phase == 0) own.template phase<0>(k_block, v_block, first, count, window.special);
-                else if (active) own.template phase<1>(k_block, v_block, first, count, window.special);
+                const unsigned char* k_block = shared.k + at * Row<T, D>::bytes;
+                const unsigned char* v_block = shared.v + at * Row<T, D>::bytes;
+                if (active && phase == 0)
+                    own.template phase<0>(k_block, v_block, first, count, window.special);
+                else if (active)
+                    own.template phase<1>(k_block, v_block, first, count, window.special);
                 if (!p.resident) __syncthreads();
             }
             if (phase == 1) break;
@@ -254,41 +268,46 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 own.delta[r] = sum_of_row(own.delta[r]);
-                if (sizeof(T) == 4) own.of_map[r] = sum_of_row(own.of_map[r]);
+                if (sizeof(T) == 4) own.map_sum[r] = sum_of_row(own.map_sum[r]);
             }
             if (p.groups > 1) {
                 const int slot = own.tile * 16 + (lane >> 2);
                 if ((lane & 3) == 0)
-                    for (int r = 0; r < 2; ++r) shared.deltas[own.group * p.strip * 16 + slot + 8 * r] = make_float2(own.delta[r], own.of_map[r]);
+                    for (int r = 0; r < 2; ++r)
+                        shared.deltas[own.group * p.strip * 16 + slot + 8 * r] = make_float2(
+                            own.delta[r], own.map_sum[r]);
                 __syncthreads();
                 for (int r = 0; r < 2; ++r) {
-                    own.delta[r] = own.of_map[r] = 0.f;
+                    own.delta[r] = own.map_sum[r] = 0.f;
                     for (int other = 0; other < p.groups; ++other) {
                         const float2 part = shared.deltas[other * p.strip * 16 + slot + 8 * r];
                         own.delta[r] += part.x;
-                        own.of_map[r] += part.y;
+                        own.map_sum[r] += part.y;
                     }
                 }
             }
             for (int r = 0; r < 2; ++r) {
-                const bool inside = active && !(own.word[r] & kOutside), writes = inside && own.group == 0 && (lane & 3) == 0;
+                const bool inside = active && !(own.word[r] & kOutside);
+                const bool writes = inside && own.group == 0 && (lane & 3) == 0;
                 if (sizeof(T) == 4) {
-                    own.factor[r] = inside ? 1.f / own.of_map[r] : 1.f;
-                    own.delta[r] *= own.factor[r];
-                    if (writes) p.factor[own.row[r]] = own.factor[r];
+                    own.map_rescale[r] = inside ? 1.f / own.map_sum[r] : 1.f;
+                    own.delta[r] *= own.map_rescale[r];
+                    if (writes) p.map_rescale[own.row[r]] = own.map_rescale[r];
                 }
                 if (writes) p.delta[own.row[r]] = own.delta[r];
             }
         }
-        own.of_weight += own.of_window;
+        own.of_scale += own.of_window;
         if (p.groups > 1) {  // dq of groups 1.. is added to group 0's, in their order
-            if (p.resident) __syncthreads();  // keys and values are done with (else the last block has seen to it)
+            // keys and values are done with (else the last block has seen to it)
+            if (p.resident) __syncthreads();
             const int of_group = p.strip * (D / 8) * 32;
             float4* parts = shared.exchange + own.tile * (D / 8) * 32 + lane;
             if (active && own.group > 0)
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n)
-                    parts[(own.group - 1) * of_group + n * 32] = make_float4(own.dq[n][0], own.dq[n][1], own.dq[n][2], own.dq[n][3]);
+                    parts[(own.group - 1) * of_group + n * 32] = make_float4(
+                        own.dq[n][0], own.dq[n][1], own.dq[n][2], own.dq[n][3]);
             __syncthreads();
             if (active && own.group == 0)
                 for (int other = 1; other < p.groups; ++other)
@@ -307,42 +326,36 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
             __syncwarp();
             store_fragment<T, D>(rows, own.dq, dq_factor, dq_factor, lane);
             __syncwarp();
-            write_rows<T, D>(shared.token + first_query + own.tile * 16, rows, heads.part(p.a.grad_qkv, 0), heads.stride, lane);
+            write_rows<T, D>(shared.token + first_query + own.tile * 16, rows,
+                             heads.part(p.a.grad_qkv, 0), heads.stride, lane);
         }
     }
 
     cp_wait<0>();
-    // this block's sums: of bias, weight and post in turn, each (blocks of a head, heads, T or 1)
+    // this block's sums: of bias, scale and post in turn, each (blocks of a head, heads, T or 1)
     __syncthreads();
-    const int64_t blocks = static_cast<int64_t>(gridDim.y) * gridDim.z, mine = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+    const int64_t blocks = static_cast<int64_t>(gridDim.y) * gridDim.z;
+    const int64_t mine = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
     float* to = p.partial;
     for (int table = 0; table < 3; ++table)
         if (p.grads >> table & 1) {
-            fold_pairs(p, shared.sums[table], first_query, to + (mine * p.a.heads + head) * p.offsets);
+            fold_pairs(p, shared.sums[table], first_query,
+                       to + (mine * p.a.heads + head) * p.offsets);
             to += blocks * p.a.heads * p.offsets;
         }
     if (p.grads & kGradUniform) {
-        float sum = own.of_weight;
+        float sum = own.of_scale;
 #pragma unroll
         for (int step = 1; step < 32; step <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
         if (lane == 0) shared.of_warps[warp] = sum;
         __syncthreads();
         if (threadIdx.x == 0) {
             sum = 0.f;
-            for (unsigned other = 0; other < blockDim.x / 32; ++other) sum += shared.of_warps[other];
+            for (unsigned other = 0; other < blockDim.x / 32; ++other)
+                sum += shared.of_warps[other];
             to[mine * p.a.heads + head] = sum;
         }
     }
-}
-
-// grad (rows, heads) = sum over blocks of partial (blocks, heads, rows), in their order.
-static __global__ void __launch_bounds__(256) sum_blocks_kernel(const float* partial, float* grad, int64_t blocks, int heads, int rows) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, each = static_cast<int64_t>(heads) * rows;
-    if (i >= each) return;
-    float sum = 0.f;
-#pragma unroll 16
-    for (int64_t block = 0; block < blocks; ++block) sum += partial[block * each + i];
-    grad[i % rows * heads + i / rows] = sum;
 }
 
 }  // namespace tiled

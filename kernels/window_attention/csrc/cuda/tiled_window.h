@@ -1,4 +1,5 @@
-// What the tiled kernels share: their arguments, where a window's tokens lie, the tables in shared memory, the terms of a pair.
+// What the tiled kernels share: their arguments, where a window's tokens lie, the tables in shared
+// memory, the terms of a pair.
 #pragma once
 #include <type_traits>
 
@@ -7,8 +8,8 @@
 
 namespace tiled {
 
-// Logits are held in units in which the exponential is cheap (log2 e times the natural ones) or, for float, in natural units, whose
-// rounding is smaller.
+// Logits are held in units in which the exponential is cheap (log2 e times the natural ones) or,
+// for float, in natural units, whose rounding is smaller.
 template <typename T> struct Unit {
     static constexpr float of_natural = 1.4426950408889634f, in_natural = 0.6931471805599453f;
     static WA_DEVICE float exponential(float x) { return ex2(x); }
@@ -19,25 +20,34 @@ template <> struct Unit<float> {
     static WA_DEVICE float exponential(float x) { return expf(x); }
     static WA_DEVICE float logarithm(float x) { return logf(x); }
 };
-// Which terms a kernel is compiled for. kUniform: one weight per head, bias. kTable: weight table, bias. kFull: any weight, bias, post,
-// dropout.
+// Which terms a kernel is compiled for. kUniform: one scale per head, bias. kTable: scale table,
+// bias. kFull: any scale, bias, post, dropout.
 enum Terms { kUniform = 0, kTable = 1, kFull = 2 };
-// Threads of the forward's blocks, and how many blocks are to share a multiprocessor: two leave 128 registers a thread, which these
-// instances can do with. They can also be one block of twice as many threads, as the queries' blocks may be.
+// Threads of the forward's blocks, and how many blocks are to share a multiprocessor: two leave 128
+// registers a thread, which these instances can do with. They can also be one block of twice as
+// many threads, as the queries' blocks may be.
 constexpr int kMaxThreads = 256;
 template <typename T, int D, int Mode> constexpr int blocks_wanted() {
     return (D == 32 && Mode != kFull) || (D == 16 && sizeof(T) == 2) ? 2 : 1;
 }
-template <typename T, int D, int Mode> constexpr int query_threads() { return kMaxThreads * blocks_wanted<T, D, Mode>(); }
-// Tables whose gradients are summed pair by pair (kPairs: an N x N strip of each in shared memory); the uniform weight's is one number.
-enum Grads { kGradBias = 1, kGradWeight = 2, kGradPost = 4, kPairs = 7, kGradUniform = 8 };
+template <typename T, int D, int Mode> constexpr int query_threads() {
+    return kMaxThreads * blocks_wanted<T, D, Mode>();
+}
+// Tables whose gradients are summed pair by pair (kPairs: an N x N strip of each in shared memory);
+// the uniform scale's is one number.
+enum Grads { kGradBias = 1, kGradScale = 2, kGradPost = 4, kPairs = 7, kGradUniform = 8 };
 
-// Quotients of numbers below 2^31 by one that the host knows: n / d = (floor(n m / 2^32) + n) / 2^s with 2^s >= d, m = 2^32 (2^s - d) / d + 1.
+// Quotients of numbers below 2^31 by one that the host knows: n / d = (floor(n m / 2^32) + n) / 2^s
+// with 2^s >= d, m = 2^32 (2^s - d) / d + 1.
 struct Divisor {
-    uint32_t factor;
+    uint32_t multiplier;
     int shift;
     WA_DEVICE int quotient(int n) const {
-        return static_cast<int>((static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> 32) + n) >> shift);
+        return static_cast<int>(
+            (static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier >>
+                                   32) +
+             n) >>
+            shift);
     }
 };
 
@@ -52,11 +62,17 @@ struct Args {
     int block;                 // rows brought into shared memory at a time, a multiple of 16
     int resident;              // 1: all rows of the window stay there; 0: two blocks in turn
     int passes;                // forward and keys: each warp's tiles of a window
-    int strip, groups;         // queries: tiles of a block's strip; warps that share the keys of a tile
+    // queries: tiles of a block's strip; warps that share the keys of a tile
+    int strip;
+    int groups;
     int grads;                 // queries: mask of Grads
-    float *delta, *factor;     // (total, heads, N), from the query kernel to the key kernel: sum over j of P dP; float only: what P is to
+    // (total, heads, N), from the query kernel to the key kernel: sum over j of P dP; float only:
+    // what P is to
+    float* delta;
+    float* map_rescale;
                                // be multiplied by for rows that sum to 1
-    float* partial;            // this table's sums of each block: (blocks of a head, heads, T or 1), per bit of `grads` in turn
+    float* partial;  // this table's sums of each block: (blocks of a head, heads, T or 1), per bit
+                     // of `grads` in turn
     uint32_t drop_below;       // an entry is dropped where its hash is below
     float keep_factor;         // 1 / (1 - dropout)
 };
@@ -72,15 +88,17 @@ struct Carve {
     }
 };
 
-// Of each window position: packed coordinates (row << 16 | column, or -1 past the end), its token in one window (-1: none), and its word for
-// one window: bytes from the entry of position 0 in bits 0-15, region of the shift in bits 16-17, bit 18 where it is no token of the image.
-// In a window that is not special a word is its bytes alone.
+// Of each window position: packed coordinates (row << 16 | column, or -1 past the end), its token
+// in one window (-1: none), and its word for one window: bytes from the entry of position 0 in bits
+// 0-15, region of the shift in bits 16-17, bit 18 where it is no token of the image. In a window
+// that is not special a word is its bytes alone.
 constexpr int kRegion = 3 << 16, kOutside = 1 << 18, kBytes = 0xffff;
 
 template <int Mode> struct Shared {
-    using Entry = std::conditional_t<Mode == kUniform, float, float2>;  // bias; weight and bias: in Unit
+    // bias; scale and bias: in Unit
+    using Entry = std::conditional_t<Mode == kUniform, float, float2>;
     Entry* entries;            // (T,)
-    float* post;               // (T,) post-softmax weight
+    float* post;               // (T,) factor after the softmax
     int *place, *token, *word; // (rows,)
     WA_HD Shared(Carve& carve, const Args& p) {
         entries = carve.take<Entry>(p.offsets);
@@ -92,12 +110,15 @@ template <int Mode> struct Shared {
 };
 
 // Fills the tables and places; the caller puts a barrier before they are read.
-template <typename T, int Mode> WA_DEVICE void fill_shared(const Shared<Mode>& shared, const Args& p, int head) {
+template <typename T, int Mode> WA_DEVICE void fill_shared(const Shared<Mode>& shared,
+                                                           const Args& p, int head) {
     const WindowAttentionArgs& a = p.a;
     for (int t = threadIdx.x; t < p.offsets; t += blockDim.x) {
         const float b = a.bias ? a.bias[t * a.heads + head] * Unit<T>::of_natural : 0.f;
         if constexpr (Mode == kUniform) shared.entries[t] = b;
-        else shared.entries[t] = make_float2(a.weight[(a.weight_rows == 1 ? 0 : t) * a.heads + head] * Unit<T>::of_natural, b);
+        else
+            shared.entries[t] = make_float2(
+                a.scale[(a.scale_rows == 1 ? 0 : t) * a.heads + head] * Unit<T>::of_natural, b);
         if (Mode == kFull) shared.post[t] = a.post ? a.post[t * a.heads + head] : 1.f;
     }
     for (int i = threadIdx.x; i < p.rows; i += blockDim.x)
@@ -141,7 +162,8 @@ struct Window {
 };
 
 // Fills tokens and words of a window; the caller puts a barrier before they are read.
-template <int Mode> WA_DEVICE void fill_window(const Shared<Mode>& shared, const Args& p, const Window& window) {
+template <int Mode> WA_DEVICE void fill_window(const Shared<Mode>& shared, const Args& p,
+                                               const Window& window) {
     for (int i = threadIdx.x; i < p.rows; i += blockDim.x) {
         const int place = shared.place[i], token = window.token(p, place);
         shared.token[i] = token;
@@ -150,39 +172,47 @@ template <int Mode> WA_DEVICE void fill_window(const Shared<Mode>& shared, const
 }
 
 // The table as a query sees it: the entry of a pair lies a key's bytes before it.
-template <int Mode> WA_DEVICE const unsigned char* entries_of(const Shared<Mode>& shared, const Args& p, int word) {
-    const int centre = (p.a.window[0] - 1) * (2 * p.a.window[1] - 1) + p.a.window[1] - 1;  // of a pair at relative offset 0
+template <int Mode> WA_DEVICE const unsigned char* entries_of(const Shared<Mode>& shared,
+                                                              const Args& p, int word) {
+    // of a pair at relative offset 0
+    const int centre = (p.a.window[0] - 1) * (2 * p.a.window[1] - 1) + p.a.window[1] - 1;
     return reinterpret_cast<const unsigned char*>(shared.entries + centre) + (word & kBytes);
 }
 // The same for a key, to which a query's bytes are added.
-template <int Mode> WA_DEVICE const unsigned char* entries_before(const Shared<Mode>& shared, const Args& p, int word) {
+template <int Mode> WA_DEVICE const unsigned char* entries_before(const Shared<Mode>& shared,
+                                                                  const Args& p, int word) {
     return entries_of<Mode>(shared, p, 0) - (word & kBytes);
 }
 
-// S of a pair in Unit, before the mask; `weight` gets the factor of q . k in Unit.
-template <int Mode> WA_DEVICE float logit(const unsigned char* entry, float uniform, float dot, float& weight) {
+// S of a pair in Unit, before the mask; `scale` gets the factor of q . k in Unit.
+template <int Mode> WA_DEVICE float logit(const unsigned char* entry, float uniform, float dot,
+                                          float& scale) {
     if constexpr (Mode == kUniform) {
-        weight = uniform;
+        scale = uniform;
         return dot * uniform + *reinterpret_cast<const float*>(entry);
     } else {
         const float2 both = *reinterpret_cast<const float2*>(entry);
-        weight = both.x;
+        scale = both.x;
         return dot * both.x + both.y;
     }
 }
 
-// The post-softmax weight that belongs to an entry.
-template <int Mode> WA_DEVICE float post_of(const Shared<Mode>& shared, const unsigned char* entry) {
-    return shared.post[reinterpret_cast<const typename Shared<Mode>::Entry*>(entry) - shared.entries];
+// The factor after the softmax that belongs to an entry.
+template <int Mode> WA_DEVICE float post_of(const Shared<Mode>& shared,
+                                            const unsigned char* entry) {
+    return shared
+        .post[reinterpret_cast<const typename Shared<Mode>::Entry*>(entry) - shared.entries];
 }
 
-// Starts the copies of `count` rows of two packed tensors into shared memory; padding becomes 0. All of T: stride and from in elements.
-// token: of the rows. to1 null: the first tensor alone.
+// Starts the copies of `count` rows of two packed tensors into shared memory; padding becomes 0.
+// All of T: stride and from in elements. token: of the rows. to1 null: the first tensor alone.
 template <typename T, int D>
-WA_DEVICE void load_rows(const int* token, int count, const T* from0, int stride0, unsigned char* to0, const T* from1, int stride1,
-                         unsigned char* to1, int thread, int threads) {
+WA_DEVICE void load_rows(const int* token, int count, const T* from0, int stride0,
+                         unsigned char* to0, const T* from1, int stride1, unsigned char* to1,
+                         int thread, int threads) {
     using R = Row<T, D>;
-    forget(thread);  // nothing that follows from it is kept from call to call, where registers are short
+    // nothing that follows from it is kept from call to call, where registers are short
+    forget(thread);
     const int chunk = thread % R::chunks;
     from0 += chunk * R::per_chunk;
     from1 += chunk * R::per_chunk;
@@ -196,7 +226,8 @@ WA_DEVICE void load_rows(const int* token, int count, const T* from0, int stride
 }
 
 // Writes 16 rows from shared memory to their tokens, by one warp.
-template <typename T, int D> WA_DEVICE void write_rows(const int* token, const unsigned char* rows, T* to, int stride, int lane) {
+template <typename T, int D> WA_DEVICE void write_rows(const int* token, const unsigned char* rows,
+                                                       T* to, int stride, int lane) {
     using R = Row<T, D>;
     forget(lane);
     const int chunk = lane % R::chunks;
@@ -205,7 +236,8 @@ template <typename T, int D> WA_DEVICE void write_rows(const int* token, const u
     for (int i = 0; i < R::chunks / 2; ++i) {
         const int row = lane / R::chunks + i * (32 / R::chunks), of_row = token[row];
         if (of_row >= 0)
-            *reinterpret_cast<uint4*>(to + static_cast<int64_t>(of_row) * stride) = *reinterpret_cast<const uint4*>(rows + R::at(row, chunk));
+            *reinterpret_cast<uint4*>(to + static_cast<int64_t>(of_row) * stride) =
+                *reinterpret_cast<const uint4*>(rows + R::at(row, chunk));
     }
 }
 
@@ -215,9 +247,15 @@ template <typename T> struct Heads {
     int width;   // heads * head_dim
     int offset;  // of this head
     WA_DEVICE Heads(const Args& p, int head)
-        : stride(3 * p.a.heads * p.a.head_dim), width(p.a.heads * p.a.head_dim), offset(head * p.a.head_dim) {}
-    WA_DEVICE const T* part(const void* qkv, int which) const { return static_cast<const T*>(qkv) + which * width + offset; }
-    WA_DEVICE T* part(void* qkv, int which) const { return static_cast<T*>(qkv) + which * width + offset; }
+        : stride(3 * p.a.heads * p.a.head_dim),
+          width(p.a.heads * p.a.head_dim),
+          offset(head * p.a.head_dim) {}
+    WA_DEVICE const T* part(const void* qkv, int which) const {
+        return static_cast<const T*>(qkv) + which * width + offset;
+    }
+    WA_DEVICE T* part(void* qkv, int which) const {
+        return static_cast<T*>(qkv) + which * width + offset;
+    }
 };
 
 }  // namespace tiled

@@ -1,5 +1,6 @@
-// The warp instructions of cuda/port.h in plain C++: what each lane holds follows the fragment layouts of the PTX manual.
-// `line`: the caller's source line; lanes that meet in the same instruction at different lines have diverged.
+// The warp instructions of cuda/port.h in plain C++: what each lane holds follows the fragment
+// layouts of the PTX manual. `line`: the caller's source line; lanes that meet in the same
+// instruction at different lines have diverged.
 #pragma once
 #include "device.h"
 
@@ -12,11 +13,18 @@ enum { SYNC_WARP = 1, SHUFFLE, MMA, MMA_TF32, LDMATRIX };
 
 struct MmaInput { float* d; const uint32_t* a; uint32_t b0, b1; };
 
-template <typename T> inline float half_of(uint32_t pair, int which) { T x; x.bits = (uint16_t)(pair >> (16 * which)); return decode(x); }
+template <typename T> inline float half_of(uint32_t pair, int which) {
+    T x;
+    x.bits = (uint16_t)(pair >> (16 * which));
+    return decode(x);
+}
 
-template <int K> inline void multiply(const Rendezvous& r, const float (&a)[16][K], const float (&b)[K][8]) {
+template <int K> inline void multiply(const Rendezvous& r, const float (&a)[16][K],
+                                      const float (&b)[K][8]) {
     float c[16][8] = {};
-    for (int i = 0; i < 16; ++i) for (int k = 0; k < K; ++k) for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+    for (int i = 0; i < 16; ++i)
+        for (int k = 0; k < K; ++k)
+            for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
     for (int lane = 0; lane < WARP; ++lane) {
         float* d = ((const MmaInput*)r.in[lane])->d;
         for (int e = 0; e < 4; ++e) d[e] += c[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
@@ -25,7 +33,8 @@ template <int K> inline void multiply(const Rendezvous& r, const float (&a)[16][
 }
 
 // d (16 x 8, f32) += a (16 x 16) b (16 x 8), T = bf16 or f16
-template <typename T> inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line) {
+template <typename T> inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                      uint32_t b1, int line) {
     MmaInput input{d, a, b0, b1};
     collective("mma", kind_of(MMA, line), &input, nullptr, [](Rendezvous& r) {
         float left[16][16], right[16][8];
@@ -33,7 +42,8 @@ template <typename T> inline void mma(float (&d)[4], const uint32_t (&a)[4], uin
             const MmaInput& m = *(const MmaInput*)r.in[lane];
             const int g = lane / 4, t = lane % 4 * 2;
             for (int h = 0; h < 2; ++h) {
-                for (int i = 0; i < 4; ++i) left[g + i % 2 * 8][t + h + i / 2 * 8] = half_of<T>(m.a[i], h);
+                for (int i = 0; i < 4; ++i)
+                    left[g + i % 2 * 8][t + h + i / 2 * 8] = half_of<T>(m.a[i], h);
                 right[t + h][g] = half_of<T>(m.b0, h); right[t + h + 8][g] = half_of<T>(m.b1, h);
             }
         }
@@ -58,32 +68,38 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 // MATRICES 8 x 8 matrices of 16-bit elements; lane 8 m + i gives the address of row i of matrix m
-template <int MATRICES> inline void ldmatrix(uint32_t (&out)[MATRICES], const void* row, bool transposed, int line) {
+template <int MATRICES> inline void ldmatrix(uint32_t (&out)[MATRICES], const void* row,
+                                             bool transposed, int line) {
     if (block->current % WARP < 8 * MATRICES) check_shared(row, 16, "ldmatrix");
-    collective("ldmatrix", kind_of(LDMATRIX, line, MATRICES * 2 + transposed), row, out, [transposed](Rendezvous& r) {
-        for (int m = 0; m < MATRICES; ++m) {
-            int of_bank[8] = {}, most = 0;  // 8 rows of 16 bytes meet 8 groups of 4 banks
-            for (int i = 0; i < 8; ++i) {
-                bool seen = false;
-                for (int j = 0; j < i; ++j) seen |= r.in[m * 8 + j] == r.in[m * 8 + i];
-                int& count = of_bank[(uintptr_t)r.in[m * 8 + i] / 16 % 8];
-                count += !seen;
-                most = count > most ? count : most;
-            }
-            counters.ldmatrix_wavefronts += (uint64_t)most;
-            for (int lane = 0; lane < WARP; ++lane) {
-                uint32_t pair = 0;
-                for (int h = 0; h < 2; ++h) {
-                    const int a = lane / 4, b = lane % 4 * 2 + h;
-                    uint16_t bits;
-                    memcpy(&bits, (const char*)r.in[m * 8 + (transposed ? b : a)] + 2 * (transposed ? a : b), 2);
-                    pair |= (uint32_t)bits << (16 * h);
-                }
-                ((uint32_t*)r.out[lane])[m] = pair;
-            }
-        }
-        counters.ldmatrix++;
-    });
+    collective("ldmatrix", kind_of(LDMATRIX, line, MATRICES * 2 + transposed), row, out,
+               [transposed](Rendezvous& r) {
+                   for (int m = 0; m < MATRICES; ++m) {
+                       int of_bank[8] = {},
+                           most = 0;  // 8 rows of 16 bytes meet 8 groups of 4 banks
+                       for (int i = 0; i < 8; ++i) {
+                           bool seen = false;
+                           for (int j = 0; j < i; ++j) seen |= r.in[m * 8 + j] == r.in[m * 8 + i];
+                           int& count = of_bank[(uintptr_t)r.in[m * 8 + i] / 16 % 8];
+                           count += !seen;
+                           most = count > most ? count : most;
+                       }
+                       counters.ldmatrix_wavefronts += (uint64_t)most;
+                       for (int lane = 0; lane < WARP; ++lane) {
+                           uint32_t pair = 0;
+                           for (int h = 0; h < 2; ++h) {
+                               const int a = lane / 4, b = lane % 4 * 2 + h;
+                               uint16_t bits;
+                               memcpy(&bits,
+                                      (const char*)r.in[m * 8 + (transposed ? b : a)] +
+                                          2 * (transposed ? a : b),
+                                      2);
+                               pair |= (uint32_t)bits << (16 * h);
+                           }
+                           ((uint32_t*)r.out[lane])[m] = pair;
+                       }
+                   }
+                   counters.ldmatrix++;
+               });
 }
 
 struct ShuffleInput { uint32_t value; int from; };
@@ -100,17 +116,25 @@ inline uint32_t shuffle(uint32_t value, int from, int line, int detail) {
 }
 inline int lane_index() { return block->current % WARP; }
 
-inline void sync_warp(int line) { collective("syncwarp", kind_of(SYNC_WARP, line), nullptr, nullptr, [](Rendezvous&) {}); }
+inline void sync_warp(int line) {
+    collective("syncwarp", kind_of(SYNC_WARP, line), nullptr, nullptr, [](Rendezvous&) {});
+}
 
-// The target holds NaN from here until the group has been waited for: reading it early, or writing it over data still in use, shows.
+// The target holds NaN from here until the group has been waited for: reading it early, or writing
+// it over data still in use, shows.
 inline void copy_async(void* to, const void* from, int bytes, bool all) {
     check_shared(to, (size_t)bytes, "cp.async");
-    if (all && (uintptr_t)from % (size_t)bytes) fault("cp.async: global address not aligned to %d bytes", bytes);
+    if (all && (uintptr_t)from % (size_t)bytes)
+        fault("cp.async: global address not aligned to %d bytes", bytes);
     memset(to, 0xff, (size_t)bytes);
     block->self().open.push_back({to, from, all ? bytes : 0, all ? 0 : bytes});
     counters.copies++;
 }
-inline void copy_commit() { auto& f = block->self(); f.groups.push_back(std::move(f.open)); f.open.clear(); }
+inline void copy_commit() {
+    auto& f = block->self();
+    f.groups.push_back(std::move(f.open));
+    f.open.clear();
+}
 inline void copy_wait(int left) {
     auto& groups = block->self().groups;
     while ((int)groups.size() > left) {
