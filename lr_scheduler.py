@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ScheduleError(UserError, ValueError):
-    """A schedule that cannot be followed: one line with the keys and how to mend them."""
+    """A schedule that cannot be followed: one line with the keys and how to fix them."""
 
 
 class Rates(NamedTuple):

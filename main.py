@@ -5,9 +5,8 @@
     python main.py --cfg ... --eval --resume CHECKPOINT                or --pretrained WEIGHTS
     python main.py --cfg ... --throughput                              images/s; needs no data
 
-Run again with the same command, a training goes on where it was. Exit status: 0 done; 2 something
-the user can mend, told in one line on stderr; 143 stopped by SIGTERM (130: by Ctrl-C) with the
-state saved.
+The same command, run again, resumes a training. Exit status: 0 done; 2 something the user can fix,
+reported in one line on stderr; 143 stopped by SIGTERM (130: by Ctrl-C) with the state saved.
 """
 
 import sys

@@ -33,7 +33,7 @@ FOLLOW_CONFIG = (
 
 class OptimizerError(UserError, ValueError):
     """An optimizer that cannot be built or continued as asked: one line that says why and how to
-    mend it.
+    fix it.
     """
 
 

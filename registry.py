@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one line: what was given, what is allowed,
-    how to mend it. main.py prints it and ends with status 2.
+    """Something that the user can fix. The message is one line: what was given, what is allowed,
+    how to fix it. main.py prints it and ends with status 2.
     """
 
 

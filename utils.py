@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 class RunError(UserError, RuntimeError):
-    """Something the user can mend: a folder, a device, a launch, a run that diverged. The message
+    """Something the user can fix: a folder, a device, a launch, a run that diverged. The message
     is one line.
     """
 

@@ -7,7 +7,7 @@ from registry import UserError, did_you_mean
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint or weights file that cannot be read, has another structure than it should, or
-    does not fit the model or run. The message is one line that says how to mend it.
+    does not fit the model or run. The message is one line that says how to fix it.
     """
 
 

@@ -14,7 +14,7 @@ _SHOWN = 6
 
 class DataError(UserError, RuntimeError):
     """Missing, wrong or unreadable data. The message is one line: what was given, what is expected,
-    how to mend it.
+    how to fix it.
     """
 
 

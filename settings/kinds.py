@@ -20,7 +20,7 @@ from registry import Interval, UserError
 
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be used; the message is one line and says what was given, what is
-    allowed and how to mend it.
+    allowed and how to fix it.
     """
 
 

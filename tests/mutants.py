@@ -61,7 +61,7 @@ def copied_tree() -> Iterator[Path]:
 
 
 def judge(mutant: Mutant, tree: Path) -> Outcome:
-    """Runs the fault's tests on a copy of the tree that has it, and mends the copy again."""
+    """Runs the fault's tests on a copy of the tree that has it, and restores the copy."""
     place = tree / mutant.file
     before = place.read_text()
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]

@@ -993,7 +993,7 @@ def test_named_configurations_hold_the_tables_values(name):
 
 def test_named_configurations_are_the_references():
     """Everything but mixture of experts and SimMIM pre-training, which this program does not have,
-    and the name mended by T2.
+    and the name that Swin shares with the base model.
     """
     described, _ = golden("zoo")
     entries = [entry for entry in described["models"] if not entry["simmim_pretrain"]]

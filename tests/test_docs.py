@@ -428,8 +428,8 @@ def test_documented_commands_on_imagenet_and_own_images_run(name, quiet, places,
 
 
 def run_examples(chosen: list[Example], project: Path) -> None:
-    """Their tests in one process, one update of each of their trainings in another, in a copy of
-    the project that has their files.
+    """Their tests and one update of each of their trainings, in a copy of the project that has
+    their files.
     """
     copy_project(project)
     for path in ("pyproject.toml", "tests/__init__.py"):
@@ -441,16 +441,13 @@ def run_examples(chosen: list[Example], project: Path) -> None:
     for example in chosen:
         example.write(project)
     tests, trainings = zip(*(example.commands for example in chosen))
-    run_in(project, "-m", "pytest", "-q", *(words[-1] for words in tests))
+    files = [words[-1] for words in tests]
     once = ("--output", "out", "--opts", "TRAIN.MAX_STEPS", "1", "LOG.TENSORBOARD", "False")
     argvs = [[*words[words.index("main.py") + 1 :], *once] for words in trainings]
-    run_in(project, "-c", f"import main\nfor argv in {argvs}: assert main.main(argv) == 0")
-    assert len(list(project.glob("out/*/default/best.pth"))) == len(chosen)
-
-
-def run_in(project: Path, *words: str) -> None:
+    code = f"import pytest, main; assert pytest.main({files}) == 0"
+    code += f"; assert not any([main.main(argv) for argv in {argvs}])"
     done = subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, "-c", code],
         cwd=project,
         env={**clean_environment(), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
         capture_output=True,
@@ -458,6 +455,7 @@ def run_in(project: Path, *words: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(project.glob("out/*/default/best.pth"))) == len(chosen)
 
 
 def test_the_examples_of_contributing_work_as_they_stand(tmp_path):

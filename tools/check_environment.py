@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if found:
         print(
-            f"error: the environment of {sys.executable} is not complete: {', '.join(found)}; mend"
-            f" it with: {sys.executable} -m pip install -r {path}",
+            f"error: the environment of {sys.executable} is not complete: {', '.join(found)};"
+            f" install with: {sys.executable} -m pip install -r {path}",
             file=sys.stderr,
         )
     return 2 if found else 0
