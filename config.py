@@ -201,7 +201,7 @@ KEYS: dict[str, Key] = {
                                    "how attention is computed; auto = the fastest that applies"),
     "MODEL.ATTENTION.MIXER": Key("auto", NAME,
         "auto: the family's own (softmax; swiftformer: efficient_additive; sasa_resnet: local); "
-        "softmax, or what takes its place, with projections of its own: efficient_additive, "
+        "softmax, or what replaces it, with projections of its own: efficient_additive, "
         "separable, local (models/attention/mixers)"),
     "MODEL.PRE_MLP.WHERE": Key("off", choice("off", "stem", "stage"),
         "an MLP before attention: after the embedding, or before each stage"),
@@ -220,7 +220,7 @@ KEYS: dict[str, Key] = {
     **_backbone("SWIN",
                 QKV_BIAS=Key(True, switch(), "bias of the query, key and value projection"),
                 QK_SCALE=Key(None, optional(ABOVE_0),
-                    "factor of the logits; None = 1 / sqrt(channels per head)")),
+                    "scale of the logits; None = 1 / sqrt(channels per head)")),
     **_backbone("SWINV2",
                 QKV_BIAS=Key(True, switch(),
                     "bias of the query and value projections (the key has none)"),

@@ -107,9 +107,8 @@ class World:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        if (
-            self.control is not None and kind is None
-        ):  # after an error the others may wait in a collective: leave without them
+        # After an error the others may wait in a collective: leave without them.
+        if self.control is not None and kind is None:
             dist.destroy_process_group()
 
 
@@ -124,7 +123,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    name = next(kind for kind, works in found.items() if works) if name == "auto" else name
+    if name == "auto":
+        name = next(kind for kind, works in found.items() if works)
     if not found.get(name, False):
         works = ", ".join(kind for kind, ok in found.items() if ok)
         raise RunError(
@@ -176,9 +176,8 @@ def prepare_device(device: torch.device, threads: int = 0, deterministic: bool =
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cpu":
-        torch.set_flush_denormal(
-            True
-        )  # exp(-100) of masked pairs is a denormal, which slows the CPU down
+        # exp(-100) of masked pairs is a denormal, which slows the CPU down
+        torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -325,20 +324,15 @@ def create_logger(folder: Path | None, name: str, rank: int = 0) -> logging.Logg
     for handler in [h for h in root.handlers if getattr(h, "of_run", False)]:
         root.removeHandler(handler)
         handler.close()
-    place = "(%(filename)s %(lineno)d)"
-    head = (
-        colored(f"[%(asctime)s {name}]", "green") + colored(place, "yellow")
-        if on_terminal()
-        else f"[%(asctime)s {name}] {place}"
-    )
+    when = f"[%(asctime)s {name}]"
+    where = "(%(filename)s %(lineno)d)"
+    what = "%(levelname)s %(message)s"
+    plain = f"{when} {where}: {what}"
+    coloured = f"{colored(when, 'green')}{colored(where, 'yellow')}: {what}"
     if rank == 0:
-        _attach(root, _ConsoleHandler(), f"{head}: %(levelname)s %(message)s")
+        _attach(root, _ConsoleHandler(), coloured if on_terminal() else plain)
     if folder is not None:
-        _attach(
-            root,
-            logging.FileHandler(folder / f"log_rank{rank}.txt"),
-            f"[%(asctime)s {name}] {place}: %(levelname)s %(message)s",
-        )
+        _attach(root, logging.FileHandler(folder / f"log_rank{rank}.txt"), plain)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -366,20 +360,17 @@ def print_error(error: BaseException) -> None:
             " add --use-checkpoint"
         )
     rank = os.environ.get("RANK", "0")
-    print(
-        f"main.py: error{'' if rank == '0' else f' (process {rank})'}: {message}",
-        file=sys.stderr,
-        flush=True,
-    )
+    process = "" if rank == "0" else f" (process {rank})"
+    print(f"main.py: error{process}: {message}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks; of an error from a DataLoader worker only its
     own last line.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        type(error).__name__
-    ]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
     if "in DataLoader worker" in lines[0]:
         return lines[-1].partition(": ")[2] or lines[-1]
     return " ".join(lines)

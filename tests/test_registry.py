@@ -1,0 +1,78 @@
+"""Named parts, their options, and the nearest spelling."""
+
+import math
+
+import pytest
+
+from registry import Interval, Registry, check_choice, nearest, parse_call
+from settings.kinds import Choice
+
+
+@pytest.fixture
+def parts() -> Registry:
+    registry = Registry("part")
+    registry.register("rod", lambda place, length=1, colour="red": (place, length, colour))
+    registry.register("anything", lambda place, **options: (place, options))
+    return registry
+
+
+def test_a_part_is_built_from_its_name_and_options(parts):
+    assert parts.create("rod", "here") == ("here", 1, "red")
+    assert parts.create("rod(length=3, colour=blue)", "here") == ("here", 3, "blue")
+    assert parts.create("anything(whatever=None)", "here") == ("here", {"whatever": None})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rot", "there is no part 'rot'; there are anything, rod; did you mean 'rod'?"),
+        ("rod(lenght=3)", "has no option 'lenght'; its options are length, colour; did you mean"),
+        ("rod(place=3)", "has no option 'place'"),
+        ("rod(3)", "cannot read 'rod(3)'; write name or name(option=value, ...)"),
+    ],
+)
+def test_a_wrong_name_or_option_is_answered_with_what_there_is(parts, text, words):
+    with pytest.raises(ValueError) as caught:
+        parts.create(text, "here")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_is_taken_once(parts):
+    with pytest.raises(ValueError, match="'rod' is registered twice"):
+        parts.register("rod", print)
+
+
+def test_values_are_literals_and_bare_words_are_text():
+    assert parse_call("a(b=1e-4, c=word, d=True, e=none)") == (
+        "a",
+        {"b": 1e-4, "c": "word", "d": True, "e": None},
+    )
+
+
+def test_the_nearest_spelling_ignores_the_case_and_distant_words():
+    assert nearest("ROD", ["rod", "wheel"]) == "rod"
+    assert nearest("xylophone", ["rod", "wheel"]) is None
+    with pytest.raises(ValueError, match="SIZE is 'larg'; allowed are small, large; did you mean"):
+        check_choice("SIZE", "larg", ["small", "large"])
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside", "written"),
+    [
+        (Interval(0, 1), (0, 1), (-0.1, 1.1), "[0, 1]"),
+        (Interval(0, 1, "[)"), (0, 0.99), (1,), "[0, 1)"),
+        (Interval(0, ends="(]"), (1e-9, math.inf), (0,), "(0, inf]"),
+    ],
+)
+def test_an_interval_holds_its_numbers(interval, inside, outside, written):
+    assert all(interval.holds(value) for value in inside)
+    assert not any(interval.holds(value) for value in outside)
+    assert str(interval) == written
+
+
+def test_a_choice_among_the_names_of_a_registry_sees_later_entries(parts):
+    kind = Choice(parts)
+    with pytest.raises(ValueError):
+        kind.convert("wheel")
+    parts.register("wheel", print)
+    assert kind.convert("Wheel") == "wheel" and "wheel" in kind.allowed
