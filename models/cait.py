@@ -164,52 +164,34 @@ class CaiT(TokenTransformer):
         super().__init__(
             img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint
         )
-        spec, hidden, norm = (
-            attention or AttentionSpec(),
-            int(embed_dim * mlp_ratio),
-            partial(nn.LayerNorm, eps=norm_eps),
-        )
+        spec = attention or AttentionSpec()
+        hidden = int(embed_dim * mlp_ratio)
+        norm = partial(nn.LayerNorm, eps=norm_eps)
         geometry = Geometry(
             embed_dim, num_heads, self.patch_embed.patches_resolution, head_dim=head_dim or 0
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
-        self.blocks = nn.ModuleList(
-            ScaledBlock(
-                embed_dim,
-                TalkingHeadsAttention(
-                    geometry, spec, qkv_bias, None, drop_rate, mixing, mixing_bias
-                ),
-                hidden,
-                drop_rate,
-                rate,
-                gamma_at(layer_scale, number),
-                norm,
+        self.blocks = nn.ModuleList()
+        rates = drop_path_rates(drop_path_rate, depth, drop_path_profile)
+        for number, rate in enumerate(rates, 1):
+            attn = TalkingHeadsAttention(
+                geometry, spec, qkv_bias, None, drop_rate, mixing, mixing_bias
             )
-            for number, rate in enumerate(
-                drop_path_rates(drop_path_rate, depth, drop_path_profile), 1
+            gamma = gamma_at(layer_scale, number)
+            self.blocks.append(ScaledBlock(embed_dim, attn, hidden, drop_rate, rate, gamma, norm))
+        self.blocks_token_only = nn.ModuleList()
+        class_mixing = mixing if class_mixing else None
+        for number in range(1, class_depth + 1):
+            attn = ClassAttention(
+                geometry, qkv_bias, drop_rate, spec.drop, class_mixing, mixing_bias
             )
-        )
-        self.blocks_token_only = nn.ModuleList(
-            ClassBlock(
-                embed_dim,
-                ClassAttention(
-                    geometry,
-                    qkv_bias,
-                    drop_rate,
-                    spec.drop,
-                    mixing if class_mixing else None,
-                    mixing_bias,
-                ),
-                hidden,
-                drop_rate,
-                0.0,
-                gamma_at(layer_scale, number),
-                norm,
-                context=class_context,
+            gamma = gamma_at(layer_scale, number)
+            self.blocks_token_only.append(
+                ClassBlock(
+                    embed_dim, attn, hidden, drop_rate, 0.0, gamma, norm, context=class_context
+                )
             )
-            for number in range(1, class_depth + 1)
-        )
         self.norm = norm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.initialise()
@@ -248,8 +230,6 @@ class CaiT(TokenTransformer):
 
 def gamma_at(layer_scale: float | str, number: int) -> float:
     """The initial gamma of block `number`, counted from 1."""
-    return (
-        layer_scale
-        if layer_scale != "depth"
-        else next(gamma for last, gamma in BY_DEPTH if number <= last)
-    )
+    if layer_scale != "depth":
+        return layer_scale
+    return next(gamma for last, gamma in BY_DEPTH if number <= last)

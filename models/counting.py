@@ -119,10 +119,9 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.macs, self.modifiers = (
-            Macs(),
-            0,
-        )  # modifiers: how many are at work, one inside the other
+        # modifiers: how many are at work, one inside the other
+        self.macs = Macs()
+        self.modifiers = 0
 
     def enter(self, *_) -> None:
         self.modifiers += 1

@@ -32,7 +32,9 @@ class OverlapEmbed(nn.Module):
         embed_dim: int,
     ):
         super().__init__()
-        self.img_size, patch, step = to_pair(img_size), to_pair(patch_size), to_pair(stride)
+        self.img_size = to_pair(img_size)
+        patch = to_pair(patch_size)
+        step = to_pair(stride)
         if any(side < wide for side, wide in zip(self.img_size, patch, strict=True)):
             raise ValueError(f"image size {self.img_size} is smaller than one patch of {patch}")
         self.patches_resolution = tuple(
@@ -69,7 +71,8 @@ class TokenPooling(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, grid: Size, prefix: int, pointwise: bool = False):
         super().__init__()
-        self.grid, self.prefix = grid, prefix
+        self.grid = grid
+        self.prefix = prefix
         self.pooled = tuple((side + 1) // 2 for side in grid)
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, groups=dim)
         self.proj = nn.Conv2d(out_dim, out_dim, 1) if pointwise else nn.Identity()
@@ -95,7 +98,9 @@ class PoolingStage(nn.Module):
 
     def __init__(self, pool: TokenPooling | None, blocks: list[nn.Module], tokens: int):
         super().__init__()
-        self.pool, self.blocks, self.tokens = pool, nn.ModuleList(blocks), tokens
+        self.pool = pool
+        self.blocks = nn.ModuleList(blocks)
+        self.tokens = tokens
 
     def flops(self) -> int:
         """Multiply-accumulates for one image."""
@@ -179,17 +184,16 @@ class PiT(TokenTransformer):
         super().__init__(
             img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint, embed
         )
-        self.prefix, self.num_features = 1 + distilled, embed_dim * 2 ** (len(depths) - 1)
+        self.prefix = 1 + distilled
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.cls_token = nn.Parameter(torch.zeros(1, self.prefix, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, embed_dim, *embed.patches_resolution))
         self.cls_pos = (
             nn.Parameter(torch.zeros(1, self.prefix, embed_dim)) if class_position else None
         )
-        rates, grid, stages = (
-            iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile)),
-            embed.patches_resolution,
-            [],
-        )
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile))
+        grid = embed.patches_resolution
+        stages = []
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim = embed_dim * 2**stage
             pool = TokenPooling(dim // 2, dim, grid, self.prefix, pointwise) if stage else None

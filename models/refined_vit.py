@@ -73,11 +73,9 @@ def patch_embedding(
     stem: str, img_size: int | Size, patch_size: int | Size, in_chans: int, embed_dim: int
 ) -> PatchEmbed:
     """stem: "conv" or "linear", one convolution whose kernel is the patch."""
-    return (
-        ConvStem(img_size, patch_size, in_chans, embed_dim)
-        if stem == "conv"
-        else PatchEmbed(img_size, patch_size, in_chans, embed_dim, None)
-    )
+    if check_choice("refined_vit: stem", stem, ("conv", "linear")) == "conv":
+        return ConvStem(img_size, patch_size, in_chans, embed_dim)
+    return PatchEmbed(img_size, patch_size, in_chans, embed_dim, None)
 
 
 class MapBlock(TokenBlock):
@@ -118,11 +116,10 @@ class MapBlock(TokenBlock):
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Step:
         """x (B, N, C), previous (B, H, N, N) or None -> x and the map."""
-        y, attn = (
-            self.attn(self.norm1(x), previous)
-            if self.hands_on
-            else (self.attn(self.norm1(x)), None)
-        )
+        if self.hands_on:
+            y, attn = self.attn(self.norm1(x), previous)
+        else:
+            y, attn = self.attn(self.norm1(x)), None
         x = x + 2 * self.drop_path(y)
         return x + 2 * self.drop_path(self.ls2(self.mlp(self.norm2(x)))), attn
 
@@ -136,15 +133,17 @@ def run_map_blocks(
     pairs: neighbouring blocks, from the first on, whose maps are compared.
     Returns: tokens (B, N, C), and the `map_similarity` of each pair.
     """
-    attn, similarities = None, []
+    attn = None
+    similarities = []
+    again = again and torch.is_grad_enabled()
     for index, block in enumerate(blocks):
         previous = attn
-        x, made = (
-            checkpoint(block, x, attn, use_reentrant=False)
-            if again and torch.is_grad_enabled()
-            else block(x, attn)
-        )
-        attn = attn if block.shared else made
+        if again:
+            x, made = checkpoint(block, x, attn, use_reentrant=False)
+        else:
+            x, made = block(x, attn)
+        if not block.shared:
+            attn = made
         if 0 < index <= pairs:
             similarities.append(map_similarity(previous, attn))
     return x, similarities
@@ -154,9 +153,9 @@ def map_similarity(first: Tensor, second: Tensor) -> Tensor:
     """Mean over images and pairs of tokens of the cosine, over the heads, of two maps (B, H, N, N);
     1 if they are one object.
     """
-    return (
-        first.new_ones(()) if first is second else F.cosine_similarity(first, second, dim=1).mean()
-    )
+    if first is second:
+        return first.new_ones(())
+    return F.cosine_similarity(first, second, dim=1).mean()
 
 
 @BACKBONES.register("refined_vit")
@@ -244,48 +243,34 @@ class RefinedViT(TokenTransformer):
         use_checkpoint: bool = False,
         attention: AttentionSpec | None = None,
     ):
-        check_choice("refined_vit: stem", stem, ("conv", "linear"))
+        embed = patch_embedding(stem, img_size, patch_size, in_chans, embed_dim)
         super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            num_classes,
-            embed_dim,
-            drop_rate,
-            use_checkpoint,
-            patch_embedding(stem, img_size, patch_size, in_chans, embed_dim),
+            img_size, patch_size, in_chans, num_classes, embed_dim, drop_rate, use_checkpoint, embed
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
-        self.cos_reg, self.cos_pairs = cos_reg, min(cos_pairs, depth - 1)
-        spec, shared = attention or AttentionSpec(), shared_blocks(share_every, depth)
+        self.cos_reg = cos_reg
+        self.cos_pairs = min(cos_pairs, depth - 1)
+        spec = attention or AttentionSpec()
+        shared = shared_blocks(share_every, depth)
         geometry = Geometry(embed_dim, num_heads, self.patch_embed.patches_resolution, prefix=1)
         hands_on = any(shared) or carry or cos_reg > 0
 
         def attend(shares: bool) -> nn.Module:
             if shares:
                 return SharedMapAttention(geometry, refine, qkv_bias, drop_rate, spec.drop)
-            return (
-                MapAttention(geometry, spec, qkv_bias, drop_rate, carry)
-                if hands_on
-                else global_attention(geometry, spec, qkv_bias=qkv_bias, proj_drop=drop_rate)
-            )
+            if hands_on:
+                return MapAttention(geometry, spec, qkv_bias, drop_rate, carry)
+            return global_attention(geometry, spec, qkv_bias=qkv_bias, proj_drop=drop_rate)
 
-        self.blocks = nn.ModuleList(
-            MapBlock(
-                embed_dim,
-                attend(shares),
-                int(embed_dim * mlp_ratio),
-                drop_rate,
-                rate,
-                mlp_gain,
-                norm_eps,
-                hands_on,
+        hidden = int(embed_dim * mlp_ratio)
+        rates = drop_path_rates(drop_path_rate, depth, drop_path_profile)
+        self.blocks = nn.ModuleList()
+        for shares, rate in zip(shared, rates, strict=True):
+            attn = attend(shares)
+            self.blocks.append(
+                MapBlock(embed_dim, attn, hidden, drop_rate, rate, mlp_gain, norm_eps, hands_on)
             )
-            for shares, rate in zip(
-                shared, drop_path_rates(drop_path_rate, depth, drop_path_profile), strict=True
-            )
-        )
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.aux_head = nn.Linear(embed_dim, num_classes) if num_classes and aux_head else None
@@ -302,12 +287,12 @@ class RefinedViT(TokenTransformer):
         None.
         """
         x = self.patch_embed(x)
-        x = self.pos_drop(
-            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        )
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.pos_drop(x + self.pos_embed)
         pairs = self.cos_pairs if self.training and self.cos_reg else 0
         x, similarities = run_map_blocks(self.blocks, x, self.use_checkpoint, pairs)
-        return self.norm(x), sum(similarities) * (self.cos_reg / pairs) if pairs else None
+        penalty = sum(similarities) * (self.cos_reg / pairs) if pairs else None
+        return self.norm(x), penalty
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the class token behind `norm`, (B, embed_dim)."""
@@ -326,10 +311,11 @@ class RefinedViT(TokenTransformer):
         included.
         """
         tokens = self.pos_embed.shape[1]
-        heads = self.head_flops() + (
-            0 if self.aux_head is None else (tokens - 1) * self.embed_dim * self.num_classes
-        )
-        return self.embed_flops() + sum(block.flops(tokens) for block in self.blocks) + heads
+        blocks = sum(block.flops(tokens) for block in self.blocks)
+        heads = self.head_flops()
+        if self.aux_head is not None:
+            heads += (tokens - 1) * self.embed_dim * self.num_classes
+        return self.embed_flops() + blocks + heads
 
     def position_names(self) -> set[str]:
         """Position embedding and class token."""
@@ -340,11 +326,10 @@ def shared_blocks(share_every: int | Sequence[bool], depth: int) -> list[bool]:
     """Whether each of `depth` blocks shares the map of an earlier one. Raises: ValueError where
     that cannot be.
     """
-    shared = (
-        [index % share_every > 0 for index in range(depth)]
-        if isinstance(share_every, int)
-        else list(share_every)
-    )
+    if isinstance(share_every, int):
+        shared = [index % share_every > 0 for index in range(depth)]
+    else:
+        shared = list(share_every)
     if len(shared) != depth or shared[0]:
         raise ValueError(
             f"refined_vit: share_every {share_every} does not fit {depth} blocks: one bool per"

@@ -43,14 +43,18 @@ class Bottleneck(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        self.width, self.stride, out_dim = width, stride, EXPANSION * width
-        self.conv1, self.bn1 = nn.Conv2d(dim, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.width = width
+        self.stride = stride
+        out_dim = EXPANSION * width
+        self.conv1 = nn.Conv2d(dim, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         if attention is None:
             self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         else:
             self.conv2 = LocalAttention(width, stride=stride, **attention)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim)
+        self.conv3 = nn.Conv2d(width, out_dim, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_dim)
         self.downsample = None
         if stride > 1 or dim != out_dim:
             self.downsample = nn.Sequential(
@@ -165,28 +169,21 @@ class SasaResNet(Backbone):
             raise ValueError(
                 f"sasa_resnet: conv_groups names {strange}; there are groups 1 to {len(depths)}"
             )
-        self.img_size, self.num_classes, self.num_features = (
-            to_pair(img_size),
-            num_classes,
-            EXPANSION * width * 2 ** (len(depths) - 1),
-        )
+        self.img_size = to_pair(img_size)
+        self.num_classes = num_classes
+        self.num_features = EXPANSION * width * 2 ** (len(depths) - 1)
         self.stem = check_choice("sasa_resnet: stem", stem, STEMS)
         if stem == "attention":  # it norms and pools itself
-            self.conv1, self.bn1 = (
-                AttentionStem(in_chans, width, stem_heads, mixtures=mixtures),
-                nn.Identity(),
-            )
-            self.relu, self.maxpool = nn.Identity(), nn.Identity()
+            self.conv1 = AttentionStem(in_chans, width, stem_heads, mixtures=mixtures)
+            self.bn1 = nn.Identity()
+            self.relu = nn.Identity()
+            self.maxpool = nn.Identity()
         else:
             side, stride = (7, 2) if stem == "conv" else (3, 1)
-            self.conv1, self.bn1 = (
-                nn.Conv2d(in_chans, width, side, stride, side // 2, bias=False),
-                nn.BatchNorm2d(width),
-            )
-            self.relu, self.maxpool = (
-                nn.ReLU(),
-                nn.MaxPool2d(3, 2, 1) if stem == "conv" else nn.Identity(),
-            )
+            self.conv1 = nn.Conv2d(in_chans, width, side, stride, side // 2, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.relu = nn.ReLU()
+            self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == "conv" else nn.Identity()
         local = dict(
             num_heads=num_heads,
             kernel_size=kernel_size,

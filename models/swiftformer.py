@@ -70,7 +70,8 @@ class ConvEncoder(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm = nn.BatchNorm2d(dim)
-        self.pwconv1, self.pwconv2 = nn.Conv2d(dim, hidden, 1), nn.Conv2d(hidden, dim, 1)
+        self.pwconv1 = nn.Conv2d(dim, hidden, 1)
+        self.pwconv2 = nn.Conv2d(hidden, dim, 1)
         self.layer_scale = LayerScale2d(dim, 1.0) if layer_scale else nn.Identity()
         self.drop_path = stochastic_depth(drop_path)
 
@@ -94,7 +95,8 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(dim)
-        self.fc1, self.fc2 = nn.Conv2d(dim, hidden, 1), nn.Conv2d(hidden, dim, 1)
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +163,8 @@ class SwiftFormerStage(nn.Module):
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
         super().__init__()
-        self.downsample, self.blocks = downsample, nn.Sequential(*blocks)
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H / 2, W / 2), or the same size in the first stage."""
@@ -257,11 +260,9 @@ class SwiftFormer(Backbone):
                 " which has no heads; leave it out"
             )
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        self.num_classes, self.num_features, self.depths = (
-            num_classes,
-            embed_dims[-1],
-            tuple(depths),
-        )
+        self.num_classes = num_classes
+        self.num_features = embed_dims[-1]
+        self.depths = tuple(depths)
         first = embed_dims[0]
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, first // 2, 3, stride=2, padding=1),

@@ -105,7 +105,8 @@ class SwinTransformer(PyramidTransformer):
         attention: AttentionSpec | None = None,
         **others,
     ):
-        self.qkv_bias, self.qk_scale = qkv_bias, qk_scale
+        self.qkv_bias = qkv_bias
+        self.qk_scale = qk_scale
         if fused_window_process:
             others = {**others, "fused_window_process": True}
         super().__init__(

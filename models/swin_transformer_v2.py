@@ -110,7 +110,8 @@ class SwinTransformerV2(PyramidTransformer):
                 f"pretrained_window_sizes {list(pretrained_window_sizes)} must have an entry for"
                 f" each of {len(depths)} stages"
             )
-        self.qkv_bias, self.pretrained_window_sizes = qkv_bias, pretrained_window_sizes
+        self.qkv_bias = qkv_bias
+        self.pretrained_window_sizes = pretrained_window_sizes
         super().__init__(
             pyramid_options(
                 attention,

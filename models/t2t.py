@@ -73,9 +73,12 @@ class NarrowingBlock(nn.Module):
         self, dim: int, attn: SkipAttention, out_dim: int, norm_eps: float, drop: float = 0.0
     ):
         super().__init__()
-        self.dim, self.out_dim = dim, out_dim
-        self.norm1, self.attn = nn.LayerNorm(dim, norm_eps), attn
-        self.norm2, self.mlp = nn.LayerNorm(out_dim, norm_eps), Mlp(out_dim, out_dim, drop)
+        self.dim = dim
+        self.out_dim = out_dim
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(out_dim, norm_eps)
+        self.mlp = Mlp(out_dim, out_dim, drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) -> (B, N, out_dim)."""
@@ -129,7 +132,8 @@ class TokensToToken(nn.Module):
         drop: float = 0.0,
     ):
         super().__init__()
-        self.img_size, self.count = to_pair(img_size), count
+        self.img_size = to_pair(img_size)
+        self.count = count
         self.grids = [halved(self.img_size)]
         for number in range(1, count + 1):
             grid, dim = self.grids[-1], 9 * (in_chans if number == 1 else token_dim)
@@ -245,10 +249,8 @@ class T2TViT(TokenTransformer):
         attention: AttentionSpec | None = None,
     ):
         release = check_choice("t2t: preset", preset, ("paper", "release")) == "release"
-        spec, plain = (
-            attention or AttentionSpec(),
-            check_choice("t2t: modified", modified, ("all", "blocks")) == "blocks",
-        )
+        spec = attention or AttentionSpec()
+        plain = check_choice("t2t: modified", modified, ("all", "blocks")) == "blocks"
         try:
             embed = TokensToToken(
                 img_size,

@@ -79,7 +79,8 @@ class VisionTransformer(TokenTransformer):
             raise ValueError(
                 "vit: pool=token needs class_token=True; without a class token use pool=mean"
             )
-        self.pool, self.prefix = pool, int(class_token)
+        self.pool = pool
+        self.prefix = int(class_token)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.prefix + self.patch_embed.num_patches, embed_dim)

@@ -54,11 +54,9 @@ class LocalAttention(nn.Module):
         content: bool = True,
     ):
         super().__init__()
-        out_dim, rel, scale = (
-            out_dim or dim,
-            str(rel or "none").lower(),
-            str(scale or "none").lower(),
-        )
+        out_dim = out_dim or dim
+        rel = str(rel or "none").lower()
+        scale = str(scale or "none").lower()
         self.rel = check_choice("local attention: rel", rel, ("shared", "per_head", "none"))
         self.pad = check_choice("local attention: pad", pad, ("mask", "zero"))
         check_choice("local attention: scale", scale, ("none", "sqrt_d"))
@@ -69,13 +67,11 @@ class LocalAttention(nn.Module):
                 " too; choose one of them"
             )
         head_dim = out_dim // num_heads
-        self.dim, self.out_dim, self.num_heads, self.kernel_size, self.stride = (
-            dim,
-            out_dim,
-            num_heads,
-            kernel_size,
-            stride,
-        )
+        self.dim = dim
+        self.out_dim = out_dim
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.stride = stride
         self.scale = head_dim**-0.5 if scale == "sqrt_d" else 1.0
         groups = num_heads if grouped else 1
         self.query, self.key, self.value = (

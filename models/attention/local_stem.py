@@ -45,11 +45,10 @@ class AttentionStem(nn.Module):
             )
         if mixtures < 1:
             raise ValueError(f"attention stem: mixtures is {mixtures}; it must be at least 1")
-        self.num_heads, self.block = num_heads, block
-        self.query, self.key = (
-            nn.Linear(in_chans, dim, bias=False),
-            nn.Linear(in_chans, dim, bias=False),
-        )
+        self.num_heads = num_heads
+        self.block = block
+        self.query = nn.Linear(in_chans, dim, bias=False)
+        self.key = nn.Linear(in_chans, dim, bias=False)
         self.value = nn.Parameter(
             torch.empty(mixtures, dim, in_chans).uniform_(-1, 1) * in_chans**-0.5
         )  # as nn.Linear's
@@ -58,7 +57,8 @@ class AttentionStem(nn.Module):
             nn.Parameter(torch.randn(length, width) * width**-0.5) if mixtures > 1 else None
             for length in (block, block, mixtures)
         )
-        self.norm, self.pool = nn.BatchNorm2d(dim), nn.MaxPool2d(block)
+        self.norm = nn.BatchNorm2d(dim)
+        self.pool = nn.MaxPool2d(block)
 
     def value_weights(self) -> Tensor:
         """The value matrix at each place of a block, (block², dim, in_chans)."""

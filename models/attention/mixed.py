@@ -44,7 +44,8 @@ class MixerAttention(nn.Module):
             "a pretrained window": any(geometry.pretrained_window),
         }
         _refuse(spec, [name for name, given in others.items() if given])
-        self.geometry, self.spec = geometry, spec
+        self.geometry = geometry
+        self.spec = spec
         self.mixer = MIXERS.create(spec.mixer, geometry.dim, geometry.num_heads)
         if geometry.prefix and self.mixer.needs_places:
             raise ValueError(

@@ -72,7 +72,8 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, row, col, step: int, size: int, mask_padding: bool) -> Tensor:
         ctx.save_for_backward(q, k, v, row, col)
-        ctx.step, ctx.options = step, (size, mask_padding)
+        ctx.step = step
+        ctx.options = (size, mask_padding)
         kind = q.device.type if torch.amp.is_autocast_available(q.device.type) else "cpu"
         ctx.autocast = dict(
             device_type=kind,
@@ -187,10 +188,8 @@ def _far(length: int, side: int, size: int, mask_padding: bool, like: Tensor) ->
     number stays finite in the sum.
     """
     tiles = -(-length // side)
-    query, key = (
-        torch.arange(side, device=like.device)[:, None],
-        torch.arange(side + size - 1, device=like.device),
-    )
+    query = torch.arange(side, device=like.device)[:, None]
+    key = torch.arange(side + size - 1, device=like.device)
     near = ((key >= query) & (key < query + size)).expand(tiles, -1, -1)
     if mask_padding:
         place = (

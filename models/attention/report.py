@@ -62,11 +62,9 @@ def _reason(attention: nn.Module) -> str | None:
     """
     if not isinstance(attention, SoftmaxAttention):
         return f"{type(attention).__name__} is no softmax attention"
-    backend = (
-        attention.spec.backend
-        if attention.spec.backend != "auto"
-        else os.environ.get(interface.ENVIRONMENT) or "auto"
-    )
+    backend = attention.spec.backend
+    if backend == "auto":
+        backend = os.environ.get(interface.ENVIRONMENT) or "auto"
     if backend not in ("auto", "fused"):
         return f"the backend is set to {backend}"
     if attention.is_open():

@@ -62,9 +62,10 @@ class MapAttention(GlobalAttention):
         N).
         """
         x, layout = self.as_window(x)
-        y, attn = self.with_map(
-            x, layout, previous * self.carry if self.carry and previous is not None else None
-        )
+        carried = None
+        if self.carry and previous is not None:
+            carried = previous * self.carry
+        y, attn = self.with_map(x, layout, carried)
         return y.flatten(1, 2), attn
 
 
@@ -92,9 +93,12 @@ class SharedMapAttention(Modified):
         drop: float = 0.0,
     ):
         super().__init__()
-        self.geometry, self.num_heads, self.drop = geometry, geometry.num_heads, drop
+        self.geometry = geometry
+        self.num_heads = geometry.num_heads
+        self.drop = drop
         self.v = Linear(geometry.dim, geometry.inner, bias=qkv_bias)
-        self.proj, self.proj_drop = Linear(geometry.inner, geometry.dim), nn.Dropout(proj_drop)
+        self.proj = Linear(geometry.inner, geometry.dim)
+        self.proj_drop = nn.Dropout(proj_drop)
         self.add_modifiers((refine,), geometry)
         if not all(isinstance(modifier, MapModifier) for modifier in self.modifiers.values()):
             raise ValueError(
@@ -110,7 +114,8 @@ class SharedMapAttention(Modified):
             attn = previous
             for modifier in self.modifiers.values():
                 attn = modifier.after_mask(modifier(attn))
-        y = weigh(self.map_tap(attn), v, self.drop if self.training else 0.0)
+        dropout = self.drop if self.training else 0.0
+        y = weigh(self.map_tap(attn), v, dropout)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2))), previous
 
     def flops(self, tokens: int) -> int:

@@ -52,12 +52,11 @@ class SoftmaxAttention(Modified):
 
     def __init__(self, geometry: Geometry, spec: AttentionSpec):
         super().__init__()
-        self.geometry, self.spec = geometry, spec
-        self.dim, self.num_heads, self.window_size = (
-            geometry.dim,
-            geometry.num_heads,
-            geometry.window,
-        )
+        self.geometry = geometry
+        self.spec = spec
+        self.dim = geometry.dim
+        self.num_heads = geometry.num_heads
+        self.window_size = geometry.window
         if not geometry.head_dim and geometry.dim % geometry.num_heads:
             raise ValueError(
                 f"attention: {geometry.dim} channels cannot be split into {geometry.num_heads}"
@@ -73,7 +72,8 @@ class SoftmaxAttention(Modified):
         self.proj = Linear(self.geometry.inner, out_dim or self.dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.add_modifiers(self.spec.modifiers, self.geometry)
-        self.logit_tap, self.map_tap = nn.Identity(), nn.Identity()
+        self.logit_tap = nn.Identity()
+        self.map_tap = nn.Identity()
 
     def base_terms(self) -> OffsetTerms:
         """The unmodified scale and bias, float32 tables (1, heads) and (T, heads)."""
@@ -117,52 +117,64 @@ class SoftmaxAttention(Modified):
         return terms
 
     def _projection(self, fold: bool) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.qkv.weight, self.packed_bias()
+        """Weight and bias of q, k and v, with what the modifiers do to the bias and, where they
+        `fold`, to the weight.
+        """
+        weight = self.qkv.weight
+        bias = self.packed_bias()
         for modifier in self._stage(ProjectionModifier):
-            weight, bias = modifier.fold(weight) if fold else weight, modifier.fold_bias(bias)
+            bias = modifier.fold_bias(bias)
+            if fold:
+                weight = modifier.fold(weight)
         return weight, bias
 
-    def project(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 3C): q, then k, then v.
+    def _folds(self, x: Tensor) -> bool:
+        """Whether projection modifiers change the weight, not the projected tokens.
 
-        Projection modifiers are folded into the weight in evaluation, where that is done once, and
-        in training on a GPU, where passes over the tokens cost most. In training on the CPU where
-        the weight keeps its full precision, unless there are so few tokens that adding to the
-        tokens is the smaller work.
+        They do so in evaluation, where that is done once, and in training on a GPU, where passes
+        over the tokens cost most; in training on the CPU where the weight keeps its full precision,
+        unless there are so few tokens that adding to the tokens is the smaller work.
         """
-        kind, dtype, own = x.device.type, result_dtype(x), self.qkv.weight.dtype
-        once = may_prepare_weights()
+        own = self.qkv.weight.dtype
         wide = torch.float64 if own == torch.float64 else torch.float32
-        exact = own == wide and computed_in(dtype, kind) == wide
-        fold = own == wide and (
-            once or kind != "cpu" or (exact and x.numel() > FEW_TOKENS * self.dim * self.dim)
-        )
-        if once:
-            sources = [
-                parameter
-                for parameter in (*self._parameters.values(), *self.qkv.parameters())
-                if parameter is not None
-            ]
-            name = f"projection {fold} {dtype} {kind}"
-            qkv = self.cache.get(
-                name, sources, lambda: PreparedLinear(*self._projection(fold), dtype, kind)
-            )(x)
+        if own != wide:
+            return False
+        if may_prepare_weights() or x.device.type != "cpu":
+            return True
+        exact = computed_in(result_dtype(x), x.device.type) == wide
+        return exact and x.numel() > FEW_TOKENS * self.dim * self.dim
+
+    def project(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 3C): q, then k, then v."""
+        fold = self._folds(x)
+        if may_prepare_weights():
+            qkv = self._prepared(fold, result_dtype(x), x.device.type)(x)
         else:
             qkv = linear(x, *self._projection(fold))
-        for modifier in [] if fold else self._stage(ProjectionModifier):
-            qkv = modifier.add(x, qkv)
+        if not fold:
+            for modifier in self._stage(ProjectionModifier):
+                qkv = modifier.add(x, qkv)
         return qkv
+
+    def _prepared(self, fold: bool, dtype: torch.dtype, device: str) -> PreparedLinear:
+        """The projection for evaluation, cached while the parameters stay the same."""
+        parameters = (*self._parameters.values(), *self.qkv.parameters())
+        return self.cache.get(
+            f"projection {fold} {dtype} {device}",
+            [parameter for parameter in parameters if parameter is not None],
+            lambda: PreparedLinear(*self._projection(fold), dtype, device),
+        )
 
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """x: (B, H, W, C) with the grid of `layout` -> (B, H, W, C)."""
-        qkv, terms = self.project(x), self.terms()
+        qkv = self.project(x)
+        terms = self.terms()
         dropout = self.spec.drop if self.training else 0.0
         if self.is_open():
             y, _ = self._open(qkv, terms, layout, dropout)
         else:
-            y = window_attention(
-                qkv, terms, layout, self.num_heads, self.cosine, dropout, self.spec.backend
-            )
+            backend = self.spec.backend
+            y = window_attention(qkv, terms, layout, self.num_heads, self.cosine, dropout, backend)
         return self._result(y, x, qkv)
 
     def with_map(
@@ -173,9 +185,8 @@ class SoftmaxAttention(Modified):
         carried: (B*nW, H, N, N), added to the softmaxed map before the modifiers of the map.
         """
         qkv = self.project(x)
-        y, attn = self._open(
-            qkv, self.terms(), layout, self.spec.drop if self.training else 0.0, carried
-        )
+        dropout = self.spec.drop if self.training else 0.0
+        y, attn = self._open(qkv, self.terms(), layout, dropout, carried)
         return self._result(y, x, qkv), attn
 
     def _result(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
@@ -212,9 +223,12 @@ class SoftmaxAttention(Modified):
         hooks on the two taps.
         """
         q, k, v = split_windows(qkv, layout, self.num_heads)
-        q, k = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if self.cosine else (q, k)
+        if self.cosine:
+            q = F.normalize(q, dim=-1)
+            k = F.normalize(k, dim=-1)
         logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
-        logits = logits if terms.bias is None else logits + terms.dense("bias")
+        if terms.bias is not None:
+            logits = logits + terms.dense("bias")
         with torch.autocast(qkv.device.type, enabled=False):
             attn = self.map_tap(self._map(logits, terms, layout.mask, carried))
         return merge_windows(weigh(attn, v, dropout), layout), attn
@@ -230,8 +244,10 @@ class SoftmaxAttention(Modified):
         attn = self.logit_tap(add_mask(logits, mask)).softmax(-1)
         if terms.post is not None:
             attn = attn * terms.dense("post")
-            attn = attn / attn.sum(-1, keepdim=True) if terms.renormalise else attn
-        attn = attn if carried is None else attn + carried
+            if terms.renormalise:
+                attn = attn / attn.sum(-1, keepdim=True)
+        if carried is not None:
+            attn = attn + carried
         for modifier in self._stage(MapModifier):
             attn = modifier.after_mask(_zero_masked(modifier(attn), mask))
         return attn
@@ -264,11 +280,8 @@ def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:
     heads: (B*nW, G, N, H D / G).
     """
     heads = attn.shape[1]
-    v = (
-        v
-        if v.shape[1] == heads
-        else v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
-    )
+    if v.shape[1] != heads:
+        v = v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
     return F.dropout(attn, dropout).to(v.dtype) @ v
 
 
@@ -365,8 +378,6 @@ class WindowAttentionV2(SoftmaxAttention):
 
     def packed_bias(self) -> Tensor | None:
         """(3C,): k has no bias."""
-        return (
-            None
-            if self.q_bias is None
-            else torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        )
+        if self.q_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])

@@ -87,33 +87,39 @@ class ClassAttention(nn.Module):
         mixing_bias: bool = True,
     ):
         super().__init__()
-        self.dim, self.inner, self.num_heads = geometry.dim, geometry.inner, geometry.num_heads
+        self.dim = geometry.dim
+        self.inner = geometry.inner
+        self.num_heads = geometry.num_heads
         self.scale = geometry.head_channels**-0.5
-        self.q, self.k, self.v = (
-            nn.Linear(geometry.dim, geometry.inner, bias=qkv_bias) for _ in range(3)
-        )
+        self.q = nn.Linear(geometry.dim, geometry.inner, bias=qkv_bias)
+        self.k = nn.Linear(geometry.dim, geometry.inner, bias=qkv_bias)
+        self.v = nn.Linear(geometry.dim, geometry.inner, bias=qkv_bias)
         self.proj = nn.Linear(geometry.inner, geometry.dim)
-        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
-        self.proj_l, self.proj_w = (
-            head_mixings(geometry, mixing, mixing_bias)
-            if mixing
-            else (nn.Identity(), nn.Identity())
-        )
-        self.logit_tap, self.map_tap = nn.Identity(), nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if mixing:
+            self.proj_l, self.proj_w = head_mixings(geometry, mixing, mixing_bias)
+        else:
+            self.proj_l = nn.Identity()
+            self.proj_w = nn.Identity()
+        self.logit_tap = nn.Identity()
+        self.map_tap = nn.Identity()
 
     def forward(self, token: Tensor, context: Tensor) -> Tensor:
         """token (B, 1, C), context (B, N, C) -> (B, 1, C); the map is formed in float32."""
-        q, k, v = (
-            layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for layer, x in ((self.q, token), (self.k, context), (self.v, context))
-        )
-        logits = (q @ k.mT).to(
-            torch.promote_types(q.dtype, torch.float32)
-        ) * self.scale  # (B, H, 1, N)
+        q = self._heads(self.q(token))  # (B, H, 1, D)
+        k = self._heads(self.k(context))  # (B, H, N, D)
+        v = self._heads(self.v(context))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = (q @ k.mT).to(wide) * self.scale  # (B, H, 1, N)
         with torch.autocast(token.device.type, enabled=False):
             attn = self.proj_w(self.logit_tap(self.proj_l(logits)).softmax(-1))
         y = self.attn_drop(self.map_tap(attn)).to(v.dtype) @ v
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, H * D) -> (B, H, N, D)."""
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def flops(self, tokens: int) -> int:
         """Multiply-accumulates for a context of `tokens` tokens: projections, both products, both

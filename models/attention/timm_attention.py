@@ -21,13 +21,9 @@ from .talking_attention import ClassAttention, TalkingHeadsAttention
 
 def _geometry(module: nn.Module, grid: Size, prefix: int) -> Geometry:
     width = module.qkv.out_features // 3
-    return Geometry(
-        module.qkv.in_features,
-        module.num_heads,
-        grid,
-        prefix=prefix,
-        head_dim=0 if width == module.qkv.in_features else width // module.num_heads,
-    )
+    dim = module.qkv.in_features
+    head_dim = 0 if width == dim else width // module.num_heads
+    return Geometry(dim, module.num_heads, grid, prefix=prefix, head_dim=head_dim)
 
 
 def _with_drop(spec: AttentionSpec, module: nn.Module) -> AttentionSpec:
@@ -54,12 +50,13 @@ class TimmAttention(GlobalAttention):
             module.scale,
             out_dim=module.proj.out_features,
         )
-        self.qkv, self.proj, self.proj_drop = module.qkv, module.proj, module.proj_drop
-        self.q_norm, self.k_norm = (
-            getattr(module, "q_norm", nn.Identity()),
-            getattr(module, "k_norm", nn.Identity()),
-        )
-        self.norm, self.gate = getattr(module, "norm", nn.Identity()), getattr(module, "gate", None)
+        self.qkv = module.qkv
+        self.proj = module.proj
+        self.proj_drop = module.proj_drop
+        self.q_norm = getattr(module, "q_norm", nn.Identity())
+        self.k_norm = getattr(module, "k_norm", nn.Identity())
+        self.norm = getattr(module, "norm", nn.Identity())
+        self.gate = getattr(module, "gate", None)
 
     def project(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C) with q and k normed head by head, where the module does that."""
@@ -98,7 +95,8 @@ class TimmBeitAttention(TimmAttention):
 
     def __init__(self, module: nn.Module, grid: Size, prefix: int, spec: AttentionSpec):
         super().__init__(module, grid, prefix, spec)
-        self.q_bias, self.v_bias = module.q_bias, module.v_bias
+        self.q_bias = module.q_bias
+        self.v_bias = module.v_bias
         self.relative_position_bias_table = module.relative_position_bias_table
         self.register_buffer(
             "relative_position_index", module.relative_position_index, persistent=False
@@ -113,21 +111,16 @@ class TimmBeitAttention(TimmAttention):
     def base_terms(self) -> OffsetTerms:
         """scale (1, heads); bias (heads, N, N), class token included."""
         terms, table = super().base_terms(), self.relative_position_bias_table
-        return (
-            terms
-            if table is None
-            else terms.replace(
-                bias=table[self.relative_position_index].permute(2, 0, 1).contiguous()
-            )
-        )
+        if table is None:
+            return terms
+        bias = table[self.relative_position_index].permute(2, 0, 1).contiguous()
+        return terms.replace(bias=bias)
 
     def packed_bias(self) -> Tensor | None:
         """(3C,): k has no bias."""
-        return (
-            None
-            if self.q_bias is None
-            else torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        )
+        if self.q_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -151,9 +144,12 @@ class TimmTalkingHeads(TalkingHeadsAttention):
             module.qkv.bias is not None,
             module.scale,
         )
-        self.qkv, self.proj, self.proj_drop = module.qkv, module.proj, module.proj_drop
+        self.qkv = module.qkv
+        self.proj = module.proj
+        self.proj_drop = module.proj_drop
         for ours, theirs in ((self.proj_l, module.proj_l), (self.proj_w, module.proj_w)):
-            ours.weight, ours.bias = theirs.weight, theirs.bias
+            ours.weight = theirs.weight
+            ours.bias = theirs.bias
 
 
 class TimmClassAttention(ClassAttention):
@@ -168,13 +164,11 @@ class TimmClassAttention(ClassAttention):
             module.q.bias is not None,
             attn_drop=drop,
         )
-        self.q, self.k, self.v, self.proj, self.proj_drop = (
-            module.q,
-            module.k,
-            module.v,
-            module.proj,
-            module.proj_drop,
-        )
+        self.q = module.q
+        self.k = module.k
+        self.v = module.v
+        self.proj = module.proj
+        self.proj_drop = module.proj_drop
 
     def forward(self, x: Tensor) -> Tensor:
         """Class token first: (B, 1 + N, C) -> (B, 1, C)."""

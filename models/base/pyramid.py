@@ -108,7 +108,9 @@ class Stage(nn.Module):
         use_checkpoint: bool,
     ):
         super().__init__()
-        self.dim, self.input_resolution, self.use_checkpoint = dim, input_resolution, use_checkpoint
+        self.dim = dim
+        self.input_resolution = input_resolution
+        self.use_checkpoint = use_checkpoint
         self.blocks = nn.ModuleList(blocks)
         self.depth = len(self.blocks)
         self.downsample = downsample
@@ -116,10 +118,11 @@ class Stage(nn.Module):
 
     def forward_blocks(self, x: Tensor, grid: Size) -> Tensor:
         """Everything before the merging: (B, L, C) -> (B, L, C)."""
-        x = x if self.pre_mlp is None else self.pre_mlp(x)
+        if self.pre_mlp is not None:
+            x = self.pre_mlp(x)
+        again = self.use_checkpoint and torch.is_grad_enabled()
         for block in self.blocks:
-            checkpointed = self.use_checkpoint and torch.is_grad_enabled()
-            x = checkpoint(block, x, grid, use_reentrant=False) if checkpointed else block(x, grid)
+            x = checkpoint(block, x, grid, use_reentrant=False) if again else block(x, grid)
         return x
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
@@ -135,12 +138,11 @@ class Stage(nn.Module):
     def flops(self) -> float:
         """Multiply-accumulates for one image."""
         macs = sum(block.flops() for block in self.blocks)
-        macs += 0 if self.downsample is None else self.downsample.flops()
-        return macs + (
-            0
-            if self.pre_mlp is None
-            else self.pre_mlp.flops(self.input_resolution[0] * self.input_resolution[1])
-        )
+        if self.downsample is not None:
+            macs += self.downsample.flops()
+        if self.pre_mlp is not None:
+            macs += self.pre_mlp.flops(self.input_resolution[0] * self.input_resolution[1])
+        return macs
 
 
 class PyramidTransformer(Backbone):
@@ -184,16 +186,20 @@ class PyramidTransformer(Backbone):
     def __init__(self, options: PyramidOptions):
         super().__init__()
         options.check()
-        self.num_classes, self.embed_dim = options.num_classes, options.embed_dim
-        self.ape, self.patch_norm = options.ape, options.patch_norm
-        self.num_layers, self.mlp_ratio = len(options.depths), options.mlp_ratio
+        self.num_classes = options.num_classes
+        self.embed_dim = options.embed_dim
+        self.ape = options.ape
+        self.patch_norm = options.patch_norm
+        self.num_layers = len(options.depths)
+        self.mlp_ratio = options.mlp_ratio
         self.num_features = options.embed_dim * 2 ** (self.num_layers - 1)
+        patch_norm = options.norm_layer if options.patch_norm else None
         self.patch_embed = PatchEmbed(
             options.img_size,
             options.patch_size,
             options.in_chans,
             options.embed_dim,
-            options.norm_layer if options.patch_norm else None,
+            patch_norm,
             options.dynamic_img_size,
         )
         self.patches_resolution = self.patch_embed.patches_resolution
@@ -204,11 +210,8 @@ class PyramidTransformer(Backbone):
         self.pos_drop = nn.Dropout(options.drop_rate)
         self.layers = nn.ModuleList(self._make_stages(options))
         self.norm = options.norm_layer(self.num_features)
-        self.head = (
-            nn.Linear(self.num_features, options.num_classes)
-            if options.num_classes
-            else nn.Identity()
-        )
+        classes = options.num_classes
+        self.head = nn.Linear(self.num_features, classes) if classes else nn.Identity()
         self.pre_mlp = self._make_pre_mlp("stem", options, self.embed_dim, 0.0)
         self.initialise()
 
@@ -259,11 +262,11 @@ class PyramidTransformer(Backbone):
                 self.make_block(options, dim, resolution, stage, block, stochastic_depth(path))
                 for block, path in enumerate(paths)
             ]
-            last = stage == self.num_layers - 1
-            merging = (
-                None if last else PatchMerging(resolution, dim, self.norm_first, options.norm_layer)
-            )
-            pre_mlp = self._make_pre_mlp("stage", options, dim, paths[0] if paths else 0.0)
+            merging = None
+            if stage < self.num_layers - 1:
+                merging = PatchMerging(resolution, dim, self.norm_first, options.norm_layer)
+            first = paths[0] if paths else 0.0
+            pre_mlp = self._make_pre_mlp("stage", options, dim, first)
             yield Stage(blocks, merging, pre_mlp, resolution, dim, options.use_checkpoint)
             resolution = PatchMerging.merged(resolution)
 
@@ -273,13 +276,9 @@ class PyramidTransformer(Backbone):
     ) -> PreMlp | None:
         if options.pre_mlp != place:
             return None
+        rate = drop_path if options.pre_mlp_drop_path else 0.0
         with own_random_numbers(f"pre_mlp {dim}"):
-            pre_mlp = PreMlp(
-                dim,
-                options.pre_mlp_ratio,
-                options.drop_rate,
-                drop_path if options.pre_mlp_drop_path else 0.0,
-            )
+            pre_mlp = PreMlp(dim, options.pre_mlp_ratio, options.drop_rate, rate)
             return pre_mlp.apply(init_linear_and_norm)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
@@ -289,7 +288,9 @@ class PyramidTransformer(Backbone):
         if self.ape:
             x = x + resize_positions(self.absolute_pos_embed, self.patches_resolution, grid)
         x = self.pos_drop(x)
-        return (x if self.pre_mlp is None else self.pre_mlp(x)), grid
+        if self.pre_mlp is not None:
+            x = self.pre_mlp(x)
+        return x, grid
 
     def forward_features(self, x: Tensor, return_stages: bool = False) -> Tensor | list[Tensor]:
         """(B, in_chans, H, W) -> pooled features (B, num_features).
@@ -310,8 +311,11 @@ class PyramidTransformer(Backbone):
         for layer in self.layers:
             x = layer.forward_blocks(x, grid)
             last = layer.downsample is None
-            maps.append((self.norm(x) if last else x).transpose(1, 2).unflatten(2, grid))
-            x, grid = x if last else layer.downsample(x, grid), layer.next_grid(grid)
+            y = self.norm(x) if last else x
+            maps.append(y.transpose(1, 2).unflatten(2, grid))
+            if not last:
+                x = layer.downsample(x, grid)
+            grid = layer.next_grid(grid)
         return maps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -49,10 +49,13 @@ class TokenBlock(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
-        self.dim, self.hidden = dim, hidden
-        self.norm1, self.attn = norm_layer(dim), attn
+        self.dim = dim
+        self.hidden = hidden
+        self.norm1 = norm_layer(dim)
+        self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2, self.mlp = norm_layer(dim), Mlp(dim, hidden, drop)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, hidden, drop)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = stochastic_depth(drop_path)
 

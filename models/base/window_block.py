@@ -19,9 +19,10 @@ def clamp_window(resolution: Size, window_size: int | Size, shifted: bool) -> tu
     as in Swin; one given as (rows, columns) is cut side by side.
     """
     if isinstance(window_size, int):
-        fits = min(resolution) > window_size
-        window = to_pair(window_size if fits else min(resolution))
-        return window, to_pair(window_size // 2 if fits and shifted else 0)
+        if min(resolution) <= window_size:
+            return to_pair(min(resolution)), (0, 0)
+        shift = window_size // 2 if shifted else 0
+        return to_pair(window_size), to_pair(shift)
     window = tuple(
         min(side, length) for side, length in zip(to_pair(window_size), resolution, strict=True)
     )
@@ -56,15 +57,14 @@ class WindowBlock(nn.Module):
         super().__init__()
         if min(to_pair(window_size)) < 1:
             raise ValueError(f"window_size is {window_size}; both sides must be at least 1")
-        self.dim, self.input_resolution, self.num_heads, self.mlp_ratio, self.shifted = (
-            dim,
-            input_resolution,
-            num_heads,
-            mlp_ratio,
-            shifted,
-        )
+        self.dim = dim
+        self.input_resolution = input_resolution
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
+        self.shifted = shifted
         self.window, self.shift = clamp_window(input_resolution, window_size, shifted)
-        self.window_size, self.shift_size = one_number(self.window), one_number(self.shift)
+        self.window_size = one_number(self.window)
+        self.shift_size = one_number(self.shift)
 
     def layout(self, grid: Size, device: torch.device | None) -> WindowLayout:
         """How a map of `grid` tokens is cut; on other grids than the one it was built for, axes of
@@ -111,10 +111,11 @@ class AttentionBlock(WindowBlock):
         sw_mlp: str,
     ):
         super().__init__(dim, input_resolution, num_heads, window_size, shifted, mlp_ratio)
-        mask = self.layout(input_resolution, None).mask
-        self.register_buffer(
-            "attn_mask", mask.to(torch.get_default_device(), copy=True) if any(self.shift) else None
-        )
+        mask = None
+        if any(self.shift):
+            mask = self.layout(input_resolution, None).mask
+            mask = mask.to(torch.get_default_device(), copy=True)
+        self.register_buffer("attn_mask", mask)
         self.norm1 = norm_layer(dim)
         self.attn = self.make_attention()
         self.drop_path = drop_path

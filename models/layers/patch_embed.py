@@ -26,18 +26,17 @@ class PatchEmbed(nn.Module):
         dynamic: bool = False,
     ):
         super().__init__()
-        self.img_size, self.patch_size, self.dynamic = (
-            to_pair(img_size),
-            to_pair(patch_size),
-            dynamic,
-        )
+        self.img_size = to_pair(img_size)
+        self.patch_size = to_pair(patch_size)
+        self.dynamic = dynamic
         self.patches_resolution = self.grid(self.img_size)
         if min(self.patches_resolution) < 1:
             raise ValueError(
                 f"image size {self.img_size} is smaller than one patch of {self.patch_size}"
             )
         self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
-        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
         self.proj = nn.Conv2d(
             in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size
         )
@@ -93,7 +92,9 @@ class PatchMerging(nn.Module):
         norm_layer: type[nn.Module] = nn.LayerNorm,
     ):
         super().__init__()
-        self.input_resolution, self.dim, self.norm_first = input_resolution, dim, norm_first
+        self.input_resolution = input_resolution
+        self.dim = dim
+        self.norm_first = norm_first
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(4 * dim if norm_first else 2 * dim)
 

@@ -18,7 +18,8 @@ class PreMlp(nn.Module):
 
     def __init__(self, dim: int, ratio: float, drop: float = 0.0, drop_path: float = 0.0):
         super().__init__()
-        self.dim, self.hidden = dim, int(dim * ratio)
+        self.dim = dim
+        self.hidden = int(dim * ratio)
         self.norm = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, self.hidden, drop)
         self.drop_path = stochastic_depth(drop_path)

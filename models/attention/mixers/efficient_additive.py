@@ -65,10 +65,13 @@ class EfficientAdditiveAttention(nn.Module):
         )
         out_dim = out_dim or dim
         width = out_dim * widen
-        self.qk_norm, self.scale = qk_norm, out_dim**-0.5
+        self.qk_norm = qk_norm
+        self.scale = out_dim**-0.5
         self.w_g = nn.Parameter(torch.randn(width, 1)) if w_g else None
-        self.to_query, self.to_key = nn.Linear(dim, width), nn.Linear(dim, width)
-        self.proj, self.final = nn.Linear(width, width), nn.Linear(width, out_dim)
+        self.to_query = nn.Linear(dim, width)
+        self.to_key = nn.Linear(dim, width)
+        self.proj = nn.Linear(width, width)
+        self.final = nn.Linear(width, out_dim)
         self.weight_tap = nn.Identity()  # a (..., N, 1), for hooks
         self.apply(init_linear_and_norm)
 

@@ -30,7 +30,8 @@ class SeparableAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int = 1, *, drop: float = 0.0):
         super().__init__()
         self.dim = dim
-        self.qkv_proj, self.out_proj = nn.Linear(dim, 1 + 2 * dim), nn.Linear(dim, dim)
+        self.qkv_proj = nn.Linear(dim, 1 + 2 * dim)
+        self.out_proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(drop)
         self.weight_tap = nn.Identity()  # softmaxed scores (..., N, 1), for hooks
         self.apply(init_linear_and_norm)
@@ -44,9 +45,8 @@ class SeparableAttention(nn.Module):
         """(..., N, d) -> (..., N, d). Scores and keys come from `context` (..., M, d), by default
         x; `grid` is not used.
         """
-        scores, keys = self._project(x if context is None else context, 0, 1 + self.dim).split(
-            [1, self.dim], -1
-        )
+        context = x if context is None else context
+        scores, keys = self._project(context, 0, 1 + self.dim).split([1, self.dim], -1)
         weights = self.drop(self.weight_tap(scores.softmax(-2)))
         pooled = (weights * keys).sum(-2, keepdim=True)  # (..., 1, d)
         return self.out_proj(self._project(x, 1 + self.dim, 1 + 2 * self.dim).relu() * pooled)

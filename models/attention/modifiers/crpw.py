@@ -70,8 +70,11 @@ class ContinuousRelativePositionWeight(TermModifier):
                 f"crpw(init_std={init_std}, hidden_std={hidden_std}): a standard deviation is at"
                 " least 0"
             )
-        self.mode, self.apply_to, self.renormalise = mode, apply, renormalise
-        self.stds, self.decays = (hidden_std, init_std), weight_decay
+        self.mode = mode
+        self.apply_to = apply
+        self.renormalise = renormalise
+        self.stds = (hidden_std, init_std)
+        self.decays = weight_decay
         if source == "table":
             self.table = nn.Parameter(torch.zeros(geometry.num_offsets, geometry.num_heads))
         else:

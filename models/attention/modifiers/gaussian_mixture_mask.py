@@ -68,12 +68,10 @@ class GaussianMixtureMask(TermModifier):
                 "gaussian_mixture_mask(renormalise=True) needs position=post: before the softmax"
                 " rows are normalised anyway"
             )
-        self.position, self.renormalise, self.init, self.legacy_pow = (
-            position,
-            renormalise,
-            init,
-            legacy_pow,
-        )
+        self.position = position
+        self.renormalise = renormalise
+        self.init = init
+        self.legacy_pow = legacy_pow
         heads = 1 if share_heads else geometry.num_heads
         self.sigma = nn.Parameter(torch.full((num_kernels, heads), 10.0))
         self.alpha = nn.Parameter(torch.full((num_kernels, heads), 1 / num_kernels))

@@ -75,7 +75,8 @@ class _AddInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, x: Tensor, places: slice) -> Tensor:
-        ctx.places, ctx.dim = places, x.shape[-1]
+        ctx.places = places
+        ctx.dim = x.shape[-1]
         qkv.unflatten(-1, (3, ctx.dim))[..., places, :].add_(x.unsqueeze(-2))
         ctx.mark_dirty(qkv)
         return qkv

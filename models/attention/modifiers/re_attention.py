@@ -39,7 +39,8 @@ class ReAttention(MapModifier):
         if init not in ("identity", "uniform"):
             raise ValueError(f"re_attention(init={init}): allowed are identity, uniform")
         heads = geometry.num_heads
-        self.init, self.factor = init, geometry.head_channels**-0.5 if scale else 1.0
+        self.init = init
+        self.factor = geometry.head_channels**-0.5 if scale else 1.0
         self.weight = nn.Parameter(torch.eye(heads))
         self.bias = nn.Parameter(torch.zeros(heads)) if bias else None
         self.norm = nn.BatchNorm2d(heads)

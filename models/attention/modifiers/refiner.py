@@ -99,7 +99,8 @@ class Refiner(MapModifier):
         self.act, self.residual, self.init, self.plane = (
             options[name] for name in ("act", "residual", "init", "geometry")
         )
-        self.renorm, self.factor = options["renorm"], place.head_channels**-0.5 if rescale else 1.0
+        self.renorm = options["renorm"]
+        self.factor = place.head_channels**-0.5 if rescale else 1.0
         self.excluded = place.prefix if options["cls"] == "exclude" else 0
         self._create(place.num_heads, expand, kernel, reduce, options["bn"])
         self.initialise(self)
@@ -147,15 +148,15 @@ class Refiner(MapModifier):
 
     def forward(self, attn: Tensor) -> Tensor:
         """(B*nW, H, N, N) -> (B*nW, H or r H, N, N)."""
-        maps = (
-            attn
-            if self.expansion is None
-            else self._activate(self._norm("expanded", mix_heads(attn, self.expansion)))
-        )
+        maps = attn
+        if self.expansion is not None:
+            maps = self._activate(self._norm("expanded", mix_heads(attn, self.expansion)))
         maps = self._activate(self._norm("local", self.aggregate(maps)))
         if self.reduction is not None:
             maps = self._norm("reduced", mix_heads(maps, self.reduction))
-        return self._norm("refined", maps + attn if self.residual else maps) * self.factor
+        if self.residual:
+            maps = maps + attn
+        return self._norm("refined", maps) * self.factor
 
     def num_maps(self) -> int:
         """H, or r H without `reduce`."""
