@@ -36,6 +36,7 @@ SHAPES = (
     ("SwinV2-T w8 stage 1, shifted", 64, 8, 4, 3, False, True),
     ("SwinV2-B w16 stage 1, shifted", 64, 16, 8, 4, False, True),
 )
+RESULTS = ("y", "dqkv", "dscale", "dbias")
 BACKENDS_TIMED = ("fused", "eager", "reference")
 
 
@@ -46,18 +47,14 @@ class Work:
         _, side, window, shift, heads, per_offset, self.cosine = shape
         torch.manual_seed(0)
         offsets = (2 * window - 1) ** 2
-        self.heads, self.layout = (
-            heads,
-            window_layout((side, side), (window, window), (shift, shift)),
-        )
+        self.heads = heads
+        self.layout = window_layout((side, side), (window, window), (shift, shift))
         self.qkv = torch.randn(batch, side, side, 96 * heads).to(dtype)
-        self.scale = (10.0 if self.cosine else 32**-0.5) * (
-            1 + 0.1 * torch.randn(offsets if per_offset else 1, heads)
-        )
-        self.bias, self.grad = (
-            torch.randn(offsets, heads),
-            torch.randn(batch, side, side, 32 * heads).to(dtype),
-        )
+        usual = 10.0 if self.cosine else 32**-0.5
+        rows = offsets if per_offset else 1
+        self.scale = usual * (1 + 0.1 * torch.randn(rows, heads))
+        self.bias = torch.randn(offsets, heads)
+        self.grad = torch.randn(batch, side, side, 32 * heads).to(dtype)
 
     def forward(self, backend: str, qkv: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         """(B, H, W, C)."""
@@ -106,14 +103,9 @@ def measure(shape: tuple, dtype: torch.dtype, batch: int, rounds: int) -> dict:
                 for ours, theirs in zip(taken["fused"], taken[other], strict=True)
             ]
             row[f"{kind} x {other}"] = statistics.median(ratios)
-    exact, fused, plain = (
-        work.outcome("reference", torch.float64),
-        work.outcome("fused"),
-        work.outcome("reference"),
-    )
-    for name, right, ours, theirs in zip(
-        ("y", "dqkv", "dscale", "dbias"), exact, fused, plain, strict=True
-    ):
+    exact = work.outcome("reference", torch.float64)
+    fused, plain = work.outcome("fused"), work.outcome("reference")
+    for name, right, ours, theirs in zip(RESULTS, exact, fused, plain, strict=True):
         row[f"error {name}"] = [
             ((tensor.double() - right).norm() / right.norm()).item() for tensor in (ours, theirs)
         ]
@@ -123,10 +115,8 @@ def measure(shape: tuple, dtype: torch.dtype, batch: int, rounds: int) -> dict:
 def table(rows: list[dict]) -> str:
     """Two Markdown tables: speed and error."""
     lines = [
-        (
-            "| shape | dtype | forward, backward ms | forward: x reference, x eager | backward: x"
-            " reference, x eager |"
-        ),
+        "| shape | dtype | forward, backward ms | forward: x reference, x eager"
+        " | backward: x reference, x eager |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
@@ -142,10 +132,7 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        errors = " | ".join(
-            "{:.1e} ({:.1e})".format(*row[f"error {name}"])
-            for name in ("y", "dqkv", "dscale", "dbias")
-        )
+        errors = " | ".join("{:.1e} ({:.1e})".format(*row[f"error {name}"]) for name in RESULTS)
         lines.append(f"| {row['shape']} | {row['dtype']} | {errors} |")
     return "\n".join(lines)
 

@@ -9,9 +9,8 @@ Parts: build (compiles the kernels for this device), correctness (the shapes of 
 and random ones, against float64, and the operation in PyTorch), determinism (bit-equal when run
 twice, and from a CUDA graph), sanitizer (compute-sanitizer's memcheck and racecheck on small
 shapes), ops and models (speed and memory, against other means; medians of interleaved rounds). Only
-when named, since
-compiling takes minutes: compiled (whole models through torch.compile). A part that fails is
-reported and the next one runs; the exit status is 1 if any did.
+when named, since compiling takes minutes: compiled (whole models through torch.compile). A part
+that fails is reported and the next one runs; the exit status is 1 if any did.
 """
 
 import argparse
@@ -29,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import kernel_speed
+from benchmarks import kernel_speed, model_speed
 from benchmarks.machine import environment
 from kernels.library import loader
 from kernels.window_attention import OffsetTerms, window_attention, window_layout
@@ -272,19 +271,19 @@ def part_ops(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
 def part_models(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
     """Speed and memory of whole models."""
     return list(
-        kernel_speed.time_models(run.device, max(2, run.rounds * 2 // 3), run.quick, time_is_up)
+        model_speed.time_models(run.device, max(2, run.rounds * 2 // 3), run.quick, time_is_up)
     )
 
 
 def part_compiled(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
     """Speed and memory of whole models through torch.compile."""
     return list(
-        kernel_speed.time_models(
+        model_speed.time_models(
             run.device,
             max(2, run.rounds * 2 // 3),
             run.quick,
             time_is_up,
-            kernel_speed.compiled_rivals,
+            model_speed.compiled_rivals,
         )
     )
 

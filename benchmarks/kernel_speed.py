@@ -1,24 +1,18 @@
-"""What gpu_kernels.py times: window attention by several means on the same inputs, and whole
-models; interleaved, medians.
+"""What gpu_kernels.py times of the operation: window attention by several means on the same inputs;
+interleaved, medians.
 
 Inputs of an operation rotate through copies that together exceed the second-level cache, so that
 each call finds its input in memory.
 """
 
-import contextlib
-import functools
-import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.timing import copy_rate, interleaved, relative_speed
 from kernels.window_attention import BACKENDS, OffsetTerms, relative_position_index, window_layout
-from kernels.window_attention.interface import ENVIRONMENT
 from kernels.window_attention.reference import merge_windows, split_windows
 
 CACHE_BYTES = 128 << 20  # more than the second-level cache of any device to date
@@ -121,9 +115,9 @@ def flex(qkv: Tensor, scale: Tensor, bias: Tensor, inputs: Inputs) -> Tensor:
     def score(logit, window, head, i, j):
         row = index[i, j]
         logit = logit * scale[row, head] + bias[row, head]
-        return (
-            logit if layout.mask is None else logit + layout.mask[window % layout.num_windows, i, j]
-        )
+        if layout.mask is not None:
+            logit = logit + layout.mask[window % layout.num_windows, i, j]
+        return logit
 
     return merge_windows(flex_attention(q, k, v, score_mod=score, scale=1.0), layout)
 
@@ -139,65 +133,6 @@ def contestants(shape: Shape, device: str) -> dict[str, Callable]:
         found["reference compiled"] = torch.compile(backend("reference"), dynamic=False)
         found["flex compiled"] = torch.compile(flex, dynamic=False)
     return found
-
-
-def clock(device: str) -> Callable[[Callable], float]:
-    """A function that returns the seconds that a call takes on the device."""
-    if device == "cpu":
-
-        def on_cpu(call: Callable) -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return on_cpu
-
-    def on_cuda(call: Callable) -> float:
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(
-            10_000_000
-        )  # 5 ms, so that the launches are queued before the first one runs
-        before.record()
-        call()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) / 1e3
-
-    return on_cuda
-
-
-def interleaved(
-    calls: dict[str, Callable], rounds: int, device: str, warm_up: int = 3
-) -> dict[str, dict]:
-    """{"ms": median, "least": } of each, each round in another order; one that fails has {"failed":
-    its reason}.
-    """
-    timer, seconds, failed = clock(device), {name: [] for name in calls}, {}
-    for turn in range(-warm_up, rounds):
-        names = [name for name in calls if name not in failed]
-        for name in names[turn % max(1, len(names)) :] + names[: turn % max(1, len(names))]:
-            try:
-                took = timer(calls[name])
-            except Exception as error:  # a competitor that cannot do the shape must not end the run
-                first_line = (str(error).strip().splitlines() or [""])[0]
-                failed[name] = f"{type(error).__name__}: {first_line}"[:160]
-                continue
-            if turn >= 0:
-                seconds[name].append(took)
-    done = {name: values for name, values in seconds.items() if name not in failed}
-    rows = {
-        name: {"ms": 1e3 * statistics.median(values), "least": 1e3 * min(values)}
-        for name, values in done.items()
-    }
-    return {**rows, **{name: {"failed": reason} for name, reason in failed.items()}}
-
-
-def copy_rate(device: str, repeats: int = 5) -> float:
-    """GB/s, read and written, of a copy of a gigabyte (on the CPU 64 MiB): what memory allows."""
-    source = torch.randn((1 << 28) if device == "cuda" else 1 << 24, device=device)
-    target, timer = torch.empty_like(source), clock(device)
-    seconds = [timer(lambda: target.copy_(source)) for _ in range(repeats)]
-    return 2 * source.nbytes / min(seconds[1:]) / 1e9
 
 
 def op_calls(inputs: Inputs, function: Callable) -> dict[str, Callable]:
@@ -245,11 +180,6 @@ def time_ops(
         for kind, moved in (("forward", 4), ("forward and backward", 4 + 7)):
             found = interleaved({name: call[kind] for name, call in calls.items()}, rounds, device)
             for name, row in found.items():
-                speed = (
-                    found["fused"]["ms"] / row["ms"]
-                    if "ms" in row and "ms" in found["fused"]
-                    else None
-                )
                 rate = moved * tokens / row["ms"] / 1e6 if "ms" in row else None
                 yield {
                     "shape": shape.name,
@@ -258,192 +188,11 @@ def time_ops(
                     "kind": kind,
                     "by": name,
                     **row,
-                    "speed relative to fused": speed,
+                    "speed relative to fused": relative_speed(found, row),
                     "GB/s of the least bytes": rate,
                     "share of a copy's": rate and rate / copied,
                 }
         del inputs, calls
-        torch.compiler.reset()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def forced(name: str) -> Iterator[None]:
-    """All window attention by one backend."""
-    before = os.environ.get(ENVIRONMENT)
-    os.environ[ENVIRONMENT] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(ENVIRONMENT)
-        if before is not None:
-            os.environ[ENVIRONMENT] = before
-
-
-class Family(NamedTuple):
-    """A model of the project (a function of its attention), on images of side x side, and timm's
-    name for its counterpart.
-    """
-
-    side: int
-    batch: int
-    make: Callable
-    counterpart: str | None
-
-
-def families(quick: bool) -> dict[str, Family]:
-    """What is timed as whole models."""
-    from models import SwinTransformer, SwinTransformerV2
-
-    if quick:
-        small = {
-            "embed_dim": 32,
-            "depths": (2,),
-            "num_heads": (1,),
-            "num_classes": 10,
-            "drop_path_rate": 0.0,
-        }
-        return {
-            "one stage, w7": Family(56, 2, functools.partial(SwinTransformer, 56, **small), None)
-        }
-    base = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-    v2 = functools.partial(SwinTransformerV2, 256, drop_path_rate=0.0)
-    return {
-        "Swin-T": Family(
-            224,
-            128,
-            functools.partial(SwinTransformer, drop_path_rate=0.0),
-            "swin_tiny_patch4_window7_224",
-        ),
-        "SwinV2-T w8": Family(
-            256, 128, functools.partial(v2, window_size=8), "swinv2_tiny_window8_256"
-        ),
-        "SwinV2-B w16": Family(
-            256, 64, functools.partial(v2, window_size=16, **base), "swinv2_base_window16_256"
-        ),
-    }
-
-
-def steps_of(
-    model: torch.nn.Module, images: Tensor, how: str | None = None, compiled: bool = False
-) -> dict[str, Callable]:
-    """Inference and a training step (AdamW) under bfloat16 autocast; how: the backend of the
-    project's models.
-    """
-    kind = images.device.type
-    targets = torch.arange(len(images), device=images.device) % 10
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=kind == "cuda" or None)
-    choice = contextlib.nullcontext if how is None else functools.partial(forced, how)
-    call = torch.compile(model, dynamic=False) if compiled else model
-
-    def infer() -> None:
-        model.eval()
-        with choice(), torch.no_grad(), torch.autocast(kind, torch.bfloat16):
-            call(images)
-
-    def train() -> None:
-        model.train()
-        optimizer.zero_grad()
-        with choice(), torch.autocast(kind, torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(call(images), targets)
-        with choice():
-            loss.backward()
-        optimizer.step()
-
-    return {"inference": infer, "training step": train}
-
-
-def rivals(family: Family, images: Tensor) -> dict[str, dict[str, Callable]]:
-    """Each model run eagerly: {who: {kind: step}}."""
-    from models.attention import AttentionSpec
-
-    device = images.device
-    own = family.make().to(device)
-    found = {how: steps_of(own, images, how) for how in ("fused", "reference", "eager")}
-    sharpened = AttentionSpec(("qk_residual", "crpw"))
-    found["fused, QK residual + CRPW"] = steps_of(
-        family.make(attention=sharpened).to(device), images, "fused"
-    )
-    if family.counterpart:
-        import timm
-
-        found["timm"] = steps_of(
-            timm.create_model(family.counterpart, drop_path_rate=0.0).to(device), images
-        )
-    return found
-
-
-def compiled_rivals(family: Family, images: Tensor) -> dict[str, dict[str, Callable]]:
-    """Each model through torch.compile, and the project's without it."""
-    device = images.device
-    found = {
-        "fused": steps_of(family.make().to(device), images),
-        "fused, compiled": steps_of(family.make().to(device), images, compiled=True),
-    }
-    if family.counterpart:
-        import timm
-
-        found["timm, compiled"] = steps_of(
-            timm.create_model(family.counterpart, drop_path_rate=0.0).to(device),
-            images,
-            compiled=True,
-        )
-    return found
-
-
-def peak(call: Callable, device: str) -> float | None:
-    """MiB that a call needs at most beyond what is held, or None where it fails or the device does
-    not say.
-    """
-    if device != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        call()
-        torch.cuda.synchronize()
-    except torch.cuda.OutOfMemoryError:
-        return None
-    return (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
-def time_models(
-    device: str,
-    rounds: int,
-    quick: bool,
-    time_is_up: Callable[[], bool],
-    entrants: Callable = rivals,
-) -> Iterator[dict]:
-    """One row a model, kind and entrant."""
-    for name, family in families(quick).items():
-        if time_is_up():
-            yield {"model": name, "failed": "no time left"}
-            continue
-        images = torch.randn(family.batch, 3, family.side, family.side, device=device)
-        steps = entrants(family, images)
-        for kind in ("inference", "training step"):
-            found = interleaved(
-                {who: step[kind] for who, step in steps.items()}, rounds, device, warm_up=2
-            )
-            for who, row in found.items():
-                speed = (
-                    found["fused"]["ms"] / row["ms"]
-                    if "ms" in row and "ms" in found["fused"]
-                    else None
-                )
-                memory = peak(steps[who][kind], device) if "ms" in row else None
-                yield {
-                    "model": name,
-                    "batch": family.batch,
-                    "kind": kind,
-                    "by": who,
-                    **row,
-                    "speed relative to fused": speed,
-                    "peak MiB": memory,
-                }
-        del steps
         torch.compiler.reset()
         if device == "cuda":
             torch.cuda.empty_cache()

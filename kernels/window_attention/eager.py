@@ -126,16 +126,13 @@ def _forward(
         q, k, v = (part.flatten(0, 1) for part in packed[:, start : start + steps.step])
         logits = torch.bmm(q, k.mT).to(wide)
         view = logits.view(-1, layout.num_windows, heads, area, area)
-        (
+        if bias is None:
             torch.mul(view, scale, out=view)
-            if bias is None
-            else torch.addcmul(bias, view, scale, out=view)
-        )
-        chunk = (
-            attn[start : start + steps.step].view_as(logits)
-            if keep and wide == packed.dtype
-            else None
-        )
+        else:
+            torch.addcmul(bias, view, scale, out=view)
+        chunk = None
+        if keep and wide == packed.dtype:  # the map needs no conversion and is written in place
+            chunk = attn[start : start + steps.step].view_as(logits)
         chunk = torch.softmax(logits, -1, out=chunk)
         if layout.mask is not None:
             F.threshold_(chunk, NEGLIGIBLE, 0.0)

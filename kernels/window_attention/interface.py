@@ -33,27 +33,20 @@ def explain(qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> tuple[str,
     unfused = why_not_fused(qkv, terms)
     if unfused is None:
         return "fused", "one compiled operation, which forms no N x N matrix in memory"
+    prefix = f"not fused ({unfused})"
     if torch.compiler.is_compiling():
-        return (
-            "reference",
-            (
-                f"not fused ({unfused}), and under torch.compile the plain formula is what the"
-                " compiler fuses best"
-            ),
-        )
+        reason = "under torch.compile the plain formula is what the compiler fuses best"
+        return "reference", f"{prefix}, and {reason}"
     if terms.post is not None:
-        return (
-            "reference",
-            f"not fused ({unfused}), and a factor after the softmax needs the softmaxed map",
-        )
+        return "reference", f"{prefix}, and a factor after the softmax needs the softmaxed map"
     uniform = terms.scale.dim() == 2 and terms.scale.shape[0] == 1
     if qkv.device.type == "cuda" and uniform:
-        return "sdpa", f"not fused ({unfused}); on CUDA, and the scale is one number per head"
+        return "sdpa", f"{prefix}; on CUDA, and the scale is one number per head"
     if dropout:
-        return "reference", f"not fused ({unfused}), and dropout needs the softmaxed map"
-    return "eager", f"not fused ({unfused}); SDPA " + (
-        "has no scale per offset" if not uniform else "is slower than eager attention here"
-    )
+        return "reference", f"{prefix}, and dropout needs the softmaxed map"
+    if uniform:
+        return "eager", f"{prefix}; SDPA is slower than eager attention here"
+    return "eager", f"{prefix}; SDPA has no scale per offset"
 
 
 def why_never(backend: str, qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> str | None:

@@ -40,11 +40,9 @@ def window_attention_sdpa(
     q = (q * terms.dense("scale")).to(v.dtype)
     bias = terms.masked_bias(layout)
     if bias is not None:  # (nW or 1, heads, N, N) -> one for every window of every image
-        bias = (
-            bias.to(q.dtype).expand(q.shape[0] // len(bias), *bias.shape).flatten(0, 1)
-            if len(bias) > 1
-            else bias.to(q.dtype)
-        )
+        bias = bias.to(q.dtype)
+        if len(bias) > 1:
+            bias = bias.expand(q.shape[0] // len(bias), *bias.shape).flatten(0, 1)
     y = F.scaled_dot_product_attention(
         q, k.to(v.dtype), v, attn_mask=bias, dropout_p=dropout, scale=1.0
     )

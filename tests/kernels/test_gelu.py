@@ -15,13 +15,8 @@ from kernels.linear.gelu import compiled, gelu_backward_into, gelu_into
 from tests.kernels.cpu_kernels import INSTRUCTIONS, available
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-PAIRS = [
-    (F32, F32),
-    (BF16, F32),
-    (F16, F32),
-    (BF16, BF16),
-    (F16, F16),
-]  # of what is kept and of the activation
+# Dtypes of what is kept and of the activation.
+PAIRS = [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F16, F16)]
 SHAPES = [(1, 1), (3, 5), (70, 16), (129, 50), (200, 384)]
 CODES = {F32: 0, F16: 1, BF16: 2}
 
@@ -144,41 +139,14 @@ def test_every_instruction_set_errs_no_more_than_pytorch(
 def test_tails_and_numbers_that_are_none_come_out_as_in_pytorch(instructions):
     library = available(instructions).library
     infinite, none = float("inf"), float("nan")
-    x = torch.tensor(
-        [
-            0.0,
-            -0.0,
-            1e-30,
-            -1e-30,
-            1e-40,
-            5.0,
-            -5.0,
-            9.0,
-            -9.0,
-            11.7,
-            -11.7,
-            11.8,
-            -11.8,
-            14.0,
-            -14.0,
-            30.0,
-            -30.0,
-            1e4,
-            -1e4,
-            1e30,
-            -1e30,
-            3e38,
-            -3e38,
-            infinite,
-            none,
-        ]
-    )[None]
-    act, again, grad, sums = (
-        torch.empty_like(x),
-        torch.empty_like(x),
-        torch.ones_like(x),
-        torch.empty(1, x.shape[1]),
-    )
+    # fmt: off
+    x = torch.tensor([
+        0.0, -0.0, 1e-30, -1e-30, 1e-40, 5.0, -5.0, 9.0, -9.0, 11.7, -11.7, 11.8, -11.8, 14.0,
+        -14.0, 30.0, -30.0, 1e4, -1e4, 1e30, -1e30, 3e38, -3e38, infinite, none,
+    ])[None]
+    # fmt: on
+    act, again, grad = torch.empty_like(x), torch.empty_like(x), torch.ones_like(x)
+    sums = torch.empty(1, x.shape[1])
     call(library, 0, before=x, kept=None, act=act)
     call(
         library,
