@@ -22,8 +22,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutant_list import MUTANTS, Mutant
+from tests.wiring import faults_data, faults_engine, faults_main, faults_models, faults_rates
+from tests.wiring.faults import Mutant
 
+MUTANTS = [
+    *faults_data.DATA_MUTANTS,
+    *faults_models.MODEL_MUTANTS,
+    *faults_engine.ENGINE_MUTANTS,
+    *faults_rates.RATE_MUTANTS,
+    *faults_rates.OPTIMIZER_MUTANTS,
+    *faults_main.MAIN_MUTANTS,
+    *faults_main.SETTINGS_MUTANTS,
+    *faults_main.SESSION_MUTANTS,
+]
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = (".*", "output", "__pycache__", "*.pyc", "docs", "build", "dist", "*.egg-info")
 LIMIT = 20.0  # seconds of processor time

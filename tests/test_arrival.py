@@ -8,20 +8,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from models import build_model
-from tests.arrival import (
-    CASES,
-    DATA_CASES,
-    FAMILIES,
-    FOLDER,
-    arrival_in_model,
-    config_of,
-    data_seen,
-    model_keys,
-    model_settings,
-    run_cases,
-)
 from tests.data import fakes
-from tests.small_runs import SETTINGS, differences, nested, run
+from tests.wiring.cases import CASES, FAMILIES, config_of, run_cases
+from tests.wiring.data import DATA_CASES, FOLDER, data_seen
+from tests.wiring.models import arrival_in_model, model_keys, model_settings
+from tests.wiring.runs import SETTINGS, differences, nested, run
 
 ELSEWHERE = {
     "MODEL.TIMM.PRETRAINED": "fetches weights; a test below answers for the network",
@@ -132,9 +123,13 @@ CLAIMED |= {case.key for case in DATA_CASES if case.key not in {c.key for c in C
 RUNS = run_cases(CLAIMED)
 
 
-def test_every_other_setting_changes_a_run_or_is_refused(files, tmp_path):
+@pytest.mark.parametrize("section", ["MODEL", "TRAIN", "all else"])
+def test_every_other_setting_changes_a_run_or_is_refused(section, files, tmp_path):
     before, ignored = {}, []
     for number, case in enumerate(RUNS):
+        first = case.key.partition(".")[0]
+        if section != (first if first in ("MODEL", "TRAIN") else "all else"):
+            continue
         places = files | {"folder": tmp_path / f"after{number}"}
         beside, value = filled(case.beside, places), filled({case.key: case.value}, places)
         name = repr((beside, case.times))

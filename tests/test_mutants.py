@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.mutant_list import MUTANTS
-from tests.mutants import ROOT, failures, judge_all, mutated, sampled
+from tests.mutants import MUTANTS, ROOT, failures, judge_all, mutated, sampled
 
 
 def test_every_fault_stands_in_the_tree_as_it_is():

@@ -1,0 +1,159 @@
+"""Faults inside the engine."""
+
+from tests.wiring.faults import GOING_ON, MODEL_RUN, ON_RUNS, TRAIN_RUN, mutants
+
+SAVES = ON_RUNS.format("a_run_saves_and_stops_after_the_updates_it_is_told")
+KEEPS = ON_RUNS.format("a_run_keeps_the_epochs_it_is_told")
+LEADS = ON_RUNS.format("the_average_is_evaluated_and_exported_where_it_leads")
+PRECISION = ON_RUNS.format("autocast_reaches_training_evaluation_and_timing")
+RESUMED = GOING_ON.format("a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped")
+
+ENGINE_MUTANTS = [
+    *mutants(
+        "engine/trainer.py",
+        (
+            "clipped_by_norm_always",
+            "clip_gradients(self.parameters, self.clip, self.clip_mode, self.classifier)",
+            'clip_gradients(self.parameters, self.clip, "norm", self.classifier)',
+            TRAIN_RUN,
+        ),
+        (
+            "classifier_clipped_too",
+            "clip_gradients(self.parameters, self.clip, self.clip_mode, self.classifier)",
+            "clip_gradients(self.parameters, self.clip, self.clip_mode)",
+            "tests/engine/test_training.py::test_the_adaptive_clip_leaves_the_classifier_alone",
+        ),
+        (
+            "the_average_leads_always",
+            "if ema is not None and ema_leads else model",
+            "if ema is not None else model",
+            LEADS,
+        ),
+        (
+            "the_average_stands_still",
+            "            self.ema.update(self.model)",
+            "            pass",
+            ON_RUNS.format("the_average_follows_its_decay"),
+        ),
+        (
+            "images_in_their_own_memory_order",
+            ", memory_format=self.memory_format)",
+            ")",
+            ON_RUNS.format("channels_last_reaches_weights_and_images"),
+        ),
+        (
+            "schedule_without_the_epochs",
+            "(state.epoch * batches_per_epoch + state.batch - 1)",
+            "(state.batch - 1)",
+            "tests/engine/test_training.py",
+        ),
+        (
+            "resuming_without_random_states",
+            '            restore_rng(mine["rng"], self.device)',
+            "            pass",
+            RESUMED,
+        ),
+        (
+            "resuming_without_the_schedule",
+            'self.scheduler.load_state_dict(saved["lr_scheduler"])',
+            "pass",
+            RESUMED,
+        ),
+    ),
+    *mutants(
+        "engine/train.py",
+        (
+            "means_of_all_epochs_so_far",
+            "        trainer.statistics.start_epoch()",
+            "        pass",
+            ON_RUNS.format("an_epochs_means_are_those_of_its_own_updates"),
+        ),
+        (
+            "no_checkpoint_inside_an_epoch",
+            "        if plan.save_steps and",
+            "        if False and",
+            SAVES,
+        ),
+        (
+            "no_limit_of_updates",
+            "    return 0 < plan.max_steps <= state.update",
+            "    return False",
+            SAVES,
+        ),
+        (
+            "the_last_epoch_is_not_kept",
+            "        final = state.epoch == plan.epochs",
+            "        final = False",
+            KEEPS,
+        ),
+        (
+            "best_weights_without_metadata",
+            '            **extra.get("metadata", {}),\n',
+            "\n",
+            ON_RUNS.format("a_checkpoint_holds_the_settings_and_says_what_its_weights_are"),
+        ),
+        (
+            "divergence_is_let_pass",
+            "    if streak < limit:",
+            "    if True:",
+            TRAIN_RUN,
+        ),
+    ),
+    *mutants(
+        "engine/ema.py",
+        (
+            "usual_decay",
+            "ModelEmaV3(unwrap(model), decay=decay, exclude_buffers=True)",
+            "ModelEmaV3(unwrap(model), exclude_buffers=True)",
+            ON_RUNS.format("the_average_follows_its_decay"),
+        ),
+    ),
+    *mutants(
+        "engine/progress.py",
+        (
+            "remaining_time_without_validation",
+            "return self.mean * updates + self.between_epochs * ends",
+            "return self.mean * updates",
+            "tests/engine/test_report.py",
+        ),
+        (
+            "remaining_time_of_all_epochs",
+            "        ahead = self.updates_per_epoch - self._done(state)",
+            "        ahead = self.updates_per_epoch",
+            "tests/engine/test_report.py",
+        ),
+    ),
+    *mutants(
+        "engine/evaluate.py",
+        (
+            "every_process_counts_alone",
+            "    if reduce and dist.is_available()",
+            "    if not reduce and dist.is_available()",
+            ON_RUNS.format("only_shared_evaluations_are_added_up_over_processes"),
+        ),
+        (
+            "evaluation_without_autocast",
+            "            with entered(autocast):",
+            "            with entered(None):",
+            PRECISION,
+        ),
+    ),
+    *mutants(
+        "engine/losses.py",
+        (
+            "targets_are_not_smoothed",
+            "label_smoothing=self.smoothing",
+            "label_smoothing=0.0",
+            MODEL_RUN,
+        ),
+    ),
+    *mutants(
+        "engine/state.py",
+        (
+            "every_epoch_is_kept",
+            "        if last or epoch % self.save_freq == 0:",
+            "        if True:",
+            KEEPS,
+        ),
+    ),
+]

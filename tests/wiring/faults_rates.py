@@ -1,0 +1,74 @@
+"""Faults on the way from settings to rates and optimizers."""
+
+from tests.wiring.faults import ON_RATES, TRAIN_RUN, dropped, mutants
+
+SCHEDULE = ON_RATES.format("the_schedule_has_the_epochs_of_the_settings")
+RATE = ON_RATES.format("the_optimizer_has_the_settings_and_the_scaled_rate")
+SGD = ON_RATES.format("sgd_has_its_momentum")
+
+RATE_MUTANTS = [
+    *dropped("lr_scheduler.py", SCHEDULE, "warmup_prefix=bool(settings.WARMUP_PREFIX)"),
+    *mutants(
+        "lr_scheduler.py",
+        (
+            "cooldown_counts_as_training",
+            "(train.EPOCHS - train.COOLDOWN_EPOCHS) * updates_per_epoch",
+            "train.EPOCHS * updates_per_epoch",
+            SCHEDULE,
+        ),
+        ("warmup_of_no_epoch", "int(train.WARMUP_EPOCHS * updates_per_epoch)", "0", SCHEDULE),
+        ("floor_and_start_swapped", "minimum=rates.minimum", "minimum=rates.warmup", SCHEDULE),
+        (
+            "one_factor_for_all_falls",
+            'settings.GAMMA if settings.NAME == "multistep" else settings.DECAY_RATE',
+            "settings.DECAY_RATE",
+            SCHEDULE,
+        ),
+        (
+            "rate_without_accumulation",
+            "max(train.ACCUMULATION_STEPS, 1)",
+            "1",
+            "tests/test_lr_scheduler.py::test_rates_scale_with_batch_processes_and_accumulation",
+        ),
+        ("the_floor_is_nothing", "scaled(train.MIN_LR)", "0.0", TRAIN_RUN),
+    ),
+    *mutants(
+        "optimizer.py",
+        (
+            "vectors_are_spared_always",
+            "train.LAYER_DECAY, train.DECAY_ALL)",
+            "train.LAYER_DECAY)",
+            TRAIN_RUN,
+        ),
+        (
+            "all_layers_alike",
+            "train.WEIGHT_DECAY, train.LAYER_DECAY,",
+            "train.WEIGHT_DECAY, 1.0,",
+            TRAIN_RUN,
+        ),
+        (
+            "query_rows_decay_as_usual",
+            "    if train.QK_WEIGHT_DECAY != 1:",
+            "    if False:",
+            TRAIN_RUN,
+        ),
+        (
+            "layers_decayed_but_not_slowed",
+            "**_group(decay, lr * scale, weight_decay)",
+            "**_group(decay, lr, weight_decay)",
+            TRAIN_RUN,
+        ),
+    ),
+]
+
+OPTIMIZER_MUTANTS = [
+    *dropped("optimizer.py", RATE, "betas=request.betas"),
+    *dropped("optimizer.py", SGD, "nesterov=request.momentum > 0"),
+    *mutants(
+        "optimizer.py",
+        ("usual_epsilon", "eps=request.eps,\n        fused=", "fused=", RATE),
+        ("no_momentum", "momentum=request.momentum,\n        nesterov=", "nesterov=", SGD),
+        ("momentum_of_nothing", "momentum=settings.MOMENTUM", "momentum=0.9", SGD),
+        ("moments_swapped", "tuple(settings.BETAS)", "tuple(settings.BETAS[::-1])", RATE),
+    ),
+]

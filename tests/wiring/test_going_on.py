@@ -1,0 +1,115 @@
+"""Runs that go on, evaluations, weights to start from, and teachers."""
+
+import itertools
+import os
+import re
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tests.wiring.runs import PLACE, differences, metrics, payload, run
+
+AVERAGED = {"MODEL.EMA.ENABLE": True, "MODEL.EMA.DECAY": 0.5}
+
+
+@contextmanager
+def stopped_after(updates: int):
+    """A SIGTERM comes with this update."""
+    count = itertools.count(1)
+
+    def stop(*_):
+        if next(count) == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_optimizer_step_post_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped(tmp_path):
+    settings = AVERAGED | {"TRAIN.EPOCHS": 3, "MODEL.DROP_RATE": 0.3, "AUG.MIXUP": 0.8}
+    whole = run(tmp_path / "whole", settings)["files"]
+    with stopped_after(3):
+        left = run(tmp_path / "parts", settings)
+    assert left["status"] == [128 + signal.SIGTERM]
+    assert payload(tmp_path / "parts")["progress"]["update"] == 3
+    parts = run(tmp_path / "parts", settings)["files"]
+    for name in ("last.pth", "metrics.jsonl", "model.safetensors"):
+        assert differences(whole[f"{PLACE}/{name}"], parts[f"{PLACE}/{name}"]) == []
+
+
+def losses_said(left: dict) -> list[float]:
+    """The mean losses of whole evaluations, from the last line of each; two batches."""
+    lines = [line for line in left["log"] if line.startswith("Test: [1/2]")]
+    return [float(re.search(r"Loss \S+ \((\S+)\)", line)[1]) for line in lines]
+
+
+def test_an_evaluation_repeats_what_training_found(tmp_path):
+    settings = AVERAGED | {"TRAIN.BASE_LR": 1.0}
+    run(tmp_path / "train", settings)
+    place = tmp_path / "train" / PLACE
+    plainly, averaged = (
+        metrics(tmp_path / "train", kind)[0]["loss"] for kind in ("val", "val_ema")
+    )
+    expected = {
+        f"--resume {place / 'last.pth'}": [plainly, averaged],
+        f"--resume {place / 'last.pth'} off": [plainly],
+        f"--pretrained {place / 'model.safetensors'}": [averaged],
+        f"--pretrained {place / 'last.pth'}": [plainly],
+    }
+    for number, (words, found) in enumerate(expected.items()):
+        flag, file, *off = words.split()
+        more = {"MODEL.EMA.EVAL": False, "PRINT_FREQ": 1} if off else {}
+        left = run(tmp_path / str(number), AVERAGED | more, ("--eval", flag, file), numbers=True)
+        assert left["status"] == [0], left["errors"]
+        assert losses_said(left) == pytest.approx(found, abs=2e-4), words
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run(folder, {"SEED": 3})["status"] == [0]
+    return folder
+
+
+def test_weights_to_start_from_are_evaluated_first(trained, tmp_path):
+    weights = trained / PLACE / "model.safetensors"
+    run(tmp_path, {"MODEL.PRETRAINED": weights})
+    first, last = metrics(tmp_path, "val")
+    assert first["step"] == 0 and first["loss"] == metrics(trained, "val")[0]["loss"]
+    assert last["step"] == 2 and last["loss"] != first["loss"]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_head_begins_anew_where_asked(reset, trained, tmp_path):
+    weights = trained / PLACE / "model.safetensors"
+    settings = {"MODEL.PRETRAINED": weights, "MODEL.HEAD_RESET": reset, "TRAIN.BASE_LR": 0}
+    run(tmp_path, settings | {"TRAIN.MIN_LR": 0, "TRAIN.WARMUP_LR": 0})
+    before, after = payload(trained)["model"], payload(tmp_path)["model"]
+    assert torch.equal(before["blocks.0.mlp.fc1.weight"], after["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(before["head.weight"], after["head.weight"]) != reset
+
+
+def test_a_teacher_without_a_share_changes_nothing_and_one_with_all_of_it_decides(
+    trained, tmp_path
+):
+    distill = {
+        "TRAIN.DISTILL.KIND": "soft",
+        "TRAIN.DISTILL.TEACHER": trained / "base.yaml",
+        "TRAIN.DISTILL.TEACHER_WEIGHTS": trained / PLACE / "model.safetensors",
+        "TRAIN.DISTILL.TAU": 2.0,
+    }
+    runs = {"plain": {}, "none": distill | {"TRAIN.DISTILL.ALPHA": 0.0}}
+    for smoothing in (0.0, 0.3):  # of the labels, which a teacher with all of the share outweighs
+        options = {"TRAIN.DISTILL.ALPHA": 1.0, "MODEL.LABEL_SMOOTHING": smoothing}
+        runs[f"all {smoothing}"] = distill | options
+    left = {name: run(tmp_path / name, settings) for name, settings in runs.items()}
+    weights = {name: one["files"][f"{PLACE}/last.pth"]["model"] for name, one in left.items()}
+    assert weights["plain"] == weights["none"]
+    assert weights["all 0.0"] == weights["all 0.3"] != weights["plain"]
