@@ -67,19 +67,21 @@ class Bottleneck(nn.Module):
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.drop_path(self.bn3(self.conv3(y)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(y + shortcut)
 
     def flops(self, before: int, after: int) -> int:
         """Multiply-accumulates for a map of `before` pixels that becomes one of `after`; attention
         works at the input's resolution.
         """
         macs = before * self.conv1.weight.numel() + after * self.conv3.weight.numel()
-        macs += (
-            self.conv2.flops(before)
-            if isinstance(self.conv2, LocalAttention)
-            else after * self.conv2.weight.numel()
-        )
-        return macs + (0 if self.downsample is None else after * self.downsample[0].weight.numel())
+        if isinstance(self.conv2, LocalAttention):
+            macs += self.conv2.flops(before)
+        else:
+            macs += after * self.conv2.weight.numel()
+        if self.downsample is not None:
+            macs += after * self.downsample[0].weight.numel()
+        return macs
 
 
 @BACKBONES.register("sasa_resnet")
@@ -193,20 +195,15 @@ class SasaResNet(Backbone):
             grouped=grouped,
             content=content,
         )
-        rates, dim = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile)), width
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile))
+        dim = width
         for group, depth in enumerate(depths):
-            channels, blocks = width * 2**group, []
+            channels = width * 2**group
+            attention = None if group + 1 in conv_groups else local
+            blocks = []
             for block in range(depth):
                 stride = 2 if group and not block else 1
-                blocks.append(
-                    Bottleneck(
-                        dim,
-                        channels,
-                        stride,
-                        None if group + 1 in conv_groups else local,
-                        next(rates),
-                    )
-                )
+                blocks.append(Bottleneck(dim, channels, stride, attention, next(rates)))
                 dim = EXPANSION * channels
             self.add_module(f"layer{group + 1}", nn.Sequential(*blocks))
         self.groups = len(depths)
@@ -236,7 +233,8 @@ class SasaResNet(Backbone):
         """(B, in_chans, H, W) -> pooled features (B, num_features); with `return_stages` the map of
         each group.
         """
-        x, maps = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = []
         for stage in self.stages():
             x = stage(x)
             maps.append(x)
@@ -250,19 +248,18 @@ class SasaResNet(Backbone):
         """For each group its blocks, each with the pixels of the map before and after it, for an
         image of img_size.
         """
-        first = {"conv": 2, "attention": 2, "small": 0}[
-            self.stem
-        ]  # halvings of the sides before the first group
-        counts, groups = self.pixels(first), []
+        halvings = 0 if self.stem == "small" else 2  # of the sides before the first group
+        before = self.pixels(halvings)
+        groups = []
         for group, stage in enumerate(self.stages()):
-            before, counts = counts, self.pixels(first + group)
-            groups.append(
-                [(block, counts if place else before, counts) for place, block in enumerate(stage)]
-            )
+            after = self.pixels(halvings + group)
+            first, *others = stage
+            groups.append([(first, before, after), *((block, after, after) for block in others)])
+            before = after
         return groups
 
     def pixels(self, halvings: int) -> int:
-        """Pixels of a map whose sides are those of img_size, halved so often and rounded up."""
+        """Pixels of a map whose sides are those of img_size, halved that often and rounded up."""
         height, width = self.img_size
         return -(-height // 2**halvings) * -(-width // 2**halvings)
 
@@ -284,7 +281,8 @@ class SasaResNet(Backbone):
         if self.stem == "attention":
             macs = self.conv1.flops(self.pixels(0))
         else:
-            macs = self.pixels(1 if self.stem == "conv" else 0) * self.conv1.weight.numel()
+            halvings = 1 if self.stem == "conv" else 0
+            macs = self.pixels(halvings) * self.conv1.weight.numel()
         macs += sum(
             block.flops(before, after)
             for group in self.block_pixels()

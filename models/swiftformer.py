@@ -275,29 +275,25 @@ class SwiftFormer(Backbone):
         rates = iter(drop_path_rates(drop_path_rate, sum(depths), drop_path_profile))
         stages = []
         for stage, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
-            hidden, convolutions = int(dim * mlp_ratio), depth - vit_num
+            hidden = int(dim * mlp_ratio)
+            heads = num_heads[stage]
             blocks = [
                 ConvEncoder(dim, hidden, next(rates), layer_scale is not None)
-                for _ in range(convolutions)
+                for _ in range(depth - vit_num)
             ]
             blocks += [
-                SwiftFormerBlock(
-                    dim, hidden, attention, num_heads[stage], drop_rate, next(rates), layer_scale
-                )
+                SwiftFormerBlock(dim, hidden, attention, heads, drop_rate, next(rates), layer_scale)
                 for _ in range(depth - len(blocks))
             ]
-            stages.append(
-                SwiftFormerStage(
-                    ConvNorm(embed_dims[stage - 1], dim) if stage else nn.Identity(), blocks
-                )
-            )
+            downsample = ConvNorm(embed_dims[stage - 1], dim) if stage else nn.Identity()
+            stages.append(SwiftFormerStage(downsample, blocks))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head_dist = (
-            nn.Linear(self.num_features, num_classes) if num_classes and distillation else None
-        )
+        self.head_dist = None
+        if num_classes and distillation:
+            self.head_dist = nn.Linear(self.num_features, num_classes)
         self.initialise()
 
     def initialise_weights(self) -> None:
@@ -312,7 +308,8 @@ class SwiftFormer(Backbone):
         """(B, in_chans, H, W) -> pooled features (B, embed_dims[-1]); with `return_stages` the map
         of each stage, the last normalised.
         """
-        x, maps = self.stem(x), []
+        x = self.stem(x)
+        maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
@@ -349,24 +346,19 @@ class SwiftFormer(Backbone):
         activations are not counted.
         """
         height, width = self.img_size
-        pixels = [
-            -(-height // 2**step) * -(-width // 2**step) for step in range(1, len(self.depths) + 2)
-        ]
+        halvings = range(1, len(self.depths) + 2)
+        pixels = [-(-height // 2**step) * -(-width // 2**step) for step in halvings]
         macs = pixels[0] * self.stem[0].weight.numel() + pixels[1] * self.stem[3].weight.numel()
-        macs += sum(
-            stage.flops(count) for stage, count in zip(self.stages, pixels[1:], strict=True)
-        )
-        return macs + sum(
-            head.weight.numel()
-            for head in (self.head, self.head_dist)
-            if isinstance(head, nn.Linear)
-        )
+        for stage, count in zip(self.stages, pixels[1:], strict=True):
+            macs += stage.flops(count)
+        for name in self.classifiers():
+            macs += self.get_submodule(name).weight.numel()
+        return macs
 
 
 def swiftformer(size: str, **options) -> SwiftFormer:
     """A published size, xs, s, l1 or l3, with further `options` of SwiftFormer. Raises ValueError
     for another word.
     """
-    return SwiftFormer(
-        **{**SIZES[check_choice("swiftformer: size", size, tuple(SIZES))], **options}
-    )
+    published = SIZES[check_choice("swiftformer: size", size, SIZES)]
+    return SwiftFormer(**{**published, **options})

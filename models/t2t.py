@@ -47,20 +47,15 @@ class SkipAttention(GlobalAttention):
                 " and skip by v; set MODEL.ATTENTION.MIXER softmax, or take MODEL.TYPE vit"
             )
         check_choice("t2t: skip", skip, ("none", "value", "input"))
-        super().__init__(
-            geometry,
-            spec,
-            qkv_bias,
-            qk_scale,
-            proj_drop,
-            geometry.inner if skip == "value" else geometry.dim,
-        )
+        out_dim = geometry.inner if skip == "value" else geometry.dim
+        super().__init__(geometry, spec, qkv_bias, qk_scale, proj_drop, out_dim)
         self.skip = skip
 
     def finish(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
         """The result of the projection with the skip."""
-        added = {"none": None, "value": qkv[..., 2 * self.geometry.inner :], "input": x}[self.skip]
-        return y if added is None else y + added
+        if self.skip == "none":
+            return y
+        return y + (x if self.skip == "input" else qkv[..., 2 * self.geometry.inner :])
 
 
 class NarrowingBlock(nn.Module):
@@ -136,14 +131,13 @@ class TokensToToken(nn.Module):
         self.count = count
         self.grids = [halved(self.img_size)]
         for number in range(1, count + 1):
-            grid, dim = self.grids[-1], 9 * (in_chans if number == 1 else token_dim)
+            grid = self.grids[-1]
+            dim = 9 * (in_chans if number == 1 else token_dim)
+            scale = dim**-0.5 if input_scale else None
             geometry = Geometry(dim, 1, grid, head_dim=token_dim)
-            attn = SkipAttention(
-                geometry, attention, qkv_bias, dim**-0.5 if input_scale else None, drop
-            )
-            self.add_module(
-                f"attention{number}", NarrowingBlock(dim, attn, token_dim, norm_eps, drop)
-            )
+            attn = SkipAttention(geometry, attention, qkv_bias, scale, drop)
+            block = NarrowingBlock(dim, attn, token_dim, norm_eps, drop)
+            self.add_module(f"attention{number}", block)
             self.grids.append(halved(grid))
         self.patches_resolution = self.grids[-1]
         self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
@@ -250,7 +244,8 @@ class T2TViT(TokenTransformer):
     ):
         release = check_choice("t2t: preset", preset, ("paper", "release")) == "release"
         spec = attention or AttentionSpec()
-        plain = check_choice("t2t: modified", modified, ("all", "blocks")) == "blocks"
+        whole = check_choice("t2t: modified", modified, ("all", "blocks")) == "all"
+        token_spec = spec if whole else AttentionSpec()
         try:
             embed = TokensToToken(
                 img_size,
@@ -258,7 +253,7 @@ class T2TViT(TokenTransformer):
                 embed_dim,
                 token_dim,
                 token_transformers,
-                AttentionSpec() if plain else spec,
+                token_spec,
                 qkv_bias,
                 release,
                 release,
@@ -277,18 +272,17 @@ class T2TViT(TokenTransformer):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim), requires_grad=False)
         self.register_buffer("pos_embed", sinusoid(embed.num_patches, embed_dim), persistent=False)
         geometry = Geometry(embed_dim, num_heads, embed.patches_resolution)
-        skip = "none" if not release else "value" if num_heads == 1 else "input"
-        self.blocks = nn.ModuleList(
-            TokenBlock(
-                embed_dim,
-                SkipAttention(geometry, spec, qkv_bias, None, drop_rate, skip),
-                int(embed_dim * mlp_ratio),
-                drop_rate,
-                rate,
-                norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+        skip = "none"
+        if release:
+            skip = "value" if num_heads == 1 else "input"
+        hidden = int(embed_dim * mlp_ratio)
+        norm = partial(nn.LayerNorm, eps=norm_eps)
+        self.blocks = nn.ModuleList()
+        for rate in drop_path_rates(drop_path_rate, depth, drop_path_profile):
+            attn = SkipAttention(geometry, spec, qkv_bias, None, drop_rate, skip)
+            self.blocks.append(
+                TokenBlock(embed_dim, attn, hidden, drop_rate, rate, norm_layer=norm)
             )
-            for rate in drop_path_rates(drop_path_rate, depth, drop_path_profile)
-        )
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.initialise()

@@ -82,9 +82,8 @@ class VisionTransformer(TokenTransformer):
         self.pool = pool
         self.prefix = int(class_token)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.prefix + self.patch_embed.num_patches, embed_dim)
-        )
+        tokens = self.prefix + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         geometry = Geometry(
             embed_dim,
             num_heads,
@@ -105,10 +104,8 @@ class VisionTransformer(TokenTransformer):
             )
             for rate in drop_path_rates(drop_path_rate, depth, drop_path_profile)
         )
-        norm = nn.LayerNorm(embed_dim, norm_eps)
-        self.norm, self.fc_norm = (
-            (norm, nn.Identity()) if pool == "token" else (nn.Identity(), norm)
-        )
+        self.norm = nn.LayerNorm(embed_dim, norm_eps) if pool == "token" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(embed_dim, norm_eps) if pool == "mean" else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.initialise()
 
@@ -131,7 +128,8 @@ class VisionTransformer(TokenTransformer):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> pooled features (B, embed_dim)."""
         x = self.forward_tokens(x)
-        return self.fc_norm(x[:, 0] if self.pool == "token" else x[:, self.prefix :].mean(1))
+        pooled = x[:, 0] if self.pool == "token" else x[:, self.prefix :].mean(1)
+        return self.fc_norm(pooled)
 
     def flops(self) -> int:
         """Multiply-accumulates for one image, attention products included."""
