@@ -87,6 +87,12 @@ DATA_MUTANTS = [
             AUGMENTATION,
         ),
         (
+            "validation_always_in_the_same_random_order",
+            "        config.TEST.SHUFFLE,\n        config.SEED,",
+            "        config.TEST.SHUFFLE,\n        0,",
+            ON_DATA.format("each_order_and_each_sample_follows_the_seed"),
+        ),
+        (
             "loaders_stay_open",
             "                loader.close()",
             "                pass",

@@ -91,6 +91,24 @@ MAIN_MUTANTS = [
         ("the_teacher_has_half_of_the_loss", "alpha=node.ALPHA, ", "", TEACHER),
         ("cold_teacher", ", tau=node.TAU)", ")", TRAIN_RUN),
         (
+            "classes_of_the_settings",
+            "self.build_model(self.data.num_classes)",
+            "self.build_model()",
+            GOING_ON.format("classes_are_those_of_the_data_for_network_and_teacher"),
+        ),
+        (
+            "every_process_writes_the_settings",
+            "        if self.world.is_main:\n            utils.write_config",
+            "        if True:\n            utils.write_config",
+            ALONE,
+        ),
+        (
+            "images_to_train_on_read_for_an_evaluation",
+            "train=not self.config.EVAL_MODE",
+            "train=True",
+            GOING_ON.format("an_evaluation_repeats_what_training_found"),
+        ),
+        (
             "data_stay_open",
             "            self.data.close()",
             "            pass",
@@ -156,6 +174,18 @@ SETTINGS_MUTANTS = [
             ON_RUNS.format("the_picture_says_what_the_training_loss_is"),
         ),
         (
+            "a_checkpoint_may_fit_roughly",
+            'rule="exact" if model.RESUME else "finetune"',
+            'rule="finetune"',
+            GOING_ON.format("a_checkpoint_has_to_fit_and_weights_may_have_another_head"),
+        ),
+        (
+            "an_evaluation_may_begin_a_head",
+            '        head = "evaluate"',
+            "        pass",
+            GOING_ON.format("a_checkpoint_has_to_fit_and_weights_may_have_another_head"),
+        ),
+        (
             "timed_in_batches_of_one",
             "batch_size=config.DATA.BATCH_SIZE",
             "batch_size=1",
@@ -174,6 +204,20 @@ SESSION_MUTANTS = [
         "engine/session.py",
         ON_RUNS.format("the_picture_says_what_the_training_loss_is"),
         "training_loss=training_loss",
+    ),
+    *dropped(
+        "engine/session.py",
+        ON_RUNS.format("weights_and_biases_is_told_the_name_and_the_settings"),
+        "name=name",
+    ),
+    *mutants(
+        "engine/teacher.py",
+        (
+            "released_weights_although_others_are_named",
+            "pretrained=not weights",
+            "pretrained=True",
+            GOING_ON.format("a_teacher_of_timm_has_the_weights_and_the_classes_it_should"),
+        ),
     ),
     *mutants(
         "engine/session.py",

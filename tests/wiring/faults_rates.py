@@ -56,7 +56,7 @@ RATE_MUTANTS = [
             "layers_decayed_but_not_slowed",
             "**_group(decay, lr * scale, weight_decay)",
             "**_group(decay, lr, weight_decay)",
-            TRAIN_RUN,
+            "tests/test_optimizer.py::test_layer_decay_scales_the_rate_once_per_layer",
         ),
     ),
 ]

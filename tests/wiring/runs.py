@@ -62,8 +62,10 @@ def few_digits():
 
 
 @contextmanager
-def recording():
-    """What a run asks of torch, as a list; the slow or lasting part of it is not done."""
+def recording(wandb=None):
+    """What a run asks of torch, as a list; the slow or lasting part of it is not done. wandb: takes
+    the place of Weights & Biases.
+    """
     asked = []
 
     def noted(name, result=None):
@@ -105,7 +107,7 @@ def recording():
         patch("torch.compile", noted("compile")),
         patch("torch.set_num_threads", noted("threads")),
         patch("torch.use_deterministic_algorithms", noted("deterministic")),
-        patch.dict(sys.modules, {"torch.utils.tensorboard": board, "wandb": None}),
+        patch.dict(sys.modules, {"torch.utils.tensorboard": board, "wandb": wandb}),
     )
     with ExitStack() as stack:
         for each in patches:
@@ -166,6 +168,7 @@ def run(
     words: tuple = (),
     times: int = 1,
     numbers: bool = False,
+    wandb=None,
 ) -> dict:
     """main.py with SETTINGS and `settings` as --opts, output in `folder`: what it left behind.
 
@@ -181,7 +184,7 @@ def run(
     root = logging.getLogger()
     root.addHandler(log)
     try:
-        with recording() as asked, redirect_stderr(errors), redirect_stdout(io.StringIO()):
+        with recording(wandb) as asked, redirect_stderr(errors), redirect_stdout(io.StringIO()):
             status = [main.main(argv) for _ in range(times)]
     finally:
         root.removeHandler(log)

@@ -70,6 +70,7 @@ def test_augmentation_has_the_values_of_the_settings(folder):
         assert torch.as_tensor(norm.std).tolist() == pytest.approx([0.4, 0.5, 0.6])
     resize, centre, *_ = data.val_loader.dataset.transform.transforms
     assert (resize.size, tuple(centre.size)) == ((50, 60), (40, 48))
+    assert resize.mode == T.InterpolationMode.LANCZOS
     mixing = {
         "mixup_alpha": 0.71,
         "cutmix_alpha": 1.0,  # replaced by the bounds
@@ -118,6 +119,12 @@ def test_digits_are_augmented_by_the_settings():
         assert loader.dataset.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
         assert loader.dataset.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
     assert data.val_loader.dataset.affine is None
+    assert (data.train_loader.batches.seed, data.train_loader.batches.copies) == (9, 2)
+    grey = build_data(config_of(DIGITS | {"MODEL.SWIN.IN_CHANS": 1}))
+    assert [next(iter(loader))[0].shape[1] for loader in (grey.train_loader, grey.val_loader)] == [
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -134,3 +141,16 @@ def test_a_rank_sees_its_share_of_the_data(sequential, folder):
     assert sorted(keys[1][0] + keys[2][0]) == sorted(keys[0][0] + keys[0][1])
     seen = [sum(len(targets) for _, targets in data.val_loader) for data in (first, second)]
     assert seen == ([9, 9] if sequential else [5, 4])
+
+
+def test_each_order_and_each_sample_follows_the_seed(folder):
+    settings = FOLDER | {"DATA.DATA_PATH": folder, "TEST.SHUFFLE": True, "DATA.REPEATED_AUG": 2}
+    first, second = (build_data(config_of(settings | {"SEED": seed})) for seed in (4, 5))
+    assert (first.train_loader.dataset.seed, second.train_loader.dataset.seed) == (4, 5)
+    assert (first.train_loader.batches.seed, first.train_loader.batches.copies) == (4, 2)
+    orders = [
+        [key.index for batch in data.val_loader.batches for key in batch]
+        for data in (first, second)
+    ]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert [len(batch) for batch in first.val_loader.batches] == [4, 4, 1]

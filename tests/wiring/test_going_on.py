@@ -5,11 +5,14 @@ import os
 import re
 import signal
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tests.data import fakes
 from tests.wiring.runs import PLACE, differences, metrics, payload, run
 
 AVERAGED = {"MODEL.EMA.ENABLE": True, "MODEL.EMA.DECAY": 0.5}
@@ -68,6 +71,7 @@ def test_an_evaluation_repeats_what_training_found(tmp_path):
         left = run(tmp_path / str(number), AVERAGED | more, ("--eval", flag, file), numbers=True)
         assert left["status"] == [0], left["errors"]
         assert losses_said(left) == pytest.approx(found, abs=2e-4), words
+        assert any("no training" in line for line in left["log"])
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +117,60 @@ def test_a_teacher_without_a_share_changes_nothing_and_one_with_all_of_it_decide
     weights = {name: one["files"][f"{PLACE}/last.pth"]["model"] for name, one in left.items()}
     assert weights["plain"] == weights["none"]
     assert weights["all 0.0"] == weights["all 0.3"] != weights["plain"]
+
+
+def test_a_checkpoint_has_to_fit_and_weights_may_have_another_head(trained, tmp_path):
+    weights = payload(trained)["model"]
+    weights |= {"head.weight": torch.zeros(7, 8), "head.bias": torch.zeros(7)}
+    file = tmp_path / "seven.pth"
+    torch.save({"model": weights}, file)
+    fitted = run(tmp_path / "fitted", {"MODEL.PRETRAINED": file})
+    assert fitted["status"] == [0]
+    assert payload(tmp_path / "fitted")["model"]["head.weight"].shape == (10, 8)
+    for words in (("--resume", str(file)), ("--eval", "--pretrained", str(file))):
+        assert run(tmp_path / "refused", words=words)["status"] == [2]
+
+
+def test_classes_are_those_of_the_data_for_network_and_teacher(tmp_path):
+    images = fakes.class_folder(tmp_path / "images")
+    settings = {
+        "DATA.DATASET": "folder",
+        "DATA.DATA_PATH": images,
+        "DATA.BATCH_SIZE": 4,
+        "AUG.AFFINE": False,
+        "TEST.PER_CLASS": True,
+    }
+    assert run(tmp_path / "teacher", settings)["status"] == [0]
+    teacher = {
+        "TRAIN.DISTILL.KIND": "hard",
+        "TRAIN.DISTILL.TEACHER": tmp_path / "teacher" / "base.yaml",
+        "TRAIN.DISTILL.TEACHER_WEIGHTS": tmp_path / "teacher" / PLACE / "model.safetensors",
+    }
+    left = run(tmp_path / "pupil", settings | teacher)
+    assert left["status"] == [0], left["errors"]
+    assert payload(tmp_path / "pupil")["model"]["head.weight"].shape == (3, 8)
+    rows = (tmp_path / "pupil" / PLACE / "per_class.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize("weights, pretrained", [("", True), ("{}/teacher.bin", False)])
+def test_a_teacher_of_timm_has_the_weights_and_the_classes_it_should(weights, pretrained, tmp_path):
+    file = weights.format(tmp_path)
+    if file:
+        torch.save({}, file)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    settings = {
+        "TRAIN.DISTILL.KIND": "hard",
+        "TRAIN.DISTILL.TEACHER": "resnet18",
+        "TRAIN.DISTILL.TEACHER_WEIGHTS": file,
+    }
+    with patch("timm.create_model", return_value=teacher) as made:
+        left = run(tmp_path, settings)
+    assert left["status"] == [0], left["errors"]
+    made.assert_called_once_with(
+        "resnet18",
+        pretrained=pretrained,
+        num_classes=10,
+        checkpoint_path=file,
+    )
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())

@@ -3,9 +3,8 @@
 import json
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -71,6 +70,9 @@ def test_what_is_asked_of_torch_is_what_is_configured(tmp_path):
 
 def test_the_log_says_the_epochs_and_batches_of_this_run(tmp_path):
     said = run(tmp_path, {"TRAIN.EPOCHS": 2, "PRINT_FREQ": 2}, numbers=True)["log"]
+    for words in ("small: number of params", "attention: ", "Max accuracy", "best accuracy"):
+        assert any(line.startswith(words) for line in said), words
+    assert " small] " in (tmp_path / PLACE / "log_rank0.txt").read_text()
     train = [line.split("\t")[0] for line in said if line.startswith("Train:")]
     assert train == ["Train: [0/2][0/2]", "Train: [1/2][0/2]"]
     assert sum(line.startswith("Test: ") for line in said) == 2  # the first batch of two, twice
@@ -95,16 +97,22 @@ def test_the_average_follows_its_decay(tmp_path):
     assert all(torch.equal(saved["ema"][name], value) for name, value in saved["model"].items())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_processes_begin_with_the_same_weights_and_draw_numbers_of_their_own(rank, tmp_path):
-    alone = run(tmp_path / "alone", {"SEED": 7, "MODEL.DROP_RATE": 0.5})
-    with patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": "1"}):
-        left = run(tmp_path / "ranked", {"SEED": 7, "MODEL.DROP_RATE": 0.5})
-    assert {call[1] for call in left["asked"] if call[0] == "seed"} == {7 + rank}
-    first = [next(c[-1] for c in one["asked"] if c[0] == "training") for one in (alone, left)]
-    assert first[0] == first[1]
-    files = {Path(name).name for name in left["files"]}
-    assert f"log_rank{rank}.txt" in files and ("last.pth" in files) == (rank == 0)
+def first_weights(left: dict) -> str:
+    """The digest of a convolution's weights in the first batch."""
+    return next(call[-1] for call in left["asked"] if call[0] == "training")
+
+
+def test_processes_begin_with_the_same_weights_and_draw_numbers_of_their_own(tmp_path):
+    settings = {"SEED": 7, "MODEL.DROP_RATE": 0.5, "TEST.PER_CLASS": True}
+    alone = run(tmp_path / "alone", settings)
+    with patch.dict(os.environ, {"RANK": "1", "WORLD_SIZE": "1"}):
+        second = run(tmp_path / "second", settings)
+    for left, seed in ((alone, 7), (second, 8)):
+        assert {call[1] for call in left["asked"] if call[0] == "seed"} == {seed}
+    assert first_weights(alone) == first_weights(second)
+    assert first_weights(alone) != first_weights(run(tmp_path / "other", {"SEED": 8}))
+    # one process writes for all
+    assert second["files"].keys() == {f"{PLACE}/log_rank1.txt"}
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -141,7 +149,8 @@ def test_autocast_reaches_training_evaluation_and_timing(tmp_path):
 def test_timing_takes_batch_size_and_channels_of_the_settings(tmp_path):
     settings = {"DATA.BATCH_SIZE": 6, "DATA.IMG_SIZE": "(16, 24)", "MODEL.VIT.IN_CHANS": 1}
     left = run(tmp_path, settings, ("--throughput",), numbers=True)
-    assert any("batch_size 6 " in line and "image 16x24" in line for line in left["log"])
+    words = ("batch_size 6 ", "image 16x24", "attention products")
+    assert any(all(word in line for word in words) for line in left["log"])
     timed = [call for call in left["asked"] if call[0] == "evaluation"]
     assert timed[0][1:3] == [6, (384, 384, 24, 1)]
 
@@ -234,3 +243,17 @@ def test_what_a_user_can_mend_is_told_in_one_line(settings, words, tmp_path):
     assert left["status"] == [2]
     assert left["errors"].startswith("main.py: error") and words in left["errors"]
     assert left["errors"].count("\n") == 1
+
+
+def test_weights_and_biases_is_told_the_name_and_the_settings(tmp_path):
+    told = Mock()
+    told.util.generate_id.return_value = "id"
+    run(tmp_path, {"LOG.WANDB": True, "TRAIN.KEEP": 5}, wandb=told)
+    options = told.init.call_args.kwargs
+    assert options["name"] == "small" and options["config"]["TRAIN"]["KEEP"] == 5
+    assert [call.kwargs["step"] for call in told.init.return_value.log.call_args_list] == [
+        1,
+        2,
+        2,
+        2,
+    ]
