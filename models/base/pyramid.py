@@ -16,6 +16,7 @@ from models.layers.drop_path import drop_path_rates, stochastic_depth
 from models.layers.init import init_linear_and_norm, own_random_numbers, trunc_normal
 from models.layers.patch_embed import PatchEmbed, PatchMerging, resize_positions
 from models.layers.pre_mlp import PLACES, PreMlp
+from registry import check_choice
 
 from .backbone import Backbone
 from .options import DEPTH, PYRAMID, pixels
@@ -66,8 +67,7 @@ class PyramidOptions:
                 f"depths {list(self.depths)} and num_heads {list(self.num_heads)} must have one"
                 " entry per stage each"
             )
-        if self.pre_mlp not in PLACES:
-            raise ValueError(f"pre_mlp is {self.pre_mlp!r}; allowed are {', '.join(PLACES)}")
+        check_choice("pre_mlp", self.pre_mlp, PLACES)
         if self.extra:
             warnings.warn(
                 f"these arguments have no effect here: {', '.join(sorted(self.extra))}",

@@ -16,6 +16,7 @@ from kernels.window_attention.layout import (
     window_partition,
     window_reverse,
 )
+from registry import check_choice
 
 
 class WindowTokenMix(nn.Module):
@@ -82,10 +83,6 @@ def make_sw_mlp(kind: str, area: int, num_heads: int) -> nn.Module | None:
     """ "off" -> None, "token_mix" or "shift" -> a module called with (x, layout). Raises ValueError
     for another word.
     """
-    if kind == "off":
+    if check_choice("sw_mlp", kind, ("off", "token_mix", "shift")) == "off":
         return None
-    if kind == "token_mix":
-        return WindowTokenMix(area, num_heads)
-    if kind == "shift":
-        return ChannelShift()
-    raise ValueError(f"sw_mlp is {kind!r}; allowed are off, token_mix, shift")
+    return ChannelShift() if kind == "shift" else WindowTokenMix(area, num_heads)

@@ -1,15 +1,19 @@
 """What `build_model` does for every family."""
 
+import inspect
+import re
+
 import pytest
 from torch import nn
 
 from config import KEYS, ConfigError, load_config
-from models import BACKBONES, build_model
+from models import BACKBONES, build_model, timm_model
 from models.base.options import NEUTRAL
 from models.build import ModelError
 from models.sasa_resnet import SasaResNet
 from models.swiftformer import SwiftFormer
 from optimizer import LayerIds
+from tests.helpers import ROOT
 from tests.models.builders import FAMILIES, small
 
 VIT = [
@@ -98,6 +102,14 @@ def test_a_setting_that_a_family_does_not_read_is_refused(family):
         message = rf"{key}.*{family}.*(set|leave) it (to|at) "
         with pytest.raises((ConfigError, ModelError), match=message):
             build_model(load_config(None, ["MODEL.TYPE", family, key, OTHER_VALUES[key]]))
+
+
+@pytest.mark.parametrize("family", BACKBONES.names())
+def test_every_backbone_has_a_yaml_and_a_docstring_with_shapes(family):
+    yamls = (ROOT / "configs").rglob("*.yaml")
+    assert any(re.search(rf"TYPE: *['\"]?{family}\b", path.read_text()) for path in yamls)
+    entry = BACKBONES[family] if family != "timm" else timm_model
+    assert "Shapes:" in inspect.getdoc(entry)
 
 
 def test_neutral_values_are_the_defaults_of_the_config():
