@@ -237,7 +237,7 @@ SESSION_MUTANTS = [
             "the_second_head_learns_nothing",
             "two_heads=distillation is not None and model.has_two_heads()",
             "two_heads=False",
-            "tests/engine/test_two_heads.py",
+            GOING_ON.format("a_second_head_alone_learns_from_a_teacher_with_all_of_the_share"),
         ),
     ),
 ]

@@ -120,14 +120,17 @@ def recording(wandb=None):
 
 
 class Lines(logging.Handler):
-    """The messages of a log."""
+    """The messages of a log, and those that a progress bar replaces."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.behind_bar: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+        if getattr(record, "progress", False):
+            self.behind_bar.append(NUMBER.sub("#", record.getMessage()))
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -194,6 +197,7 @@ def run(
         "errors": errors.getvalue().replace(str(folder), ""),
         "asked": asked,
         "log": log.lines if numbers else [without(line, folder) for line in log.lines],
+        "behind_bar": log.behind_bar,
         "files": {str(path.relative_to(folder)): content(path) for path in files},
     }
 

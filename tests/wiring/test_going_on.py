@@ -41,7 +41,9 @@ def test_a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped(tm
         left = run(tmp_path / "parts", settings)
     assert left["status"] == [128 + signal.SIGTERM]
     assert payload(tmp_path / "parts")["progress"]["update"] == 3
-    parts = run(tmp_path / "parts", settings)["files"]
+    rest = run(tmp_path / "parts", settings)
+    assert sum(call[0] == "seed" for call in rest["asked"]) == 3  # the other updates, no more
+    parts = rest["files"]
     for name in ("last.pth", "metrics.jsonl", "model.safetensors"):
         assert differences(whole[f"{PLACE}/{name}"], parts[f"{PLACE}/{name}"]) == []
 
@@ -174,3 +176,22 @@ def test_a_teacher_of_timm_has_the_weights_and_the_classes_it_should(weights, pr
         checkpoint_path=file,
     )
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_second_head_alone_learns_from_a_teacher_with_all_of_the_share(trained, tmp_path):
+    settings = {
+        "MODEL.TYPE": "pit",
+        "MODEL.PIT.PATCH_SIZE": 8,
+        "MODEL.PIT.EMBED_DIM": 8,
+        "MODEL.PIT.DEPTHS": "[1]",
+        "MODEL.PIT.NUM_HEADS": "[2]",
+        "MODEL.PIT.DISTILLED": True,
+        "TRAIN.DISTILL.KIND": "soft",
+        "TRAIN.DISTILL.TEACHER": trained / "base.yaml",
+        "TRAIN.DISTILL.TEACHER_WEIGHTS": trained / PLACE / "model.safetensors",
+        "TRAIN.DISTILL.ALPHA": 1.0,
+    }
+    left = run(tmp_path, settings)
+    assert left["status"] == [0], left["errors"]
+    model = payload(tmp_path)["model"]
+    assert model["head.bias"].abs().max() == 0 < model["head_dist.bias"].abs().max()

@@ -12,7 +12,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from engine.progress import Progress
+from settings import arguments
+from tests.wiring.cases import config_of
 from tests.wiring.runs import PLACE, attributes, metrics, payload, replaced, run
+from utils import World
 
 AVERAGED = {"MODEL.EMA.ENABLE": True, "MODEL.EMA.DECAY": 0.5}
 
@@ -126,6 +129,20 @@ def test_only_shared_evaluations_are_added_up_over_processes(sequential, tmp_pat
     assert left["status"] == [0] and added.call_count == (0 if sequential else 1)
 
 
+def test_a_process_evaluates_its_share_of_the_images(tmp_path):
+    """Without a group of processes, so that nothing is added up."""
+    run(tmp_path / "train")
+    words = ("--eval", "--resume", str(tmp_path / "train" / PLACE / "last.pth"))
+    found = []
+    for rank in (0, 1):
+        launched = patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": "2"})
+        with launched, patch.object(World, "_join", lambda world: None):
+            left = run(tmp_path / str(rank), words=words, numbers=True)
+        assert any("on the 5 test images" in line for line in left["log"])
+        found += [line.split("Loss")[1] for line in left["log"] if line.startswith("Test: [0/1]")]
+    assert len(set(found)) == 2
+
+
 def test_channels_last_reaches_weights_and_images(tmp_path):
     for wanted in (True, False):
         left = run(tmp_path / str(wanted), {"MODEL.CHANNELS_LAST": wanted})
@@ -189,6 +206,23 @@ def test_the_end_of_the_run_is_reckoned_from_its_settings(tmp_path):
         "batches": 2,
         "max_steps": 2,
     }
+
+
+def test_a_progress_bar_replaces_the_lines_of_training_and_of_its_evaluations(tmp_path):
+    left = run(tmp_path / "train")
+    assert {line.split(" ")[0] for line in left["behind_bar"]} >= {"Train:", "Test:", "EPOCH"}
+    words = ("--eval", "--resume", str(tmp_path / "train" / PLACE / "last.pth"))
+    assert run(tmp_path / "test", words=words)["behind_bar"] == []
+
+
+def test_what_sets_the_training_loss_apart_is_said_in_words():
+    smooth, plain = {"MODEL.LABEL_SMOOTHING": 0.1}, {"MODEL.LABEL_SMOOTHING": 0.0}
+    taught = plain | {"TRAIN.DISTILL.KIND": "soft", "TRAIN.DISTILL.TEACHER": "resnet18"}
+    said = [
+        arguments.loss_in_words(config_of(settings), mixing)
+        for settings, mixing in ((plain, False), (smooth, False), (plain, True), (taught, False))
+    ]
+    assert len(set(said)) == 4
 
 
 @pytest.mark.parametrize("smoothing, words", [(0.0, ""), (0.2, "smoothing")])
