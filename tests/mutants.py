@@ -22,7 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.wiring import faults_data, faults_engine, faults_main, faults_models, faults_rates
+from tests.wiring import (
+    faults_data,
+    faults_engine,
+    faults_main,
+    faults_models,
+    faults_processes,
+    faults_rates,
+)
 from tests.wiring.faults import Mutant
 
 MUTANTS = [
@@ -34,6 +41,7 @@ MUTANTS = [
     *faults_main.MAIN_MUTANTS,
     *faults_main.SETTINGS_MUTANTS,
     *faults_main.SESSION_MUTANTS,
+    *faults_processes.PROCESS_MUTANTS,
 ]
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = (".*", "output", "__pycache__", "*.pyc", "docs", "build", "dist", "*.egg-info")

@@ -140,7 +140,10 @@ def test_mirroring_happens_with_its_probability():
 def test_erasing_is_a_function_of_the_key():
     from timm.data.random_erasing import RandomErasing
 
-    data = batches(None, erasing=RandomErasing(1.0, mode="pixel", device="cpu"))
+    erasing = RandomErasing(1.0, mode="pixel", device="cpu")
+    data = batches(None, erasing=erasing)
+    other = batches(None, erasing=erasing, seed=1)
+    assert not torch.equal(data[4][0], other[4][0])
     state = torch.get_rng_state()
     first, second = (
         data.__getitems__([Key(0, 4), Key(0, 9)]).images,

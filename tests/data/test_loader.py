@@ -12,6 +12,7 @@ from data.datasets import ImageDataset
 from data.errors import DataError, worker_failure
 from data.layouts import folder
 from data.loader import Loader, TrainLoader
+from data.randomness import Key
 from data.samplers import EvalBatches, TrainBatches
 from data.transforms import eval_transform, train_transform
 from tests.data.fakes import class_folder
@@ -141,6 +142,20 @@ def test_a_damaged_training_image_is_replaced_the_same_way_everywhere_and_named_
     if num_workers == 0 and damage != "gone":
         again = train_loader(root)
         assert all(same(list(again.epoch(epoch)), batches) for epoch, batches in enumerate(epochs))
+
+
+def test_what_replaces_a_damaged_image_follows_the_seed(root):
+    source = folder(root).train
+    with open(source.name(3), "wb"):
+        pass
+    first, again, other = (
+        ImageDataset(source, EVAL, seed, training=True).__getitems__(
+            [Key(epoch, 3) for epoch in range(6)]
+        )
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
 
 
 def test_replacing_one_image_changes_no_other(root):

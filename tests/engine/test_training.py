@@ -326,3 +326,29 @@ def test_a_compiled_or_wrapped_model_saves_its_own_names():
     trainer = make_trainer()
     assert list(trainer.capture()["model"]) == list(Net().state_dict())
     assert clip_gradients(trainer.parameters, None, "norm") == 0
+
+
+def test_a_restored_trainer_goes_on_with_the_saved_loss_scale():
+    first, second = (make_trainer(dtype=torch.float16) for _ in range(2))
+    for trainer in (first, second):
+        trainer.update(list(Loader(1).epoch(0)))
+    first.scaler.update(new_scale=512.0)
+    second.restore(first.capture())
+    assert second.scaler.get_scale() == 512
+
+
+def test_an_average_begins_with_the_restored_weights_where_the_checkpoint_has_none():
+    first, second = make_trainer(seed=0), make_trainer(seed=1, ema=True)
+    second.restore(first.capture())
+    average = second.ema.state_dict()
+    assert all(
+        torch.equal(average[name], value) for name, value in first.model.state_dict().items()
+    )
+
+
+def test_random_states_are_restored_whatever_an_update_holds():
+    saved = make_trainer().capture()
+    other = make_trainer(accumulation=2)
+    torch.manual_seed(9)
+    other.restore(saved)
+    assert torch.equal(torch.get_rng_state(), saved["ranks"][0]["rng"]["torch"])

@@ -4,6 +4,8 @@ from tests.wiring.faults import DATA, ON_DATA, ON_RUNS, dropped, mutants
 
 AUGMENTATION = ON_DATA.format("augmentation_has_the_values_of_the_settings")
 DIGITS = ON_DATA.format("digits_are_augmented_by_the_settings")
+LOADERS = ON_DATA.format("both_loaders_load_as_the_settings_say")
+READERS = ON_DATA.format("a_reader_is_asked_for_what_the_settings_say")
 
 DATA_MUTANTS = [
     *dropped(
@@ -97,6 +99,72 @@ DATA_MUTANTS = [
             "                loader.close()",
             "                pass",
             ON_RUNS.format("loading_processes_end_with_the_run_however_it_ends"),
+        ),
+    ),
+    *mutants(
+        "data/build.py",
+        (
+            "validation_loaded_by_itself",
+            "    return Loader(dataset, batches, **_loading(config))",
+            "    return Loader(dataset, batches)",
+            LOADERS,
+        ),
+        (
+            "training_loaded_by_itself",
+            "LIMIT,\n        **_loading(config),",
+            "LIMIT,",
+            LOADERS,
+        ),
+        (
+            "a_reader_knows_no_other_process",
+            "find_sources(config, rank, world_size, train)",
+            "find_sources(config, train=train)",
+            READERS,
+        ),
+        (
+            "a_reader_takes_processes_for_ranks",
+            "rank=rank,\n        world_size=world_size,",
+            "rank=world_size,\n        world_size=rank,",
+            READERS,
+        ),
+        (
+            "deviation_told_as_mean",
+            "class_names=entry.class_names(sources.classes),\n        mean=normalisation.mean,",
+            "class_names=entry.class_names(sources.classes),\n        mean=normalisation.std,",
+            AUGMENTATION,
+        ),
+    ),
+    *mutants(
+        "data/loader.py",
+        (
+            "workers_begin_anew_each_epoch",
+            '"persistent_workers": True',
+            '"persistent_workers": False',
+            LOADERS,
+        ),
+    ),
+    *mutants(
+        "data/datasets.py",
+        (
+            "augmentation_without_the_seed",
+            "seed_sample(self.seed, key)",
+            "seed_sample(0, key)",
+            ON_DATA.format("each_order_and_each_sample_follows_the_seed"),
+        ),
+        (
+            "replacements_without_the_seed",
+            "stream(REPLACEMENT, self.seed, *key)",
+            "stream(REPLACEMENT, 0, *key)",
+            "tests/data/test_loader.py::test_what_replaces_a_damaged_image_follows_the_seed",
+        ),
+    ),
+    *mutants(
+        "data/affine.py",
+        (
+            "erasing_without_the_seed",
+            "seed_sample(self.seed, key)",
+            "seed_sample(0, key)",
+            "tests/data/test_digits.py::test_erasing_is_a_function_of_the_key",
         ),
     ),
 ]

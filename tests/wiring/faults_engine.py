@@ -6,6 +6,7 @@ SAVES = ON_RUNS.format("a_run_saves_and_stops_after_the_updates_it_is_told")
 KEEPS = ON_RUNS.format("a_run_keeps_the_epochs_it_is_told")
 LEADS = ON_RUNS.format("the_average_is_evaluated_and_exported_where_it_leads")
 PRECISION = ON_RUNS.format("autocast_reaches_training_evaluation_and_timing")
+RESTORED = "tests/engine/test_training.py::test_{}"
 RESUMED = GOING_ON.format("a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped")
 
 ENGINE_MUTANTS = [
@@ -154,6 +155,29 @@ ENGINE_MUTANTS = [
             "        if last or epoch % self.save_freq == 0:",
             "        if True:",
             KEEPS,
+        ),
+    ),
+    *mutants(
+        "engine/trainer.py",
+        (
+            "the_loss_scale_begins_anew",
+            'saved["optimizer"], saved["scaler"])',
+            'saved["optimizer"])',
+            RESTORED.format("a_restored_trainer_goes_on_with_the_saved_loss_scale"),
+        ),
+        (
+            "an_average_of_nothing_restored",
+            "self.model.state_dict() if saved is None else saved)",
+            "self.ema.state_dict() if saved is None else saved)",
+            RESTORED.format(
+                "an_average_begins_with_the_restored_weights_where_the_checkpoint_has_none"
+            ),
+        ),
+        (
+            "random_states_of_the_same_updates_alone",
+            "if layout.world_size == self.layout.world_size:",
+            "if layout == self.layout:",
+            RESTORED.format("random_states_are_restored_whatever_an_update_holds"),
         ),
     ),
 ]

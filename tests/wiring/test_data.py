@@ -1,14 +1,19 @@
 """Loaders, augmentation and mixing have the values of the settings."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 
-from data import build_data
+from data import DataError, build_data
+from data.catalogue import DATASETS, Request
+from data.randomness import Key
 from tests.data import fakes
 from tests.wiring.cases import config_of
-from tests.wiring.data import DIGITS, FOLDER
+from tests.wiring.data import DIGITS, FOLDER, loaders_without_workers
 from tests.wiring.runs import attributes
 
 RECIPE = {
@@ -82,6 +87,7 @@ def test_augmentation_has_the_values_of_the_settings(folder):
         "mode": "elem",
     }
     assert attributes(data.mixup, mixing) == mixing
+    assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def test_cutmix_has_its_own_alpha(folder):
@@ -154,3 +160,48 @@ def test_each_order_and_each_sample_follows_the_seed(folder):
     ]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     assert [len(batch) for batch in first.val_loader.batches] == [4, 4, 1]
+    keys = [Key(0, index) for index in range(4)]
+    images = [data.train_loader.dataset.__getitems__(keys).images for data in (first, second)]
+    assert not torch.equal(*images)
+
+
+def test_both_loaders_load_as_the_settings_say(folder):
+    settings = {"DATA.NUM_WORKERS": 3, "DATA.TIMEOUT": 7.0, "DATA.PIN_MEMORY": True}
+    asked = {"num_workers": 3, "timeout": 7.0, "pin_memory": True, "persistent_workers": True}
+    for base in (FOLDER | {"DATA.DATA_PATH": folder}, DIGITS):
+        with loaders_without_workers() as found:
+            build_data(config_of(base | settings | {"DEVICE": "auto"}))
+        assert found == [asked, asked]
+
+
+def test_a_reader_is_asked_for_what_the_settings_say(monkeypatch):
+    asked = []
+
+    def read(request):
+        asked.append(request)
+        raise DataError("no images here")
+
+    entry = replace(DATASETS["imagenet"], read=read)
+    monkeypatch.setattr("data.build.DATASETS", {"imagenet": entry})
+    settings = {
+        "DATA.DATASET": "imagenet",
+        "DATA.DATA_PATH": "images",
+        "DATA.IMG_SIZE": (40, 48),
+        "DATA.INTERPOLATION": "lanczos",
+        "DATA.ZIP_MODE": True,
+        "DATA.CACHE_MODE": "part",
+    }
+    expected = Request(
+        dataset="imagenet",
+        root=Path("images"),
+        train=False,
+        size=(40, 48),
+        interpolation="lanczos",
+        zipped=True,
+        cache="part",
+        rank=1,
+        world_size=3,
+    )
+    with pytest.raises(DataError, match="no images here"):
+        build_data(config_of(settings), rank=1, world_size=3, train=False)
+    assert asked == [expected]

@@ -61,19 +61,28 @@ def test_an_evaluation_repeats_what_training_found(tmp_path):
     plainly, averaged = (
         metrics(tmp_path / "train", kind)[0]["loss"] for kind in ("val", "val_ema")
     )
-    expected = {
-        f"--resume {place / 'last.pth'}": [plainly, averaged],
-        f"--resume {place / 'last.pth'} off": [plainly],
-        f"--pretrained {place / 'model.safetensors'}": [averaged],
-        f"--pretrained {place / 'last.pth'}": [plainly],
-    }
-    for number, (words, found) in enumerate(expected.items()):
-        flag, file, *off = words.split()
-        more = {"MODEL.EMA.EVAL": False, "PRINT_FREQ": 1} if off else {}
-        left = run(tmp_path / str(number), AVERAGED | more, ("--eval", flag, file), numbers=True)
+    last, weights = place / "last.pth", place / "model.safetensors"
+    unevaluated, disabled = {"MODEL.EMA.EVAL": False}, {"MODEL.EMA.ENABLE": False}
+    cases = [
+        (("--resume", last), {}, [plainly, averaged]),
+        (("--resume", last), unevaluated | {"PRINT_FREQ": 1}, [plainly]),
+        (("--resume", last, "--pretrained", weights), disabled, [plainly]),
+        (("--resume", weights), {}, [averaged]),
+        (("--pretrained", weights), {}, [averaged]),
+        (("--pretrained", last), {}, [plainly]),
+    ]
+    for number, (flags, more, found) in enumerate(cases):
+        words = ("--eval", *map(str, flags))
+        left = run(tmp_path / str(number), AVERAGED | more, words, numbers=True)
         assert left["status"] == [0], left["errors"]
         assert losses_said(left) == pytest.approx(found, abs=2e-4), words
         assert any("no training" in line for line in left["log"])
+
+
+def loadings_said(left: dict) -> list[str]:
+    """Which share of its parameters each loaded network has from its file, as the log says it."""
+    found = (re.match(r"loaded .* parameters \((.*?)\)", line) for line in left["log"])
+    return [match[1] for match in found if match]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +95,8 @@ def trained(tmp_path_factory):
 
 def test_weights_to_start_from_are_evaluated_first(trained, tmp_path):
     weights = trained / PLACE / "model.safetensors"
-    run(tmp_path, {"MODEL.PRETRAINED": weights})
+    left = run(tmp_path, {"MODEL.PRETRAINED": weights}, numbers=True)
+    assert loadings_said(left) == ["100 %"]
     first, last = metrics(tmp_path, "val")
     assert first["step"] == 0 and first["loss"] == metrics(trained, "val")[0]["loss"]
     assert last["step"] == 2 and last["loss"] != first["loss"]
@@ -115,7 +125,8 @@ def test_a_teacher_without_a_share_changes_nothing_and_one_with_all_of_it_decide
     for smoothing in (0.0, 0.3):  # of the labels, which a teacher with all of the share outweighs
         options = {"TRAIN.DISTILL.ALPHA": 1.0, "MODEL.LABEL_SMOOTHING": smoothing}
         runs[f"all {smoothing}"] = distill | options
-    left = {name: run(tmp_path / name, settings) for name, settings in runs.items()}
+    left = {name: run(tmp_path / name, settings, numbers=True) for name, settings in runs.items()}
+    assert [loadings_said(one) for one in left.values()] == [[]] + [["100 %"]] * 3
     weights = {name: one["files"][f"{PLACE}/last.pth"]["model"] for name, one in left.items()}
     assert weights["plain"] == weights["none"]
     assert weights["all 0.0"] == weights["all 0.3"] != weights["plain"]
@@ -131,6 +142,13 @@ def test_a_checkpoint_has_to_fit_and_weights_may_have_another_head(trained, tmp_
     assert payload(tmp_path / "fitted")["model"]["head.weight"].shape == (10, 8)
     for words in (("--resume", str(file)), ("--eval", "--pretrained", str(file))):
         assert run(tmp_path / "refused", words=words)["status"] == [2]
+    teacher = {
+        "TRAIN.DISTILL.KIND": "hard",
+        "TRAIN.DISTILL.TEACHER": trained / "base.yaml",
+        "TRAIN.DISTILL.TEACHER_WEIGHTS": file,
+    }
+    left = run(tmp_path / "pupil", teacher)
+    assert left["status"] == [2] and "seven.pth does not fit the model" in left["errors"]
 
 
 def test_classes_are_those_of_the_data_for_network_and_teacher(tmp_path):

@@ -1,6 +1,5 @@
 """Runs of main.py do what the settings say: each value where it belongs, unchanged."""
 
-import json
 import os
 import re
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from safetensors import safe_open
 
 from engine.progress import Progress
@@ -45,7 +45,7 @@ def test_a_run_keeps_the_epochs_it_is_told(settings, epochs, tmp_path):
 
 
 def test_a_run_begins_at_the_epoch_it_is_told(tmp_path):
-    run(tmp_path, {"TRAIN.START_EPOCH": 1, "TRAIN.EPOCHS": 3})
+    run(tmp_path, {"TRAIN.START_EPOCH": 1, "TRAIN.EPOCHS": 3, "TRAIN.COOLDOWN_EPOCHS": 1})
     assert {entry["epoch"] for entry in metrics(tmp_path, "train")} == {1, 2}
 
 
@@ -163,6 +163,19 @@ def test_autocast_reaches_training_evaluation_and_timing(tmp_path):
     assert "torch.bfloat16" in {call[-2] for call in timed if call[0] == "evaluation"}
 
 
+def test_the_log_describes_products_and_attention_in_the_precision_of_the_run(tmp_path):
+    def attention(_):
+        return f"attention in {torch.get_autocast_dtype('cpu')}"
+
+    with (
+        patch("main.describe_products", return_value="products in float32") as products,
+        patch("main.describe_attention", attention),
+    ):
+        left = run(tmp_path, {"AMP_DTYPE": "float16"}, numbers=True)
+    products.assert_called_once_with(torch.float16, "cpu")
+    assert {"products in float32", "attention in torch.float16"} <= set(left["log"])
+
+
 def test_timing_takes_batch_size_and_channels_of_the_settings(tmp_path):
     settings = {"DATA.BATCH_SIZE": 6, "DATA.IMG_SIZE": "(16, 24)", "MODEL.VIT.IN_CHANS": 1}
     left = run(tmp_path, settings, ("--throughput",), numbers=True)
@@ -170,6 +183,13 @@ def test_timing_takes_batch_size_and_channels_of_the_settings(tmp_path):
     assert any(all(word in line for word in words) for line in left["log"])
     timed = [call for call in left["asked"] if call[0] == "evaluation"]
     assert timed[0][1:3] == [6, (384, 384, 24, 1)]
+    counts = {}
+    for classes in (10, 13):
+        more = settings | {"DATA.DATASET": "folder", "AUG.AFFINE": False}
+        more |= {"MODEL.NUM_CLASSES": classes}
+        said = str(run(tmp_path / str(classes), more, ("--throughput",), numbers=True)["log"])
+        counts[classes] = int(re.search(r"params (\d+)", said)[1])
+    assert counts[13] - counts[10] == 3 * (8 + 1)  # the head's
 
 
 def test_the_classes_and_their_accuracy_are_written_where_asked_for(tmp_path):
@@ -185,7 +205,9 @@ def test_a_checkpoint_holds_the_settings_and_says_what_its_weights_are(tmp_path)
     assert saved["metadata"]["qk_residual"] != "none"
     with safe_open(tmp_path / PLACE / "model.safetensors", "pt") as file:
         assert file.metadata()["qk_residual"] == saved["metadata"]["qk_residual"]
-    assert json.loads((tmp_path / PLACE / "config.json").read_text())["TRAIN"]["KEEP"] == 5
+    for name in ("config.json", "config.yaml"):  # JSON is YAML
+        written = yaml.safe_load((tmp_path / PLACE / name).read_text())
+        assert written["TRAIN"]["KEEP"] == 5, name
 
 
 def test_the_end_of_the_run_is_reckoned_from_its_settings(tmp_path):
@@ -215,6 +237,11 @@ def test_a_progress_bar_replaces_the_lines_of_training_and_of_its_evaluations(tm
     assert run(tmp_path / "test", words=words)["behind_bar"] == []
 
 
+def test_what_is_resumed_has_to_fit_exactly_even_beside_weights_to_start_from():
+    both = {"MODEL.RESUME": "last.pth", "MODEL.PRETRAINED": "other.pth"}
+    assert arguments.loading(config_of(both))["rule"] == "exact"
+
+
 def test_what_sets_the_training_loss_apart_is_said_in_words():
     smooth, plain = {"MODEL.LABEL_SMOOTHING": 0.1}, {"MODEL.LABEL_SMOOTHING": 0.0}
     taught = plain | {"TRAIN.DISTILL.KIND": "soft", "TRAIN.DISTILL.TEACHER": "resnet18"}
@@ -225,18 +252,21 @@ def test_what_sets_the_training_loss_apart_is_said_in_words():
     assert len(set(said)) == 4
 
 
-@pytest.mark.parametrize("smoothing, words", [(0.0, ""), (0.2, "smoothing")])
-def test_the_picture_says_what_the_training_loss_is(smoothing, words, tmp_path):
+@pytest.mark.parametrize(
+    "settings, words",
+    [({}, set()), ({"MODEL.LABEL_SMOOTHING": 0.2}, {"smoothing"}), ({"AUG.MIXUP": 0.8}, {"mixup"})],
+)
+def test_the_picture_says_what_the_training_loss_is(settings, words, tmp_path):
     legends = []
 
     def look(figure, *_, **__):
         legends.extend(axes.get_legend_handles_labels()[1] for axes in figure.axes)
 
-    settings = {"LOG.PLOT": True, "MODEL.LABEL_SMOOTHING": smoothing}
     with patch("matplotlib.figure.Figure.savefig", look):
-        run(tmp_path, settings)
+        run(tmp_path, {"LOG.PLOT": True, "MODEL.LABEL_SMOOTHING": 0.0} | settings)
     texts = str(legends)
-    assert "train" in texts and ("smoothing" in texts) == bool(words)
+    assert "train" in texts
+    assert {word for word in ("smoothing", "mixup") if word in texts} == words
 
 
 def test_an_epochs_means_are_those_of_its_own_updates(tmp_path):
