@@ -1,12 +1,12 @@
-# make quickstart          install into .venv, then train the digits example: accuracy, checkpoint and curves in about two minutes
-# make test                install the same way, then the default tests; make test-slow: those that train longer; make test-all: both
-# make test-long           the tests that take minutes: every mutant of the wiring has to be seen by the tests it names
-# make kernels             compile the fused attention kernel where a compiler is; the commands above do so too
-# make lint | bench | clean
+# make quickstart          install into .venv, then train the digits example, about a minute: accuracy, checkpoint, curves
+# make test                install the same way, then run the default tests; test-slow: those that train longer; test-all: both
+# make test-long           tests that take many minutes: bugs planted in the wiring, each of which a default test must find
+# make kernels             compile the fused attention kernel if there is a compiler; the commands above do so too
+# make lint                check style and format with ruff;  bench  time whole models on the CPU;  clean  remove .venv and caches
 #
 # PYTHON=python            use that interpreter's environment (conda, container, ...); nothing is created or installed
-# SYSTEM_PYTHON=python3.12 the interpreter that .venv is made with;  VENV=DIR  where it is made
-# ARGS="--seed 1"          more words for the command of quickstart or for pytest;  JOBS=1  test processes (2)
+# SYSTEM_PYTHON=python3.12 the interpreter that creates .venv;  VENV=DIR  where to create it
+# ARGS="--seed 1"          more flags for the training of the quickstart, or for pytest;  JOBS=1  number of test processes (2)
 
 VENV ?= .venv
 SYSTEM_PYTHON ?= python3

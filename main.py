@@ -146,7 +146,8 @@ class Program:
             logger=logger,
         )
         if test.PER_CLASS and self.world.is_main:
-            write_per_class(result, self.folder, data.class_names)
+            files = write_per_class(result, self.folder, data.class_names)
+            logger.info("per class: %s", ", ".join(map(str, files)))
         return result
 
     def load_weights(self, checkpoint: Checkpoint, entry: str | None = None) -> None:

@@ -107,9 +107,8 @@ class Registry:
         """
         if name not in self._entries:
             hint = did_you_mean(name, self._entries)
-            raise ValueError(
-                f"there is no {self.kind} {name!r}; there are {', '.join(self.names())}{hint}"
-            )
+            available = ", ".join(self.names())
+            raise ValueError(f"there is no {self.kind} {name!r}; available: {available}{hint}")
         return self._entries[name]
 
     def create(self, text: str, *args: Any) -> Any:

@@ -153,6 +153,8 @@ def _draw_loss(axes, time: TimeAxis, training: list[Curve], validation: list[Cur
         else:
             _plot(axes, time, curve, alpha=0.25, linewidth=0.8)
     if training or validation:
+        axes.update_datalim([(0, 0)])  # 0 counts for the margin above the largest value
+        axes.autoscale_view()
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9)
 
@@ -174,7 +176,7 @@ def _draw_accuracy(axes, time: TimeAxis, validation: list[Curve]) -> None:
             )
     if validation:
         axes.set_ylim(top=101)
-        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_rate(axes, time: TimeAxis, rate: Curve) -> None:

@@ -51,8 +51,8 @@ class Given:
         """The flat list KEY VALUE KEY VALUE ... of --opts."""
         if len(words) % 2:
             raise ConfigError(
-                f"--opts: {show(words[-1])} has no partner ({len(words)} words); allowed: pairs KEY"
-                " VALUE, lists quoted: '[2, 2]'"
+                f"--opts: {show(words[-1])} has no value; write pairs KEY VALUE,"
+                " with lists in quotes: '[2, 2]'"
             )
         self.add("--opts", zip(map(str, words[::2]), words[1::2], strict=True))
 

@@ -25,7 +25,7 @@ def test_a_part_is_built_from_its_name_and_options(parts):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rot", "there is no part 'rot'; there are anything, rod; did you mean 'rod'?"),
+        ("rot", "there is no part 'rot'; available: anything, rod; did you mean 'rod'?"),
         ("rod(lenght=3)", "has no option 'lenght'; its options are length, colour; did you mean"),
         ("rod(place=3)", "has no option 'place'"),
         ("rod(3)", "cannot read 'rod(3)'; write name or name(option=value, ...)"),
