@@ -594,6 +594,36 @@ def test_resuming_follows_the_configs_settings_and_keeps_the_state(net, caplog):
     )
 
 
+FOLLOWED = {
+    "adamw": {"lr", "weight_decay", "betas", "eps", "lr_scale", "group_name", "fused", "foreach"},
+    "sgd": {"lr", "weight_decay", "momentum", "nesterov", "lr_scale", "group_name", "foreach"},
+    "muon": {"lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "use_fallback"},
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_resumed_groups_have_every_setting_of_this_run(name, net):
+    built = build_optimizer(make_config(name, layer_decay=0.5), net, 1e-3)
+    state = built.state_dict()
+    expected = [dict(group) for group in state["param_groups"]]
+    for group in state["param_groups"]:
+        assert FOLLOWED[name] <= group.keys()
+        group.update(dict.fromkeys(FOLLOWED[name], 7))  # another run's
+    built.load_state_dict(state)
+    assert built.state_dict()["param_groups"] == expected
+
+
+def test_timms_optimizers_have_the_settings(net):
+    config = make_config("muon", betas=(0.7, 0.8))
+    config.TRAIN.OPTIMIZER.EPS = 1e-3
+    config.TRAIN.OPTIMIZER.MOMENTUM = 0.6
+    for name, keys in {"muon": ("betas", "eps", "momentum"), "lamb": ("betas", "eps")}.items():
+        config.TRAIN.OPTIMIZER.NAME = name
+        expected = {"betas": (0.7, 0.8), "eps": 1e-3, "momentum": 0.6}
+        for group in build_optimizer(config, net, 1e-3).param_groups:
+            assert {key: group[key] for key in keys} == {key: expected[key] for key in keys}
+
+
 def test_resuming_with_nothing_changed_is_silent(net, caplog, tmp_path):
     old = build_optimizer(make_config(), net, 1e-3)
     torch.save(old.state_dict(), tmp_path / "state.pth")

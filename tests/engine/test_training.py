@@ -352,3 +352,14 @@ def test_random_states_are_restored_whatever_an_update_holds():
     torch.manual_seed(9)
     other.restore(saved)
     assert torch.equal(torch.get_rng_state(), saved["ranks"][0]["rng"]["torch"])
+
+
+def test_skipped_updates_are_those_of_the_run_and_means_those_of_the_epoch():
+    statistics = make_trainer().statistics
+    for loss in (2.0, math.nan):
+        loss = torch.tensor(loss)
+        statistics.add(loss, loss, torch.isfinite(loss))
+    statistics.start_epoch()
+    read = statistics.read()
+    assert (read["skipped"], read["streak"], read["bad_losses"]) == (1, 1, 1)
+    assert (read["finite"], read["loss_mean"], read["norm_mean"]) == (0, 0, 0)

@@ -7,6 +7,10 @@ KEEPS = ON_RUNS.format("a_run_keeps_the_epochs_it_is_told")
 LEADS = ON_RUNS.format("the_average_is_evaluated_and_exported_where_it_leads")
 PRECISION = ON_RUNS.format("autocast_reaches_training_evaluation_and_timing")
 RESTORED = "tests/engine/test_training.py::test_{}"
+SWIN = (
+    "tests/engine/test_restore.py"
+    "::test_a_run_of_swin_goes_on_after_its_epoch_in_updates_of_several_batches"
+)
 RESUMED = GOING_ON.format("a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped")
 
 ENGINE_MUTANTS = [
@@ -178,6 +182,62 @@ ENGINE_MUTANTS = [
             "if layout.world_size == self.layout.world_size:",
             "if layout == self.layout:",
             RESTORED.format("random_states_are_restored_whatever_an_update_holds"),
+        ),
+    ),
+    *mutants(
+        "engine/session.py",
+        (
+            "a_stop_is_not_told",
+            "checkpoints, signal, plot=plot",
+            "checkpoints, 0, plot=plot",
+            RESUMED,
+        ),
+    ),
+    *mutants(
+        "engine/report.py",
+        (
+            "the_bar_begins_anew",
+            "initial=state.batch",
+            "initial=0",
+            ON_RUNS.format("the_bar_of_a_continued_epoch_begins_where_the_run_stands"),
+        ),
+        (
+            "networks_called_by_each_others_names",
+            '{"val": "network", "val_ema": "averaged network"}',
+            '{"val": "averaged network", "val_ema": "network"}',
+            LEADS,
+        ),
+    ),
+    *mutants(
+        "engine/statistics.py",
+        (
+            "skipped_updates_of_the_epoch",
+            "OF_EPOCH = 5",
+            "OF_EPOCH = 6",
+            RESTORED.format("skipped_updates_are_those_of_the_run_and_means_those_of_the_epoch"),
+        ),
+    ),
+    *mutants(
+        "engine/resume.py",
+        ("swins_epoch_again", 'saved["epoch"] + 1', 'saved["epoch"]', SWIN),
+        (
+            "swins_batches_are_updates",
+            "epoch * (batches_per_epoch // accumulation)",
+            "epoch * batches_per_epoch",
+            SWIN,
+        ),
+        ("swins_best_is_the_next_epoch", "best_epoch=epoch - 1", "best_epoch=epoch", SWIN),
+        (
+            "swins_loss_scale_is_lost",
+            'saved["optimizer"], saved.get("scaler"))',
+            'saved["optimizer"])',
+            SWIN,
+        ),
+        (
+            "swins_schedule_one_ahead",
+            "(epoch * batches_per_epoch - 1) // accumulation",
+            "(epoch * batches_per_epoch + 1) // accumulation",
+            SWIN,
         ),
     ),
 ]

@@ -4,6 +4,9 @@ from tests.wiring.faults import ON_RATES, TRAIN_RUN, dropped, mutants
 
 SCHEDULE = ON_RATES.format("the_schedule_has_the_epochs_of_the_settings")
 RATE = ON_RATES.format("the_optimizer_has_the_settings_and_the_scaled_rate")
+RESUMED = "tests/test_optimizer.py::test_resumed_groups_have_every_setting_of_this_run"
+TIMM = "tests/test_optimizer.py::test_timms_optimizers_have_the_settings"
+SHOWN = ON_RATES.format("log_and_metrics_show_rate_and_decay_of_the_first_group")
 SGD = ON_RATES.format("sgd_has_its_momentum")
 
 RATE_MUTANTS = [
@@ -70,5 +73,50 @@ OPTIMIZER_MUTANTS = [
         ("no_momentum", "momentum=request.momentum,\n        nesterov=", "nesterov=", SGD),
         ("momentum_of_nothing", "momentum=settings.MOMENTUM", "momentum=0.9", SGD),
         ("moments_swapped", "tuple(settings.BETAS)", "tuple(settings.BETAS[::-1])", RATE),
+    ),
+    *mutants(
+        "optimizer.py",
+        *(
+            (f"{setting}_of_the_checkpoint", f'    "{setting}",\n', "", RESUMED)
+            for setting in (
+                "betas",
+                "eps",
+                "momentum",
+                "nesterov",
+                "lr_scale",
+                "group_name",
+                "use_fallback",
+                "fused",
+                "foreach",
+            )
+        ),
+        (
+            "timms_usual_epsilon",
+            "            momentum=request.momentum,\n            eps=request.eps,",
+            "            momentum=request.momentum,",
+            TIMM,
+        ),
+        (
+            "timms_usual_momentum",
+            "            momentum=request.momentum,\n            eps=request.eps,",
+            "            eps=request.eps,",
+            TIMM,
+        ),
+        ("timms_usual_moments", '{"betas": request.betas} if', "{} if", TIMM),
+    ),
+    *mutants(
+        "engine/report.py",
+        (
+            "rate_of_the_last_group",
+            'lr = trainer.optimizer.param_groups[0]["lr"]',
+            'lr = trainer.optimizer.param_groups[-1]["lr"]',
+            SHOWN,
+        ),
+        (
+            "a_line_of_the_last_group",
+            "group = trainer.optimizer.param_groups[0]",
+            "group = trainer.optimizer.param_groups[-1]",
+            SHOWN,
+        ),
     ),
 ]

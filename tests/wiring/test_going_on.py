@@ -40,6 +40,7 @@ def test_a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped(tm
     with stopped_after(3):
         left = run(tmp_path / "parts", settings)
     assert left["status"] == [128 + signal.SIGTERM]
+    assert any(line.startswith("stopped by signal #") for line in left["log"])
     assert payload(tmp_path / "parts")["progress"]["update"] == 3
     rest = run(tmp_path / "parts", settings)
     assert sum(call[0] == "seed" for call in rest["asked"]) == 3  # the other updates, no more

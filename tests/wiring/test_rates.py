@@ -32,6 +32,15 @@ def test_the_optimizer_has_the_settings_and_the_scaled_rate(tmp_path):
     assert rates[-1] > 0.064 / 64
 
 
+def test_log_and_metrics_show_rate_and_decay_of_the_first_group(tmp_path):
+    left = run(tmp_path, {"TRAIN.LAYER_DECAY": 0.5, "TRAIN.WARMUP_EPOCHS": 0}, numbers=True)
+    first, *_, last = payload(tmp_path)["optimizer"]["param_groups"]
+    assert first["lr"] != last["lr"] and first["weight_decay"] != last["weight_decay"]
+    assert metrics(tmp_path, "train")[-1]["lr"] == first["lr"]
+    line = [line for line in left["log"] if line.startswith("Train: ")][-1]
+    assert f"lr {first['lr']:.4g} wd {first['weight_decay']:.4g}" in line
+
+
 def test_sgd_has_its_momentum(tmp_path):
     run(tmp_path, {"TRAIN.OPTIMIZER.NAME": "sgd", "TRAIN.OPTIMIZER.MOMENTUM": 0.7})
     group = payload(tmp_path)["optimizer"]["param_groups"][0]

@@ -84,7 +84,9 @@ def test_the_log_says_the_epochs_and_batches_of_this_run(tmp_path):
 
 @pytest.mark.parametrize("leads, kinds", [(True, (2, 2)), (False, (2, 0))])
 def test_the_average_is_evaluated_and_exported_where_it_leads(leads, kinds, tmp_path):
-    run(tmp_path, AVERAGED | {"MODEL.EMA.EVAL": leads, "TRAIN.EPOCHS": 2})
+    left = run(tmp_path, AVERAGED | {"MODEL.EMA.EVAL": leads, "TRAIN.EPOCHS": 2})
+    for network, count in zip(("network", "averaged network"), kinds, strict=True):
+        assert sum(f"Accuracy of the {network} " in line for line in left["log"]) == count
     assert (len(metrics(tmp_path, "val")), len(metrics(tmp_path, "val_ema"))) == kinds
     with safe_open(tmp_path / PLACE / "model.safetensors", "pt") as file:
         exported = {name: file.get_tensor(name) for name in file.keys()}
@@ -235,6 +237,17 @@ def test_a_progress_bar_replaces_the_lines_of_training_and_of_its_evaluations(tm
     assert {line.split(" ")[0] for line in left["behind_bar"]} >= {"Train:", "Test:", "EPOCH"}
     words = ("--eval", "--resume", str(tmp_path / "train" / PLACE / "last.pth"))
     assert run(tmp_path / "test", words=words)["behind_bar"] == []
+
+
+def test_the_bar_of_a_continued_epoch_begins_where_the_run_stands(tmp_path):
+    with (
+        patch("engine.report.on_terminal", return_value=True),
+        patch("engine.report.tqdm") as bar,
+    ):
+        for updates in (1, 2):
+            run(tmp_path, {"TRAIN.MAX_STEPS": updates})
+    bars = [call.kwargs for call in bar.call_args_list]
+    assert [(each["initial"], each["total"]) for each in bars] == [(0, 2), (1, 2)]
 
 
 def test_what_is_resumed_has_to_fit_exactly_even_beside_weights_to_start_from():
