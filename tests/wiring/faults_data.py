@@ -167,4 +167,13 @@ DATA_MUTANTS = [
             "tests/data/test_digits.py::test_erasing_is_a_function_of_the_key",
         ),
     ),
+    *mutants(
+        "data/sets/imagenet.py",
+        (
+            "archives_take_processes_for_ranks",
+            "request.rank,\n        request.world_size",
+            "request.world_size,\n        request.rank",
+            ON_DATA.format("a_process_caches_its_part_of_an_archive"),
+        ),
+    ),
 ]

@@ -2,6 +2,9 @@
 
 from tests.wiring.faults import ARGUMENT, MODEL, ON_MODELS, dropped, mutants
 
+PRE_MLP = ON_MODELS.format("a_pre_mlp_has_dropout_and_the_stochastic_depth_of_the_block_behind_it")
+HIDDEN = ON_MODELS.format("muon_takes_the_matrices_of_all_blocks_and_no_others[{}]")
+
 MODEL_MUTANTS = [
     *dropped("models/vit.py", ARGUMENT.format("vit"), "layer_scale=node.LAYER_SCALE"),
     *dropped("models/vit.py", ARGUMENT.format("vit"), "pool=node.POOL", "head_dim=node.HEAD_DIM"),
@@ -69,6 +72,52 @@ MODEL_MUTANTS = [
             "    if num_classes is None:",
             "    if True:",
             ARGUMENT.format("vit"),
+        ),
+    ),
+    *mutants(
+        "models/base/pyramid.py",
+        (
+            "a_stem_with_stochastic_depth",
+            '"stem", options, self.embed_dim, 0.0)',
+            '"stem", options, self.embed_dim, options.drop_path_rate)',
+            PRE_MLP,
+        ),
+        (
+            "a_pre_mlp_as_deep_as_its_stage",
+            "first = paths[0] if paths",
+            "first = paths[-1] if paths",
+            PRE_MLP,
+        ),
+        (
+            "a_pre_mlp_without_dropout",
+            "options.pre_mlp_ratio, options.drop_rate, rate)",
+            "options.pre_mlp_ratio, 0.0, rate)",
+            PRE_MLP,
+        ),
+        ("no_stage_is_hidden", 'return ["layers"]', "return []", HIDDEN.format("swin")),
+    ),
+    *mutants(
+        "models/pit.py",
+        (
+            "a_second_head_is_no_classifier",
+            'head_names = ("head", "head_dist")',
+            'head_names = ("head",)',
+            ON_MODELS.format("a_backbone_names_every_layer_to_the_classes[pit]"),
+        ),
+        (
+            "poolings_are_hidden",
+            ' if not name.endswith(".pool")',
+            "",
+            HIDDEN.format("pit"),
+        ),
+    ),
+    *mutants(
+        "models/vit.py",
+        (
+            "pooled_patches_have_the_usual_epsilon",
+            'nn.LayerNorm(embed_dim, norm_eps) if pool == "mean"',
+            'nn.LayerNorm(embed_dim) if pool == "mean"',
+            ON_MODELS.format("the_norm_of_pooled_patches_has_the_epsilon_of_the_settings"),
         ),
     ),
 ]

@@ -205,3 +205,20 @@ def test_a_reader_is_asked_for_what_the_settings_say(monkeypatch):
     with pytest.raises(DataError, match="no images here"):
         build_data(config_of(settings), rank=1, world_size=3, train=False)
     assert asked == [expected]
+
+
+def test_a_process_caches_its_part_of_an_archive(tmp_path, caplog):
+    folders = fakes.class_folder(tmp_path / "folders")
+    request = Request(
+        dataset="imagenet",
+        root=fakes.zipped(folders, tmp_path / "zips"),
+        zipped=True,
+        cache="part",
+        rank=2,
+        world_size=4,
+    )
+    with caplog.at_level("INFO"):
+        DATASETS["imagenet"].read(request)
+    told = [record.getMessage() for record in caplog.records if "caching" in record.getMessage()]
+    # 9 images to validate on and 15 to train on
+    assert [line.partition(" images")[0] for line in told] == ["caching 2", "caching 4"]

@@ -1,6 +1,7 @@
 """Constructors of models have the values of the settings, and every block has them."""
 
 import inspect
+import re
 import sys
 from itertools import islice
 from unittest.mock import patch
@@ -14,6 +15,8 @@ from config import KEYS, ConfigError
 from models import build_model
 from models.base.backbone import BACKBONES
 from models.build import ModelError
+from models.layers.pre_mlp import PreMlp
+from optimizer import muon_groups, parameter_groups
 from tests.wiring.cases import FAMILIES, SECTIONS, config_of, others, value_of
 from tests.wiring.models import COMPANY, SMALL, model_keys, model_settings
 
@@ -115,3 +118,74 @@ def test_rates_reach_every_block(family, profile):
     epsilons = {module.eps for module in modules.values() if isinstance(module, nn.LayerNorm)}
     if f"{section}NORM_EPS" in rates:
         assert min(epsilons) == 0.125
+
+
+@pytest.mark.parametrize("where, expected", [("stem", [[]]), ("stage", [[], [1 / 3]])])
+def test_a_pre_mlp_has_dropout_and_the_stochastic_depth_of_the_block_behind_it(where, expected):
+    settings = {
+        "MODEL.SWIN.DEPTHS": [2, 2],
+        "MODEL.PRE_MLP.WHERE": where,
+        "MODEL.PRE_MLP.DROP_PATH": True,
+        "MODEL.DROP_PATH_RATE": 0.5,
+        "MODEL.DROP_RATE": 0.25,
+    }
+    model = build_model(config_of(model_settings("swin") | settings))
+    found = [list(module.modules()) for module in model.modules() if isinstance(module, PreMlp)]
+    paths = [[one.drop_prob for one in inner if isinstance(one, DropPath)] for inner in found]
+    assert paths == [pytest.approx(rates) for rates in expected]
+    drops = {one.p for inner in found for one in inner if isinstance(one, nn.Dropout)}
+    assert drops == {0.25}
+
+
+HIDDEN = {
+    "swin": r"layers\.",
+    "swinv2": r"layers\.",
+    "swin_mlp": r"layers\.",
+    "vit": r"blocks\.",
+    "cait": r"blocks(_token_only)?\.",
+    "pit": r"transformers\.\d+\.blocks\.",
+    "t2t": r"blocks\.",
+    "refined_vit": r"blocks\.",
+    "timm": r"blocks\.",
+}
+
+
+@pytest.mark.parametrize("family", HIDDEN)
+def test_muon_takes_the_matrices_of_all_blocks_and_no_others(family):
+    model = build_model(config_of(model_settings(family)))
+    matrices = {
+        name
+        for name, parameter in model.named_parameters()
+        if re.match(HIDDEN[family], name) and name.endswith("weight") and parameter.ndim == 2
+        if "cpb_mlp" not in name  # of positions
+    }
+    groups = muon_groups(model, parameter_groups(model, 1.0, 0.5))
+    taken = {
+        parameter for group in groups if not group["use_fallback"] for parameter in group["params"]
+    }
+    assert {name for name, p in model.named_parameters() if p in taken} == matrices != set()
+
+
+def test_the_norm_of_pooled_patches_has_the_epsilon_of_the_settings():
+    settings = {"MODEL.VIT.POOL": "mean", "MODEL.VIT.NORM_EPS": 0.125}
+    assert build_model(config_of(model_settings("vit") | settings)).fc_norm.eps == 0.125
+
+
+SECOND_HEADS = {
+    "pit": {"MODEL.PIT.DISTILLED": True},
+    "refined_vit": {"MODEL.REFINED_VIT.AUX_HEAD": True},
+    "swiftformer": {"MODEL.SWIFTFORMER.DISTILL_HEAD": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backbone_names_every_layer_to_the_classes(family):
+    settings = model_settings(family) | SECOND_HEADS.get(family, {})
+    model = build_model(config_of(settings), 11)
+    heads = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == 11
+    }
+    assert len(heads) == 1 + (family in SECOND_HEADS)
+    assert set(model.classifiers()) == heads
