@@ -392,9 +392,13 @@ def _timm_entry(name: str) -> OptimizerEntry:
         timm.optim.Muon: decay_decoupled,
         torch.optim.SGD: decay_coupled,
     }
-    row_decay = next(
-        (decay for kind, decay in same_update.items() if issubclass(info.opt_class, kind)), None
-    )
+    if not isinstance(info.opt_class, type):  # named by its path in a package of its own
+        row_decay = None
+    else:
+        row_decay = next(
+            (decay for kind, decay in same_update.items() if issubclass(info.opt_class, kind)),
+            None,
+        )
     return OptimizerEntry(lambda request: _create_timm(name, request, request.groups), row_decay)
 
 

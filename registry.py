@@ -64,6 +64,20 @@ class Interval(NamedTuple):
         return f"{self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
 
 
+class OptionType(NamedTuple):
+    """What an option may be, in words and as types."""
+
+    words: str
+    types: tuple[type, ...]
+
+
+BOOL = OptionType("True or False", (bool,))
+INT = OptionType("a whole number", (int,))
+FLOAT = OptionType("a number", (int, float))
+# By a parameter's annotation, which is text in modules with `from __future__ import annotations`.
+TYPES = {bool: BOOL, "bool": BOOL, int: INT, "int": INT, float: FLOAT, "float": FLOAT}
+
+
 class Registry:
     """Parts by name: classes, functions or descriptions of one kind.
 
@@ -129,17 +143,24 @@ class Registry:
             ) from error
 
     def _check_options(self, text: str, entry: Any, options: dict[str, Any], taken: int) -> None:
-        """Refuses an option that `entry` does not have; its first `taken` parameters are none."""
+        """Refuses an option that `entry` does not have, or that is not of the type it is annotated
+        with (bool, int or float); its first `taken` parameters are none.
+        """
         parameters = list(inspect.signature(entry).parameters.values())[taken:]
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
-        known = [parameter.name for parameter in parameters]
-        for option in options:
+        known = {parameter.name: parameter.annotation for parameter in parameters}
+        for option, value in options.items():
             if option not in known:
                 hint = did_you_mean(option, known)
                 raise ValueError(
                     f"{self.kind} {text!r} has no option {option!r}; its options are"
                     f" {', '.join(known) or 'none'}{hint}"
+                )
+            wanted = TYPES.get(known[option])
+            if wanted and type(value) not in wanted.types:
+                raise ValueError(
+                    f"{self.kind} {text!r}: {option} is {value!r}; allowed: {wanted.words}"
                 )
 
 
@@ -159,9 +180,14 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
             return node.id, {}
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             raise ValueError(text)
-        return node.func.id, {option.arg: _value(option.value) for option in node.keywords}
+        options = {option.arg: _value(option.value) for option in node.keywords}
+        if None in options or len(options) < len(node.keywords):  # **options, or one given twice
+            raise ValueError(text)
+        return node.func.id, options
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read {text!r}; write name or name(option=value, ...)") from error
+        raise ValueError(
+            f"cannot read {text!r}; write name or name(option=value, ...), each option once"
+        ) from error
 
 
 def _value(node: ast.expr) -> Any:

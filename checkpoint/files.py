@@ -20,7 +20,12 @@ def locate(source: str | Path) -> Path:
     Raises: CheckpointError, one line, where there is no such file or it is empty.
     """
     path = download(source) if "://" in str(source) else Path(source).expanduser()
-    check_exists(path)
+    try:
+        check_exists(path)
+    except OSError as error:  # too long a name, no permission
+        raise CheckpointError(
+            f"{str(path)[:200]} cannot be read: {error.strerror or error}"
+        ) from error
     return path
 
 

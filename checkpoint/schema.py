@@ -41,6 +41,11 @@ def number(minimum: float, maximum: float) -> Rule:
     )
 
 
+def exactly(known: int | str) -> Rule:
+    """One value alone, of its type."""
+    return Rule(f"{known!r}", lambda value: type(value) is type(known) and value == known)
+
+
 def vector(length: int | None, *dtypes: torch.dtype) -> Rule:
     """A one-dimensional tensor, of a length if one is given."""
     size = f"of {length} elements" if length else "of one dimension"
@@ -56,10 +61,20 @@ def vector(length: int | None, *dtypes: torch.dtype) -> Rule:
     )
 
 
+def words(length: int) -> Rule:
+    """The state of a Mersenne twister: unsigned numbers of 32 bits."""
+    tensor = vector(length, torch.int64)
+    return Rule(
+        f"{tensor.expected} from 0 to 2^32 - 1",
+        lambda value: tensor.holds(value) and bool(((value >= 0) & (value < 2**32)).all()),
+    )
+
+
 def is_number(value: Any) -> bool:
-    """A finite int, float or tensor of one element; bool is none."""
+    """A finite int, float or real tensor of one element; bool is none."""
     if isinstance(value, Tensor):
-        return value.numel() == 1
+        real = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+        return real and bool(value.isfinite())
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -82,6 +97,16 @@ LIST = Rule("a list that is not empty", lambda value: isinstance(value, list) an
 TEXT = Rule("a string", lambda value: isinstance(value, str))
 NUMBER = Rule("a number", is_number)
 NUMBER_OR_NONE = Rule("a number or None", lambda value: value is None or is_number(value))
+FROM_0 = Rule("a number, at least 0", lambda value: is_number(value) and value >= 0)
+PAIR = Rule(
+    "two numbers",
+    lambda value: (
+        isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
+    ),
+)
+WHOLE_OR_NONE = Rule(
+    f"{whole(0).expected}, or None", lambda value: value is None or whole(0).holds(value)
+)
 
 # The fields of engine.state.TrainState and Layout.
 PROGRESS = {
@@ -98,13 +123,13 @@ LAYOUT = {
 }
 # utils.capture_rng on one process: Python's and NumPy's Mersenne twisters and torch's generator.
 PYTHON_RNG = {
-    "version": whole(0),
-    "words": vector(625, torch.int64),
+    "version": exactly(3),
+    "words": words(625),
     "gauss": NUMBER_OR_NONE,
 }
 NUMPY_RNG = {
-    "name": TEXT,
-    "keys": vector(624, torch.int64),
+    "name": exactly("MT19937"),
+    "keys": words(624),
     "position": whole(0, 624),
     "has_gauss": whole(0, 1),
     "cached": NUMBER,
@@ -121,6 +146,15 @@ OPTIMIZER = {
     "state": MAPPING,
     "param_groups": LIST,
 }
+# Of a parameter group, where it is there; `optimizer` is the class name.
+GROUP = {
+    "optimizer": TEXT,
+    "lr": NUMBER,
+    "weight_decay": NUMBER,
+    "eps": NUMBER,
+    "momentum": NUMBER,
+    "betas": PAIR,
+}
 TRAINING = {
     "format": Rule(f"{FORMAT}", lambda value: type(value) is int and value == FORMAT),
     "model": TENSORS,
@@ -131,6 +165,10 @@ TRAINING = {
     "progress": PROGRESS,
     "layout": LAYOUT,
     "ranks": LIST,
+}
+SCHEDULER = {
+    "last_update": WHOLE_OR_NONE,
+    "schedule": MAPPING,
 }
 DESCRIPTIONS = {
     "config": MAPPING,
@@ -161,6 +199,7 @@ def check_training(content: Mapping[str, Any], source: str) -> None:
     for name, known in (("progress", PROGRESS), ("layout", LAYOUT)):
         for field in content[name].keys() - known.keys():
             refuse(source, f"{name}.{field} is no field of this version")
+    check(content["lr_scheduler"], {}, source, "lr_scheduler", optional=SCHEDULER)
     check_average(content["model"], content["ema"], source)
     check_ranks(content["ranks"], content["layout"]["world_size"], source)
     check_optimizer(content["optimizer"], source)
@@ -228,6 +267,7 @@ def check_optimizer(optimizer: Mapping[str, Any], source: str) -> None:
         name = f"optimizer.param_groups[{index}]"
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
             refuse(source, f"{name} is {shown(group)}, expected a dict with a list of params")
+        check(group, {}, source, name, optional=GROUP)
         numbers += group["params"]
     if numbers != list(range(len(numbers))):
         refuse(source, "optimizer.param_groups do not number their params 0, 1, 2, ...")
@@ -247,7 +287,9 @@ def check_moments(kept: Any, group: Mapping[str, Any], source: str, name: str) -
     for moment in names:
         if moment not in kept:
             refuse(source, f"{name}.{moment} is missing")
-        if not isinstance(kept[moment], Tensor):
+        if moment == "step":
+            check(kept[moment], FROM_0, source, f"{name}.step")
+        elif not isinstance(kept[moment], Tensor):
             refuse(source, f"{name}.{moment} is {shown(kept[moment])}, expected a tensor")
     if len({kept[moment].shape for moment in names if moment != "step"}) > 1:
         refuse(source, f"{name} holds {', '.join(names)} of different shapes")

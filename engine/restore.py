@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 from checkpoint import CheckpointError
+from registry import UserError
 
 # What optimizers keep in the shape of the parameter, among what they keep.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+# What torch, numpy and random raise for a state that they cannot use.
+REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
@@ -17,9 +21,9 @@ def restoring(entry: str) -> Iterator[None]:
     """Turns what goes wrong while an entry is put back into a CheckpointError that names it."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except REFUSALS as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"the checkpoint's {entry} cannot be put back ({type(error).__name__}: {reason});"

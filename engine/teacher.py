@@ -7,12 +7,21 @@ from registry import did_you_mean
 from utils import RunError
 
 
-def check_timm_teacher(name: str) -> None:
-    """Raises: RunError for a name that timm does not know."""
+def check_timm_teacher(name: str, weights: str = "") -> None:
+    """weights: as in `timm_teacher`. Raises: RunError for a name, or the tag of released weights,
+    that timm does not know.
+    """
     if not timm.is_model(name.split(".")[0]):
         guess = did_you_mean(name, timm.list_models())
         raise RunError(
             f"TRAIN.DISTILL.TEACHER {name}: neither a YAML file nor a model of timm{guess}"
+        )
+    architecture, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and not weights and tag not in tags:
+        raise RunError(
+            f"TRAIN.DISTILL.TEACHER {name}: timm has no weights {tag!r} of {architecture}; it has"
+            f" {', '.join(tags) or 'none'}{did_you_mean(tag, tags)}"
         )
 
 
@@ -22,7 +31,7 @@ def timm_teacher(name: str, weights: str, num_classes: int) -> nn.Module:
 
     Raises: RunError for an unknown name or weights that cannot be loaded.
     """
-    check_timm_teacher(name)
+    check_timm_teacher(name, weights)
     try:
         return timm.create_model(
             name,

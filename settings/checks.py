@@ -43,7 +43,7 @@ def check_settings(config: Any) -> None:
     build_schedule(config, updates_per_epoch=1, rates=rates)
     distill = config.TRAIN.DISTILL
     if distill.KIND != "none" and not is_yaml(distill.TEACHER):
-        check_timm_teacher(distill.TEACHER)
+        check_timm_teacher(distill.TEACHER, distill.TEACHER_WEIGHTS)
 
 
 def draft_model(config: Any) -> nn.Module:

@@ -8,12 +8,23 @@ from registry import Interval, Registry, check_choice, nearest, parse_call
 from settings.kinds import Choice
 
 
+def typed(place, on: bool = False, count: "int" = 1, rate: float = 0.5, either: int | None = 1):
+    """A part whose options are annotated."""
+    return on, count, rate, either
+
+
 @pytest.fixture
 def parts() -> Registry:
     registry = Registry("part")
     registry.register("rod", lambda place, length=1, colour="red": (place, length, colour))
     registry.register("anything", lambda place, **options: (place, options))
+    registry.register("typed", typed)
     return registry
+
+
+def test_an_option_of_its_annotated_type_is_passed_on(parts):
+    options = "typed(on=True, count=3, rate=1, either=none)"
+    assert parts.create(options, "here") == (True, 3, 1, None)
 
 
 def test_a_part_is_built_from_its_name_and_options(parts):
@@ -25,10 +36,17 @@ def test_a_part_is_built_from_its_name_and_options(parts):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rot", "there is no part 'rot'; available: anything, rod; did you mean 'rod'?"),
+        ("rot", "there is no part 'rot'; available: anything, rod, typed; did you mean 'rod'?"),
         ("rod(lenght=3)", "has no option 'lenght'; its options are length, colour; did you mean"),
         ("rod(place=3)", "has no option 'place'"),
         ("rod(3)", "cannot read 'rod(3)'; write name or name(option=value, ...)"),
+        ("rod(length=1, length=2)", "write name or name(option=value, ...), each option once"),
+        ("anything(**{'a': 1})", "cannot read"),
+        ("typed(on=maybe)", "part 'typed(on=maybe)': on is 'maybe'; allowed: True or False"),
+        ("typed(on=1)", "on is 1; allowed: True or False"),
+        ("typed(count=2.5)", "count is 2.5; allowed: a whole number"),
+        ("typed(count=True)", "count is True; allowed: a whole number"),
+        ("typed(rate=[1])", "rate is [1]; allowed: a number"),
     ],
 )
 def test_a_wrong_name_or_option_is_answered_with_what_there_is(parts, text, words):

@@ -14,6 +14,11 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
+        if hidden < 1:
+            raise ValueError(
+                f"an MLP over {dim} channels has {hidden} hidden ones; allowed: at least 1: set"
+                f" its ratio (MLP_RATIO, PRE_MLP.RATIO) to {1 / dim:.3g} or more"
+            )
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)

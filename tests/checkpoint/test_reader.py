@@ -174,3 +174,8 @@ def test_a_file_without_checksums_is_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert differences(dict(read_weights(path)), STATE) == []
+
+
+def test_a_path_that_the_system_refuses_is_one_line():
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        read_checkpoint("/" + "a" * 5000)

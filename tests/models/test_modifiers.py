@@ -438,3 +438,13 @@ def test_the_open_path_equals_the_fast_one():
             for block in layer.blocks:
                 block.attn.map_tap.register_forward_hook(lambda *_: None)
         torch.testing.assert_close(model(IMAGES), fast, rtol=1e-4, atol=1e-5)
+
+
+def test_the_former_name_of_after_mask_is_still_called():
+    class Former(MapModifier):
+        def settle(self, attn):
+            return 2 * attn
+
+    attn = torch.rand(2, 3, 4, 4)
+    assert torch.equal(Former(geometry=None).after_mask(attn), 2 * attn)
+    assert torch.equal(MapModifier(geometry=None).after_mask(attn), attn)

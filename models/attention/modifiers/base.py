@@ -104,5 +104,9 @@ class MapModifier(Modifier):
         return self.geometry.num_heads
 
     def after_mask(self, attn: Tensor) -> Tensor:
-        """(B*nW, G, N, N) -> the same, after masked pairs have become zero; must leave them so."""
-        return attn
+        """(B*nW, G, N, N) -> the same, after masked pairs have become zero; must leave them so.
+
+        A subclass may still call it `settle`, its former name.
+        """
+        former = getattr(self, "settle", None)
+        return former(attn) if former else attn
