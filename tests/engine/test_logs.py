@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert events.Scalars("eval/acc1")[0].value == 30.0
 
 
+@pytest.mark.parametrize("resume_step, first", [(-1, 0), (4, 5)])
+def test_tensorboard_drops_what_comes_after_the_resumed_update(
+    resume_step, first, tmp_path, monkeypatch
+):
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    with open_log(tmp_path, resume_step=resume_step, tensorboard=True):
+        board.SummaryWriter.assert_called_once_with(tmp_path / "tensorboard", purge_step=first)
+
+
 def test_missing_tensorboard_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with caplog.at_level(logging.WARNING), open_log(tmp_path, tensorboard=True) as log:
@@ -125,7 +136,7 @@ def test_wandb_is_given_the_numbers_and_continues_under_its_id(tmp_path, monkeyp
     )
     fake = SimpleNamespace(
         init=lambda **options: calls.append(options) or run,
-        util=SimpleNamespace(generate_id=lambda: "id42"),
+        util=SimpleNamespace(generate_id=iter(["id42", "id43"]).__next__),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for resume_step in (-1, 1):

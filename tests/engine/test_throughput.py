@@ -88,3 +88,9 @@ def test_a_model_without_formula_has_counted_macs_alone():
 def test_without_a_counter_the_line_says_the_formula_alone():
     line = describe(throughput(Net(), 2, (8, 6), 3, "cpu", iters=1, warmup=0))
     assert line.endswith("GMACs per image 0.0000 (formula)")
+
+
+def test_the_processor_takes_two_passes_to_warm_up_and_five_that_count():
+    net = Net()
+    result = throughput(net, 2, (8, 6), 3, "cpu")
+    assert (result["iters"], net.passes) == (5, 7)

@@ -7,6 +7,7 @@ KEEPS = ON_RUNS.format("a_run_keeps_the_epochs_it_is_told")
 LEADS = ON_RUNS.format("the_average_is_evaluated_and_exported_where_it_leads")
 PRECISION = ON_RUNS.format("autocast_reaches_training_evaluation_and_timing")
 RESTORED = "tests/engine/test_training.py::test_{}"
+LOGS = "tests/engine/test_logs.py::test_{}"
 SWIN = (
     "tests/engine/test_restore.py"
     "::test_a_run_of_swin_goes_on_after_its_epoch_in_updates_of_several_batches"
@@ -238,6 +239,31 @@ ENGINE_MUTANTS = [
             "(epoch * batches_per_epoch - 1) // accumulation",
             "(epoch * batches_per_epoch + 1) // accumulation",
             SWIN,
+        ),
+    ),
+    *mutants(
+        "engine/logs.py",
+        (
+            "an_event_is_kept_twice",
+            "resume_step + 1",
+            "resume_step + 2",
+            LOGS.format("tensorboard_drops_what_comes_after_the_resumed_update"),
+        ),
+        (
+            "wandb_begins_another_run",
+            "config or {}, resume_step)",
+            "config or {}, None)",
+            LOGS.format("wandb_is_given_the_numbers_and_continues_under_its_id"),
+        ),
+    ),
+    *mutants(
+        "engine/throughput.py",
+        (
+            "one_pass_counts",
+            "iters: int | None = None",
+            "iters: int | None = 1",
+            "tests/engine/test_throughput.py"
+            "::test_the_processor_takes_two_passes_to_warm_up_and_five_that_count",
         ),
     ),
 ]

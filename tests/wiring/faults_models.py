@@ -120,4 +120,19 @@ MODEL_MUTANTS = [
             ON_MODELS.format("the_norm_of_pooled_patches_has_the_epsilon_of_the_settings"),
         ),
     ),
+    *mutants(
+        "models/refined_vit.py",
+        (
+            "a_class_token_decays",
+            'return {"pos_embed", "cls_token"}',
+            'return {"pos_embed"}',
+            ON_MODELS.format("position_embeddings_and_tokens_are_not_decayed[refined_vit]"),
+        ),
+        (
+            "an_auxiliary_head_is_no_classifier",
+            'head_names = ("head", "aux_head")',
+            'head_names = ("head",)',
+            ON_MODELS.format("a_backbone_names_every_layer_to_the_classes[refined_vit]"),
+        ),
+    ),
 ]

@@ -189,3 +189,11 @@ def test_a_backbone_names_every_layer_to_the_classes(family):
     }
     assert len(heads) == 1 + (family in SECOND_HEADS)
     assert set(model.classifiers()) == heads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_position_embeddings_and_tokens_are_not_decayed(family):
+    positions = {"MODEL.SWIN.APE": True, "MODEL.PIT.CLASS_POSITION": True}
+    model = build_model(config_of(model_settings(family) | positions))
+    own = {name for name, p in model.named_parameters() if "." not in name}
+    assert own <= model.no_weight_decay() and own <= model.position_names()
