@@ -135,4 +135,13 @@ MODEL_MUTANTS = [
             ON_MODELS.format("a_backbone_names_every_layer_to_the_classes[refined_vit]"),
         ),
     ),
+    *mutants(
+        "models/base/backbone.py",
+        (
+            "parts_are_not_asked_what_decays",
+            'names |= {f"{path}.{own}" for own in module.no_weight_decay()}',
+            "pass",
+            ON_MODELS.format("a_part_says_which_of_its_own_parameters_are_not_decayed"),
+        ),
+    ),
 ]

@@ -99,3 +99,20 @@ PROCESS_MUTANTS = mutants(
         ON_RUNS.format("a_run_begins_at_the_epoch_it_is_told"),
     ),
 )
+PROCESS_MUTANTS += mutants(
+    "main.py",
+    (
+        "an_average_called_the_network",
+        'networks["ema"] = "averaged network"',
+        'networks["ema"] = "network"',
+        EVALUATED,
+    ),
+) + mutants(
+    "engine/session.py",
+    (
+        "two_heads_without_a_teacher",
+        "distillation is not None and model.has_two_heads()",
+        "model.has_two_heads()",
+        GOING_ON.format("a_second_head_alone_learns_from_a_teacher_with_all_of_the_share"),
+    ),
+)

@@ -78,6 +78,8 @@ def test_an_evaluation_repeats_what_training_found(tmp_path):
         assert left["status"] == [0], left["errors"]
         assert losses_said(left) == pytest.approx(found, abs=2e-4), words
         assert any("no training" in line for line in left["log"])
+        averages = sum("Accuracy of the averaged network" in line for line in left["log"])
+        assert averages == len(found) - 1
 
 
 def loadings_said(left: dict) -> list[str]:
@@ -210,6 +212,8 @@ def test_a_second_head_alone_learns_from_a_teacher_with_all_of_the_share(trained
         "TRAIN.DISTILL.TEACHER_WEIGHTS": trained / PLACE / "model.safetensors",
         "TRAIN.DISTILL.ALPHA": 1.0,
     }
+    alone = {key: value for key, value in settings.items() if "DISTILL." not in key}
+    assert run(tmp_path / "alone", alone)["status"] == [0]
     left = run(tmp_path, settings)
     assert left["status"] == [0], left["errors"]
     model = payload(tmp_path)["model"]

@@ -197,3 +197,10 @@ def test_position_embeddings_and_tokens_are_not_decayed(family):
     model = build_model(config_of(model_settings(family) | positions))
     own = {name for name, p in model.named_parameters() if "." not in name}
     assert own <= model.no_weight_decay() and own <= model.position_names()
+
+
+def test_a_part_says_which_of_its_own_parameters_are_not_decayed():
+    model = build_model(config_of(model_settings("vit")))
+    model.part = nn.Linear(2, 2)
+    model.part.no_weight_decay = lambda: {"weight"}
+    assert "part.weight" in model.no_weight_decay()
