@@ -127,9 +127,9 @@ struct Best {
     }
 };
 
-// Spreads the windows over the grid's y, `apart` blocks (grid z) working on each: in so many shares
-// that the blocks' turns on the multiprocessors take the least time, where what a block does once
-// takes that of `once` windows.
+// Spreads the windows over the grid's y, `apart` blocks (grid z) working on each. The
+// number of shares is that at which the blocks' turns on the multiprocessors take the least time,
+// where what a block does once takes that of `once` windows.
 inline Plan spread(const Best& best, int apart, double once) {
     const int64_t heads = best.p.a.heads;
     const int64_t total = best.p.total;

@@ -9,7 +9,7 @@ namespace tiled {
 
 template <typename T, int D, int Mode> struct QueryShared : Shared<Mode> {
     unsigned char *k, *v;            // (resident ? rows : 2 * block, D)
-    float4* exchange;  // (groups - 1, strip, D / 8, 32): dq of groups 1 .., in the place of k and v
+    float4* exchange;  // (groups - 1, strip, D / 8, 32): dq of groups 1 .., where k and v stood
                        // when these are done with
     unsigned char *queries, *grads;  // (16 * strip, D): q and dO; then q takes dq
     float* inverse;                  // (16 * strip,) 1 / |q|
