@@ -209,7 +209,8 @@ class SoftmaxAttention(Modified):
         it through a tap.
         """
         hooked = self.logit_tap._forward_hooks or self.map_tap._forward_hooks
-        return bool(hooked or self._stage(LogitMixer) or self._stage(MapModifier))
+        modifiers = [*self._stage(LogitMixer), *self._stage(MapModifier)]
+        return len(hooked) > 0 or len(modifiers) > 0  # torch 2.10 traces no bool of a list
 
     def _open(
         self,
