@@ -291,7 +291,6 @@ def quiet(monkeypatch):
         handler.close()
     logging.captureWarnings(False)
     sys.modules["warnings"].showwarning = warnings_shown
-    torch.set_flush_denormal(False)
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
 

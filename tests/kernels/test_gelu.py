@@ -136,6 +136,32 @@ def test_every_instruction_set_errs_no_more_than_pytorch(
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_subnormal_float16_is_read_where_the_process_flushes_subnormals(instructions):
+    """main.py sets that on CPUs; such numbers are normal in float32."""
+    library = available(instructions).library
+    x = (torch.arange(1, 1024) * 2.0**-24).half()[None].repeat(2, 1)
+    x[1].neg_()
+    kept, act = torch.empty_like(x), torch.empty(x.shape)
+    torch.set_flush_denormal(True)
+    call(library, 0, threads=1, before=x.float(), kept=kept, act=act)
+    again, sums = torch.empty_like(act), torch.empty(1, 1023)
+    partial = torch.empty(64, 1023)
+    call(
+        library,
+        1,
+        threads=1,
+        before=kept,
+        act=again,
+        grad=torch.ones_like(act),
+        grad_bias=sums,
+        partial=partial,
+    )
+    assert torch.equal(kept, x)
+    for own in (act, again):
+        torch.testing.assert_close(own.double(), exact(x, None, x)[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_tails_and_numbers_that_are_none_come_out_as_in_pytorch(instructions):
     library = available(instructions).library
     infinite, none = float("inf"), float("nan")

@@ -66,8 +66,10 @@ static inline float wide(Bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 static inline float wide(Half x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
     if (rest >= 0x7c00) return float_of(sign | 0x7f800000u | (rest & 0x3ff) << 13);
-    // 2^112 moves the exponent, subnormal numbers too
-    const float magnitude = float_of(rest << 13) * 5.192296858534828e33f;
+    // Subnormal: in steps of 2^-24, from the integer. As bits of a float32 they would be subnormal
+    // there too, and read as 0 where the caller has the processor take such operands as 0.
+    const float magnitude =
+        rest < 0x400 ? float(rest) * 5.9604644775390625e-8f : float_of((rest << 13) + 0x38000000u);
     return float_of(sign | uint32_t(bits_of(magnitude)));
 }
 
