@@ -1,5 +1,6 @@
 # make quickstart          install into .venv, then train the digits example, about a minute: accuracy, checkpoint, curves
 # make test                install the same way, then run the default tests; test-slow: those that train longer; test-all: both
+# make test-integration    install packages that others combine with this project, then run the tests that need them
 # make test-long           tests that take many minutes: bugs planted in the wiring, each of which a default test must find
 # make kernels             compile the fused attention kernel if there is a compiler; the commands above do so too
 # make lint                check style and format with ruff;  bench  time whole models on the CPU;  clean  remove .venv and caches
@@ -20,14 +21,16 @@ ifdef PYTHON
 RUN = $(PYTHON)
 RUN_READY = check-run
 DEV_READY = check-dev
+INTEGRATION_READY = check-integration
 else
 RUN = $(VENV)/bin/python
 RUN_READY = $(VENV)/requirements.done
 DEV_READY = $(VENV)/requirements-dev.done
+INTEGRATION_READY = $(VENV)/requirements-integration.done
 endif
 
 .DEFAULT_GOAL = help
-.PHONY: help kernels quickstart test test-slow test-all test-long lint bench clean check-run check-dev
+.PHONY: help kernels quickstart test test-slow test-all test-long test-integration lint bench clean check-run check-dev check-integration
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +55,11 @@ test-long: $(DEV_READY)
 	@$(KERNELS)
 	$(PYTEST) -m long $(ARGS)
 
+# Here a test that is skipped is a failure: its package should be installed.
+test-integration: $(INTEGRATION_READY)
+	@$(KERNELS)
+	REQUIRE_INTEGRATION=1 $(PYTEST) tests/integration $(ARGS)
+
 kernels: $(RUN_READY)
 	@$(KERNELS)
 
@@ -72,6 +80,9 @@ check-run:
 check-dev:
 	@$(RUN) tools/check_environment.py requirements-dev.txt
 
+check-integration:
+	@$(RUN) tools/check_environment.py requirements-integration.txt
+
 # A step that is done leaves a .done file and is repeated only when its requirements file changes.
 $(VENV)/bin/python:
 	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "error: '$(SYSTEM_PYTHON)' is not\
@@ -87,3 +98,4 @@ $(VENV)/%.done: %.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/requirements-dev.done: requirements.txt
+$(VENV)/requirements-integration.done: requirements.txt requirements-dev.txt

@@ -29,6 +29,7 @@ from tests.helpers import ROOT, copy_project, imported_packages, run_main
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("kernels/*/*.md")]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in PAGES)
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCS}
+REQUIREMENTS = sorted(path.name for path in ROOT.glob("requirements*.txt"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # First line of a part of an example: a file of its own, lines for the end of one, changed lines.
 PART = re.compile(r"# (file|append|edit): (\S+)\n")
@@ -213,7 +214,7 @@ def test_every_configuration_key_that_is_named_exists(name):
 
 @pytest.mark.parametrize(
     "name",
-    [*DOCS, "Makefile", ".ci/run", "pyproject.toml", "requirements.txt", "requirements-dev.txt"],
+    [*DOCS, "Makefile", ".ci/run", "pyproject.toml", *REQUIREMENTS],
 )
 def test_no_document_or_script_names_a_place_of_one_machine(name):
     place = re.compile(
@@ -518,7 +519,7 @@ def fresh(tmp_path) -> Path:
     """A folder with the Makefile and a stand-in for Python that writes down what it is asked to
     do.
     """
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("Makefile", *REQUIREMENTS):
         shutil.copy(ROOT / name, tmp_path / name)
     script = tmp_path / "python-stand-in"
     script.write_text(
@@ -664,6 +665,7 @@ def test_ci_runs_the_two_commands_and_checks_the_accuracy():
     script = (ROOT / ".ci/run").read_text()
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert script.index("\nmake quickstart") < script.index("< 98") < script.index("\nmake test\n")
+    assert script.index("\nmake test\n") < script.index("\nmake test-integration\n")
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci/run")], check=False).returncode == 0
 
 
