@@ -48,18 +48,18 @@ class Values(dict):
 STAND_INS = [(OrderedDict, "yacs.config.CfgNode"), (Values, "argparse.Namespace")]
 
 
-def read_pickle(path: Path, file: BinaryIO) -> Any:
-    """What torch.save wrote, onto the CPU, in one pass over the file. Classes other than tensors,
-    plain data and the stand-ins are refused.
+def read_pickle(path: Path, file: BinaryIO) -> tuple[Any, bool]:
+    """What torch.save wrote, onto the CPU, in one pass over the file, and whether checksums have
+    vouched for it. Classes other than tensors, plain data and the stand-ins are refused.
 
     Raises: CheckpointError.
     """
     if not zipfile_starts(file):  # written before torch 1.6: no checksums
-        return unpickle(path, file)
+        return unpickle(path, file), False
     archive = CheckedArchive(path, file)
     content = unpickle(path, archive)
     archive.check_rest()
-    return content
+    return content, any(archive.whole.values())
 
 
 def map_pickle(path: Path) -> Any:

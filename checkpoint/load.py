@@ -89,6 +89,8 @@ def convert(
     if weights.entry:
         also = f" (it also has {list_keys(weights.others)})" if weights.others else ""
         report.notes.append(f"taken from the file's entry '{weights.entry}'{also}")
+    if not weights.checked:
+        report.notes.append("the file carries no checksum, so damage to it may pass unnoticed")
     target = model_residual(model)
     source = decide_residual(weights, steps, target, rule, source_residual, report)
     state, note = match_residual(state, source, target)

@@ -17,7 +17,8 @@ from .archive import map_pickle, read_pickle
 from .errors import CheckpointError
 from .files import locate, refuse_other_files
 from .schema import check_swin, check_training
-from .weights import Weights, is_safetensors, read_safetensors, unwrap
+from .sealed import is_safetensors
+from .weights import Weights, read_safetensors, unwrap
 
 TRAINING, SWIN, WEIGHTS = "training", "swin", "weights"
 # Entries that training states of this program alone have.
@@ -31,12 +32,14 @@ class Checkpoint:
         content: tensors and plain data.
         source: path or URL as given, for messages.
         path: the file on this machine.
+        checked: whether checksums have vouched for the content.
     """
 
-    def __init__(self, content: Any, source: str, path: Path) -> None:
+    def __init__(self, content: Any, source: str, path: Path, checked: bool = True) -> None:
         self.content = content
         self.source = source
         self.path = path
+        self.checked = checked
         self.kind = kind_of(content)
         self._checked = False
 
@@ -47,7 +50,9 @@ class Checkpoint:
         """
         if entry is None and self.kind == TRAINING:
             entry = "model"  # never the average instead
-        return unwrap(self.content, self.source, entry)
+        weights = unwrap(self.content, self.source, entry)
+        weights.checked &= self.checked
+        return weights
 
     @property
     def has_average(self) -> bool:
@@ -93,7 +98,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises: CheckpointError, one line, for a missing, empty, truncated, corrupt or unsafe file.
     """
-    path = locate(source)
+    path, checked = locate(source), True
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -102,10 +107,10 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
             if is_safetensors(head):
                 content = read_safetensors(path, str(source))
             else:
-                content = read_pickle(path, file)
+                content, checked = read_pickle(path, file)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return Checkpoint(content, str(source), path)
+    return Checkpoint(content, str(source), path, checked)
 
 
 def peek_checkpoint(path: str | Path) -> Checkpoint:

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .residual import model_residual
+from .sealed import sealed
 
 
 def weights_metadata(model: nn.Module) -> dict[str, str]:
@@ -32,7 +32,7 @@ def save_weights(
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     try:
         if path.suffix == ".safetensors":
-            save_file(tensors, part, metadata=dict(metadata or {}))
+            part.write_bytes(sealed(tensors, metadata or {}))
         elif path.suffix in (".pth", ".pt"):
             torch.save({"model": tensors, "metadata": dict(metadata or {})}, part)
         else:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, first_line
+from .errors import CheckpointError
+from .sealed import read_sealed
 
 # Names that files use for the part with the weights, most usual first.
 ENTRIES = (
@@ -39,6 +39,7 @@ class Weights(dict):
         modules: names of the modules that wrote the dict if torch recorded them
             (`state_dict()._metadata`), else None.
         others: parts of the file that hold weights too.
+        checked: whether a checksum has vouched for the tensors.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Weights(dict):
         metadata: Mapping[str, Any] | None = None,
         modules: list[str] | None = None,
         others: Iterable[str] = (),
+        checked: bool = True,
     ):
         super().__init__(tensors)
         self.source = source
@@ -56,24 +58,13 @@ class Weights(dict):
         self.metadata = dict(metadata or {})
         self.modules = modules
         self.others = others
-
-
-def is_safetensors(head: bytes) -> bool:
-    """Whether a file's first bytes are an eight-byte header length below 4 GiB, then JSON."""
-    return len(head) > 9 and head[8:9] == b"{" and head[4:8] == bytes(4)
+        self.checked = checked
 
 
 def read_safetensors(path: Path, source: str) -> Weights:
     """All tensors and the header of a .safetensors file. Raises: CheckpointError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is a damaged safetensors file ({first_line(error)}); fetch or write it again"
-        ) from error
-    return Weights(strip_wrappers(tensors, source), source, metadata=metadata)
+    tensors, metadata, checked = read_sealed(path)
+    return Weights(strip_wrappers(tensors, source), source, metadata=metadata, checked=checked)
 
 
 def unwrap(loaded: Any, source: str = "a state dict", entry: str | None = None) -> Weights:

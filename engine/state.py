@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from checkpoint import FORMAT, TRAINING, CheckpointError, peek_checkpoint
+from checkpoint.sealed import sealed
 from utils import atomic_write
 
 EPOCH_FILE = re.compile(r"ckpt_epoch_(\d+)\.pth")
@@ -129,7 +129,7 @@ class CheckpointFolder:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         header = {"format": "pt", **{key: str(value) for key, value in about.items()}}
         with atomic_write(self.folder / "model.safetensors") as file:
-            file.write(safetensors_bytes(tensors, header))
+            file.write(sealed(tensors, header))
 
     def _drop_old(self, epoch: int) -> None:
         if not self.keep:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import CheckpointError, read_weights, save_weights
+from checkpoint import CheckpointError, load_weights, read_weights, save_weights
 from checkpoint.weights import decode
 from tests.helpers import GOLDEN, golden
 
@@ -108,6 +108,19 @@ def test_saved_weights_keep_their_metadata(tmp_path, name):
         and decode(weights.metadata.get("metadata", weights.metadata))["qk_residual"] == "k"
     )
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_a_file_without_a_checksum_loads_with_a_word(tmp_path, name):
+    model = torch.nn.Linear(3, 2)
+    save_weights(tmp_path / name, model.state_dict())
+    assert "checksum" not in load_weights(model, read_weights(tmp_path / name)).text
+    if name == "a.pth":  # as before torch 1.6
+        torch.save(model.state_dict(), tmp_path / name, _use_new_zipfile_serialization=False)
+    else:
+        save_file(model.state_dict(), tmp_path / name)
+    report = load_weights(model, read_weights(tmp_path / name))
+    assert "carries no checksum" in report.text
 
 
 def test_saving_in_another_format_is_refused_and_leaves_nothing(tmp_path):
