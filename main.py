@@ -16,7 +16,7 @@ import torch
 
 import utils
 from checkpoint import TRAINING, Checkpoint, load_weights, read_checkpoint, read_weights
-from config import dump_config, get_config, load_config, parse_args, to_dict
+from config import KEYS, dump_config, get_config, load_config, parse_args, to_dict
 from data import build_data
 from engine.evaluate import EvalResult, evaluate, write_per_class
 from engine.lock import FolderLock
@@ -24,9 +24,10 @@ from engine.losses import Distillation, make_criterion
 from engine.report import describe_model
 from engine.resume import choose, resume
 from engine.session import make_trainer, train
-from engine.state import Layout
+from engine.state import Layout, TrainState
 from engine.teacher import timm_teacher
 from engine.throughput import describe, throughput
+from engine.train import updates_follow
 from engine.trainer import Trainer
 from kernels.linear import describe_products
 from lr_scheduler import build_scheduler, scaled_rates
@@ -37,6 +38,7 @@ from optimizer import build_optimizer
 from registry import UserError
 from settings import arguments
 from settings.checks import check_files, check_settings
+from settings.continuing import Run, check_continuing
 from settings.rules import is_yaml
 from utils import World
 
@@ -157,7 +159,8 @@ class Program:
     def train(self) -> int:
         plain = to_dict(self.config)
         trainer, fresh, loaded = self.begin(plain)
-        if self.world.is_main:
+        plan = arguments.training(self.config)
+        if self.world.is_main and updates_follow(plan["plan"], trainer.state):
             utils.write_config(self.folder, plain, dump_config(self.config))
         return train(
             trainer,
@@ -168,7 +171,8 @@ class Program:
             validate_first=loaded,
             training_loss=arguments.loss_in_words(self.config, mixing=self.data.mixup is not None),
             config=plain,
-            **arguments.training(self.config),
+            images=self.data.fingerprints,
+            **plan,
         )
 
     def begin(self, plain: dict) -> tuple[Trainer, bool, bool]:
@@ -181,14 +185,34 @@ class Program:
         loaded = fresh and bool(checkpoint or model.PRETRAINED)
         if loaded:
             self.load_weights(checkpoint or read_checkpoint(model.PRETRAINED))
+        changes = [] if fresh else self.changes_since(checkpoint, plain)
         trainer = self.build_trainer()
         if checkpoint:
-            resume(trainer, checkpoint, plain, len(self.data.train_loader))
+            resume(trainer, checkpoint, changes, len(self.data.train_loader))
         return trainer, fresh, loaded
+
+    def changes_since(self, checkpoint: Checkpoint, plain: dict) -> list[str]:
+        """What the run of a training state had otherwise, in words; refuses what was not meant."""
+        saved = checkpoint.training_state()
+        layout = Layout(**saved["layout"])
+        plan = arguments.training(self.config)["plan"]
+        return check_continuing(
+            Run(saved.get("config", {}), saved.get("images", {}), layout),
+            Run(plain, self.data.fingerprints, self.layout()),
+            folder=self.folder,
+            source=checkpoint.path,
+            finished=not updates_follow(plan, TrainState(**saved["progress"])),
+            consent=self.config.TRAIN.RESUME_CHANGED,
+            defaults={key: entry.default for key, entry in KEYS.items()},
+        )
+
+    def layout(self) -> Layout:
+        config = self.config
+        return Layout(config.DATA.BATCH_SIZE, self.world.size, config.TRAIN.ACCUMULATION_STEPS)
 
     def build_trainer(self) -> Trainer:
         config = self.config
-        layout = Layout(config.DATA.BATCH_SIZE, self.world.size, config.TRAIN.ACCUMULATION_STEPS)
+        layout = self.layout()
         updates = layout.updates(self.data.train_loader)
         rates = scaled_rates(config, self.world.size)
         optimizer = build_optimizer(config, self.model, rates.base)

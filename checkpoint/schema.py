@@ -172,6 +172,7 @@ SCHEDULER = {
 }
 DESCRIPTIONS = {
     "config": MAPPING,
+    "images": MAPPING,
     "metadata": MAPPING,
 }
 SWIN = {

@@ -46,6 +46,11 @@ class Archive:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pid": -1, "_file": None}
 
+    @property
+    def checksums(self) -> np.ndarray:
+        """CRC-32 of each member's content, as the archive's directory has it."""
+        return self._crc
+
     def raw(self, index: int) -> bytes:
         """The member as stored, perhaps compressed. Raises: UnreadableImage."""
         try:

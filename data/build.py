@@ -14,6 +14,7 @@ from data.affine import Affine, ArrayBatches
 from data.catalogue import Request
 from data.datasets import ImageDataset
 from data.errors import DataError
+from data.fingerprint import fingerprint
 from data.images import check_channels
 from data.loader import Loader, TrainLoader
 from data.mixing import build_mixup
@@ -36,6 +37,7 @@ class Data:
             h, w) float32, normalised; targets (B,) int64.
         mixup: (images, targets) -> (images, soft targets), or None.
         mean, std: per channel, as applied.
+        fingerprints: of the images trained on ("training") and of the "validation" images.
     """
 
     train_loader: TrainLoader | None
@@ -45,6 +47,7 @@ class Data:
     class_names: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fingerprints: dict[str, str]
 
     def close(self) -> None:
         """Ends the loading processes of both loaders."""
@@ -108,6 +111,7 @@ def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool =
         class_names=entry.class_names(sources.classes),
         mean=normalisation.mean,
         std=normalisation.std,
+        fingerprints=_fingerprints(sources),
     )
 
 
@@ -166,6 +170,11 @@ def check_class_count(config: Any, found: int) -> int:
 
 
 # ---- loaders
+
+
+def _fingerprints(sources: Sources) -> dict[str, str]:
+    used = {"training": sources.train, "validation": sources.val}
+    return {split: fingerprint(source) for split, source in used.items() if source is not None}
 
 
 def _train_loader(

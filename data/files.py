@@ -6,6 +6,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,11 @@ class FileList:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def add_to(self, digest: Any) -> None:
+        """Feeds the names, in order, to a hashlib object."""
+        digest.update(self._ends.astype("<i8").tobytes())
+        digest.update(self._names)
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])

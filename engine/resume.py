@@ -1,9 +1,8 @@
 """Which checkpoint a run goes on from, and going on from it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from checkpoint import (
     SWIN,
@@ -14,7 +13,7 @@ from checkpoint import (
     peek_checkpoint,
     read_checkpoint,
 )
-from engine.state import TrainState, config_changes, epoch_files
+from engine.state import TrainState, epoch_files
 from engine.trainer import Trainer
 from utils import World
 
@@ -103,16 +102,16 @@ def _updates(checkpoint: Checkpoint) -> int:
 
 
 def resume(
-    trainer: Trainer, checkpoint: Checkpoint, config: dict[str, Any], batches_per_epoch: int
+    trainer: Trainer, checkpoint: Checkpoint, changes: Sequence[str], batches_per_epoch: int
 ) -> None:
     """Goes on from a training state of this program, or from one of Swin's or weights alone, whose
-    weights are loaded already.
+    weights are loaded already, and reports where the run stands.
 
-    Reports where the run stands, and which settings have changed since.
+    changes: lines "KEY: old -> new" of what the run of a training state had otherwise.
     Raises: CheckpointError.
     """
     if checkpoint.kind == TRAINING:
-        resume_training(trainer, checkpoint, config)
+        resume_training(trainer, checkpoint, changes, batches_per_epoch)
     elif checkpoint.kind == SWIN:
         resume_swin(trainer, checkpoint, batches_per_epoch)
     else:
@@ -123,13 +122,19 @@ def resume(
         )
 
 
-def resume_training(trainer: Trainer, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+def resume_training(
+    trainer: Trainer, checkpoint: Checkpoint, changes: Sequence[str], batches_per_epoch: int
+) -> None:
     """Goes on, bit by bit, from a training state of this program."""
-    saved = checkpoint.training_state()
-    changes = config_changes(saved.get("config", {}), config)
     for line in changes:
         LOGGER.warning("resuming with a changed setting, the new one holds: %s", line)
-    trainer.restore(saved)
+    trainer.restore(checkpoint.training_state())
+    if trainer.state.batch > batches_per_epoch:
+        raise CheckpointError(
+            f"{checkpoint.source} was saved after {trainer.state.batch} batches of epoch"
+            f" {trainer.state.epoch}, and an epoch of these images has {batches_per_epoch}; resume"
+            " from a ckpt_epoch_*.pth (end of an epoch)"
+        )
     if any(line.startswith(TRAINED_BY) for line in changes):
         trainer.without_moments = []
     state = trainer.state

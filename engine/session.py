@@ -72,6 +72,7 @@ def train(
     plot: bool,
     training_loss: str,
     config: dict[str, Any],
+    images: dict[str, str],
 ) -> int:
     """Trains to the end of the plan, or until a signal; returns the exit status.
 
@@ -81,7 +82,8 @@ def train(
         fresh: the run begins here, and so does its metric log.
         validate_first: evaluate the weights that were loaded before the first update.
         name: of the run.
-        config: plain data, for the checkpoints.
+        config, images: plain data, for the checkpoints: the settings, and what tells the images
+            from others.
         save_freq, keep: for `CheckpointFolder`.
         print_freq, training_loss: for `Report`.
         tensorboard, wandb: for `MetricLog`.
@@ -118,7 +120,11 @@ def train(
             folder=checkpoints,
             report=report,
             stop=stop,
-            extra={"config": config, "metadata": weights_metadata(trainer.model)},
+            extra={
+                "config": config,
+                "images": images,
+                "metadata": weights_metadata(trainer.model),
+            },
         )
     report.finish(trainer.state, checkpoints, signal, plot=plot)
     return exit_status(signal)

@@ -130,6 +130,11 @@ def reached(plan: Plan, state: TrainState) -> bool:
     return 0 < plan.max_steps <= state.update
 
 
+def updates_follow(plan: Plan, state: TrainState) -> bool:
+    """Whether a run that stands here has anything left to train."""
+    return state.epoch < plan.epochs and not reached(plan, state)
+
+
 def windows(loader: Any, state: TrainState, accumulation: int) -> Iterator[list[Batch]]:
     """Lists of `accumulation` micro-batches from the position on; a rest that does not fill a
     window is not trained on.

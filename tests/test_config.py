@@ -395,7 +395,7 @@ def test_every_flag_sets_its_key_and_wins_over_the_options():
         "--batch-size 2 --data-path d --zip --cache-mode no --pretrained p --resume r"
         " --accumulation-steps 3 --use-checkpoint --disable_amp --output o --tag t --eval"
         " --throughput --fused_window_process --fused_layernorm --optim sgd --epochs 21 --seed 0"
-        " --device cpu --compile"
+        " --device cpu --compile --resume-changed"
     )
     cfg = command("--opts", "DATA.BATCH_SIZE", "64", "SEED", "9", *argv.split())
     plain = to_dict(cfg)
@@ -420,6 +420,7 @@ def test_every_flag_sets_its_key_and_wins_over_the_options():
         "SEED": 0,
         "DEVICE": "cpu",
         "MODEL.COMPILE": True,
+        "TRAIN.RESUME_CHANGED": True,
     }
     assert {flag.key for flag in config.FLAGS} == set(expected)
     assert {key: _look_up(plain, key) for key in expected} == expected

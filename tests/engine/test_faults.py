@@ -143,7 +143,9 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_one_line(mine, capsys):
         ("MODEL.SWINV2.EMBED_DIM", 64, "another model"),
         ("TRAIN.OPTIMIZER.NAME", "sgd", "SGD"),
     ):
-        assert word in refused(capsys, [*arguments(mine, **QUICK), key, value])
+        argv = [*arguments(mine, **QUICK), "TRAIN.MAX_STEPS", 5, key, value]
+        assert f"{key}: " in refused(capsys, argv)
+        assert word in refused(capsys, [*argv, "--resume-changed"])
         assert contents(mine) == before
 
 
@@ -287,6 +289,7 @@ def test_the_files_of_a_run_are_complete_and_plain(trained):
         "layout",
         "ranks",
         "config",
+        "images",
         "metadata",
     }
     assert type(payload["config"]) is dict and payload["config"]["MODEL"]["TYPE"] == "swinv2"
@@ -327,9 +330,9 @@ def test_a_finished_run_started_again_trains_no_more(mine, capsys):
 
 
 def test_settings_changed_between_two_starts_are_told(mine, capsys):
-    assert (
-        program.main(arguments(mine, **{**QUICK, "TRAIN__MAX_STEPS": 5}, TRAIN__BASE_LR=1e-3)) == 0
-    )
+    argv = arguments(mine, **{**QUICK, "TRAIN__MAX_STEPS": 5}, TRAIN__BASE_LR=1e-3)
+    assert "TRAIN.BASE_LR: 0.032 -> 0.001" in refused(capsys, argv)
+    assert program.main([*argv, "--resume-changed"]) == 0
     out = capsys.readouterr().out
     assert "TRAIN.MAX_STEPS: 3 -> 5" in out and "TRAIN.BASE_LR: 0.032 -> 0.001" in out
     group = checkpoint(folder(mine))["optimizer"]["param_groups"][0]
@@ -338,7 +341,9 @@ def test_settings_changed_between_two_starts_are_told(mine, capsys):
 
 def test_another_global_batch_inside_an_epoch_is_refused_and_the_same_one_is_not(mine, capsys):
     before = contents(mine)
-    assert "updates of 64 images" in refused(capsys, arguments(mine, **QUICK, DATA__BATCH_SIZE=32))
+    half = arguments(mine, **{**QUICK, "TRAIN__MAX_STEPS": 5}, DATA__BATCH_SIZE=32)
+    assert "an update: 64 images" in refused(capsys, half)
+    assert "updates of 64 images" in refused(capsys, [*half, "--resume-changed"])
     assert contents(mine) == before
     assert (
         program.main(
@@ -404,5 +409,6 @@ def test_other_numbers_of_processes_go_on_from_the_end_of_an_epoch_only(tmp_path
     assert refusal.returncode == 2 and "2 processes x 64" in refusal.stderr
     assert start(1, DATA__BATCH_SIZE=128, TRAIN__MAX_STEPS=6).returncode == 0
     assert start(2, TRAIN__EPOCHS=1).returncode == 0
-    onward = start(1)
+    assert "an update: 128 images" in start(1).stderr
+    onward = start(1, TRAIN__RESUME_CHANGED=True)
     assert onward.returncode == 0 and "drop path and mixup draw other numbers" in onward.stdout

@@ -87,6 +87,15 @@ CASES = (
     Case("MODEL.PRETRAINED", "{weights}"),
     Case("MODEL.PRETRAINED", "{other}", {"MODEL.PRETRAINED": "{weights}"}),
     Case("MODEL.RESUME", "{last}", {"TRAIN.EPOCHS": 2}),
+    Case(
+        "TRAIN.RESUME_CHANGED",
+        True,
+        {
+            "MODEL.RESUME": "{last}",
+            "TRAIN.EPOCHS": 2,
+            "MODEL.ATTENTION.MODIFIERS": ["qk_residual"],
+        },
+    ),
     Case("MODEL.HEAD_RESET", True, {"MODEL.PRETRAINED": "{weights}"}),
     Case("MODEL.PARTIAL_LOAD", True, {"MODEL.PRETRAINED": "{partial}"}),
     Case("MODEL.SOURCE", "q", {"MODEL.PRETRAINED": "{weights}"}),

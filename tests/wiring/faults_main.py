@@ -88,6 +88,13 @@ MAIN_MUTANTS = [
             "            self.load_weights(checkpoint)",
             GOING_ON.format("an_evaluation_repeats_what_training_found"),
         ),
+        (
+            "a_finished_run_takes_the_settings_of_another",
+            " and updates_follow(plan[",
+            " or updates_follow(plan[",
+            "tests/test_continuing.py::test_a_finished_run_repeated_changes_nothing_whatever_its"
+            "_places_workers_and_logs",
+        ),
         ("the_teacher_has_half_of_the_loss", "alpha=node.ALPHA, ", "", TEACHER),
         ("cold_teacher", ", tau=node.TAU)", ")", TRAIN_RUN),
         (
@@ -98,8 +105,8 @@ MAIN_MUTANTS = [
         ),
         (
             "every_process_writes_the_settings",
-            "        if self.world.is_main:\n            utils.write_config",
-            "        if True:\n            utils.write_config",
+            "if self.world.is_main and updates_follow(",
+            "if updates_follow(",
             ALONE,
         ),
         (
