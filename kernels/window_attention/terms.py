@@ -18,7 +18,7 @@ class OffsetTerms:
     """`scale`, `bias` and `post` of softmax(q kᵀ * scale + bias + mask) * post.
 
     Args:
-        scale: (T, heads), or (1, heads) when it is the same for all offsets, or dense (heads, N,
+        scale: (T, heads), or (1, heads) when it is the same for all pairs, or dense (heads, N,
             N).
         bias: (T, heads), dense (heads, N, N), or None.
         post: multiplies the softmaxed map; shapes as `bias`.
@@ -75,9 +75,11 @@ class OffsetTerms:
 
     def _gather(self, name: str) -> Tensor | None:
         table = getattr(self, name)
+        if table is None or table.dim() == 3:
+            return table
+        if len(table) == 1 and (name == "scale" or self.window != (1, 1)):
+            return table.t()[:, :, None]  # one number per head
         gathered = gather_offsets(table, self.window)
-        if gathered is None or table.dim() == 3 or gathered.shape[-1] == 1:
-            return gathered
         neutral = {
             "scale": self.neutral.t()[:, :, None],
             "bias": gathered.new_zeros(1),
@@ -88,10 +90,13 @@ class OffsetTerms:
     def matching(self, name: str, table: Tensor, neutral: float) -> Tensor:
         """`table` (T, heads) in the form of the term `name`: gathered, with `neutral` at the
         prefix, where that is dense.
+
+        A single row (a grid of one token) comes twice where there is a prefix: as one row it would
+        be one number per head, which acts on the prefix too.
         """
         term = getattr(self, FORMER_NAMES.get(name, name))
         if term is None or term.dim() == 2:
-            return table
+            return table.expand(2, -1) if self.prefix and len(table) == 1 else table
         return self._with_prefix(gather_offsets(table, self.window), table.new_full((1,), neutral))
 
     def _with_prefix(self, gathered: Tensor, neutral: Tensor) -> Tensor:

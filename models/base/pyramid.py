@@ -334,8 +334,8 @@ class PyramidTransformer(Backbone):
         return macs + (0 if self.pre_mlp is None else self.pre_mlp.flops(tokens))
 
     def layer_groups(self) -> list[list[str]]:
-        """See the base. As in Swin, the absolute position embedding is in none of them."""
-        groups, before = [["patch_embed", "pre_mlp"]], []
+        """See the base. Swin itself counts the absolute position embedding with the head."""
+        groups, before = [["patch_embed", "absolute_pos_embed", "pre_mlp"]], []
         for stage, layer in enumerate(self.layers):
             before.append(f"layers.{stage}.pre_mlp")
             for block in range(layer.depth):

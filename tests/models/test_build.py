@@ -2,8 +2,10 @@
 
 import inspect
 import re
+from functools import partial
 
 import pytest
+import torch
 from torch import nn
 
 from config import KEYS, ConfigError, load_config
@@ -127,3 +129,44 @@ def test_layer_decay_finds_the_blocks_of_every_family_in_the_order_of_the_forwar
     assert {ids[f"{name}.weight"] for name in model.classifiers()} == {layers.last}
     blocks = [depth for name, depth in ids.items() if "block" in name or name.startswith("layer1.")]
     assert blocks == sorted(blocks)
+
+
+EMBEDDINGS = {  # what comes before the first block beside the patches
+    "swin": dict(ape=True, pre_mlp="stem"),
+    "swinv2": dict(ape=True),
+    "swin_mlp": dict(ape=True),
+    "pit": dict(distilled=True, class_position=True),
+    "timm": dict(
+        text="beitv2_base_patch16_224(embed_dim=8, depth=2, num_heads=2, use_abs_pos_emb=True)"
+    ),
+    "swiftformer": dict(),
+    "sasa_resnet": dict(stem="attention"),
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "swiftformer", "sasa_resnet"])
+def test_layer_decay_gives_all_that_comes_before_the_blocks_the_rate_of_the_patches(family):
+    """By the order in which modules run; a model's own parameters are tokens and positions."""
+    others = {"swiftformer": SwiftFormer, "sasa_resnet": SasaResNet}
+    options = EMBEDDINGS.get(family, {})
+    with torch.random.fork_rng():
+        build = others[family] if family in others else partial(small, family)
+        model = build(num_classes=5, **options).eval()
+    order = []
+    for name, module in model.named_modules():
+        if name and module._parameters:
+            module.register_forward_hook(lambda _m, _i, _o, name=name: order.append(name))
+    side = 32 if family in others else 16
+    with torch.no_grad():
+        model(torch.zeros(1, 3, side, side))
+    blocks = [name for name in model.layer_groups()[1] if "pre_mlp" not in name]
+    first = next(i for i, name in enumerate(order) if name.startswith(tuple(blocks)))
+    layers = LayerIds(model)
+    early = [
+        f"{name}.{own}" for name in order[:first] for own in model.get_submodule(name)._parameters
+    ]
+    assert early
+    assert {layers[name] for name in [*early, *model._parameters]} == {0}
+    last = max(i for i, name in enumerate(order) if layers[f"{name}.weight"] < layers.last)
+    late = [name for name in order[last + 1 :] if "pool" not in name]
+    assert late and {layers[f"{name}.weight"] for name in late} == {layers.last}

@@ -74,6 +74,9 @@ WeightModifier = ProjectionModifier  # its former name
 class TermModifier(Modifier):
     """Changes what multiplies and what is added to the logits: tables over relative offsets, fused
     kernels included.
+
+    A table (T, H) is combined with a term through `terms.matching`, which leaves class tokens alone
+    on every grid; a factor per head (H,) acts on them too.
     """
 
     def forward(self, terms: OffsetTerms) -> OffsetTerms:
