@@ -18,6 +18,7 @@ import utils
 from checkpoint import TRAINING, Checkpoint, load_weights, read_checkpoint, read_weights
 from config import KEYS, dump_config, get_config, load_config, parse_args, to_dict
 from data import build_data
+from engine.console import lasting_streams, print_all
 from engine.evaluate import EvalResult, evaluate, write_per_class
 from engine.lock import FolderLock
 from engine.losses import Distillation, make_criterion
@@ -45,20 +46,26 @@ from utils import World
 
 def main(argv: list[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
-    try:
-        args = parse_args(argv)
-        config = get_config(args)
-        if not args.print_config:
-            check_files(config, load_config)
-        check_settings(config)
-        if args.print_config:
-            print(dump_config(config), end="")
-            return 0
-        with World(config.DEVICE, config.LOCAL_RANK) as world:
-            return Program(config, world).run()
-    except (UserError, torch.OutOfMemoryError) as error:
-        utils.print_error(error)
-        return 2
+    with lasting_streams():
+        try:
+            return act(argv)
+        except (UserError, torch.OutOfMemoryError) as error:
+            utils.print_error(error)
+            return 2
+
+
+def act(argv: list[str] | None) -> int:
+    """Reads and checks the settings, then prints them or runs."""
+    args = parse_args(argv)
+    config = get_config(args)
+    if not args.print_config:
+        check_files(config, load_config)
+    check_settings(config)
+    if args.print_config:
+        print_all(dump_config(config))
+        return 0
+    with World(config.DEVICE, config.LOCAL_RANK) as world:
+        return Program(config, world).run()
 
 
 class Program:

@@ -308,9 +308,26 @@ class _ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that may fail (disk full): the run goes on, and the other outputs say so once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        """Called where a record could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            LOGGER.warning("%s is not written, the run goes on: %s", self.baseFilename, error)
+
+
 def on_terminal() -> bool:
     """True where a person watches: progress bars and colours make sense."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
 def create_logger(folder: Path | None, name: str, rank: int = 0) -> logging.Logger:
@@ -332,7 +349,7 @@ def create_logger(folder: Path | None, name: str, rank: int = 0) -> logging.Logg
     if rank == 0:
         _attach(root, _ConsoleHandler(), coloured if on_terminal() else plain)
     if folder is not None:
-        _attach(root, logging.FileHandler(folder / f"log_rank{rank}.txt"), plain)
+        _attach_file(root, folder / f"log_rank{rank}.txt", plain)
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -348,6 +365,13 @@ def _attach(root: logging.Logger, handler: logging.Handler, pattern: str) -> Non
     handler.of_run = True
     handler.setFormatter(logging.Formatter(pattern, datefmt="%Y-%m-%d %H:%M:%S"))
     root.addHandler(handler)
+
+
+def _attach_file(root: logging.Logger, path: Path, pattern: str) -> None:
+    try:
+        _attach(root, _LogFile(path), pattern)
+    except OSError as error:
+        LOGGER.warning("%s is not written, the run goes on: %s", path, error)
 
 
 def print_error(error: BaseException) -> None:

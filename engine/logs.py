@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from utils import RunError
+from utils import RunError, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -23,6 +26,9 @@ class MetricLog:
     """Writes one JSON object a line: {"step": updates done, "epoch": ..., "kind": "train" | "val" |
     ..., <name>: number, ...}.
 
+    An output that fails while the run is under way (disk full, folder gone) is told once and never
+    ends the run; lines that a full disk has not taken follow once there is space.
+
     Args:
         folder: the run's; None makes a log that writes nothing (all ranks but 0).
         resume_step: how the existing file goes on. n: entries of later steps are dropped, and
@@ -31,8 +37,8 @@ class MetricLog:
             dropped stays in metrics.jsonl.bak.
         tensorboard: also event files in folder/tensorboard.
         wandb: also a W&B run, named `name`, with `config` (plain values).
-    Raises: LogError if W&B is asked for and not installed. A missing TensorBoard is a warning,
-        since it is on by default.
+    Raises: LogError if the file cannot be read or opened, or W&B is asked for and not installed. A
+        TensorBoard that is missing or cannot write is a warning, since it is on by default.
     """
 
     def __init__(
@@ -46,17 +52,21 @@ class MetricLog:
         config: dict | None = None,
     ):
         self.path = Path(folder) / FILE if folder is not None else None
-        self._stream = None
+        self._lines = None
         self._board = None
         self._run = None
         self._present: set[tuple[int, str]] = set()
+        self._failed: set[str] = set()  # outputs whose failure has been told
         if self.path is None:
             return
         folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = _truncate(self.path, resume_step)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            entries = _truncate(self.path, resume_step)
+            self._lines = Lines(self.path)
+        except OSError as error:
+            raise LogError(f"{self.path}: {error.strerror or error}") from error
         self._present = {(e["step"], e["kind"]) for e in entries if e["step"] == resume_step}
-        self._stream = self.path.open("a", encoding="utf-8")
         if tensorboard:
             self._board = _open_tensorboard(folder, resume_step)
         if wandb:
@@ -66,28 +76,42 @@ class MetricLog:
         """Adds an entry; scalars are numbers or one-element tensors (which are waited for). NaN and
         infinities become null.
         """
-        if self._stream is None or (step, kind) in self._present:
+        if self._lines is None or (step, kind) in self._present:
             return
         values = {name: _plain(value) for name, value in scalars.items()}
         entry = {"step": int(step), "epoch": _plain(epoch), "kind": kind, **values}
-        self._stream.write(json.dumps(entry) + "\n")
-        self._stream.flush()  # out of this process, so that a killed run keeps it
+        with self._surviving(str(self.path)):
+            self._lines.write(json.dumps(entry) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
-        if self._board is not None:
-            for name, value in numbers.items():
+        with self._surviving("TensorBoard"):
+            for name, value in numbers.items() if self._board is not None else ():
                 self._board.add_scalar(name, value, step)
         if self._run is not None:
-            self._run.log({**numbers, "epoch": epoch}, step=step)
+            with self._surviving("Weights & Biases"):
+                self._run.log({**numbers, "epoch": epoch}, step=step)
+
+    @contextmanager
+    def _surviving(self, output: str) -> Iterator[None]:
+        """Turns any failure inside into a warning, the first time."""
+        try:
+            yield
+        except Exception as error:  # libraries raise anything
+            if output not in self._failed:
+                self._failed.add(output)
+                _logger.warning("%s is not written, the run goes on: %s", output, one_line(error))
 
     def close(self) -> None:
         """Ends all outputs; a second call does nothing."""
-        if self._stream is not None:
-            self._stream.close()
+        if self._lines is not None:
+            with self._surviving(f"the end of {self.path}"):
+                self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with self._surviving("the end of TensorBoard's events"):
+                self._board.close()
         if self._run is not None:
-            self._run.finish()
-        self._stream = None
+            with self._surviving("the end of the Weights & Biases run"):
+                self._run.finish()
+        self._lines = None
         self._board = None
         self._run = None
 
@@ -98,32 +122,91 @@ class MetricLog:
         self.close()
 
 
-def read_metrics(path: str | Path) -> list[dict]:
-    """The entries of a metrics.jsonl, without a last line that a killed run left unfinished."""
-    entries = []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines):
+class Lines:
+    """A file to which lines are added, each out of this process at once so that a killed run keeps
+    it. What the disk does not take is kept here and written with the next line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = b""
+
+    def write(self, line: str) -> None:
+        """Adds a line. Raises: OSError."""
+        self._waiting += line.encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            written = self._file.write(self._waiting)
+            if not written:
+                raise OSError("nothing can be written")
+            self._waiting = self._waiting[written:]
+
+    def close(self) -> None:
+        """Tries once more to write what is left. Raises: OSError."""
         try:
-            entry = json.loads(line)
-            entries.append({**entry, "step": entry["step"], "kind": entry["kind"]})
-        except (json.JSONDecodeError, KeyError, TypeError):
-            _logger.warning("%s: line %d is not a metrics entry and is left out", path, number + 1)
-    return entries
+            self._flush()
+        finally:
+            self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The entries of a metrics.jsonl, without lines that are none, such as a last one that a killed
+    run left unfinished. Raises: OSError.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(0, "not a regular file")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    entries = [_entry(line) for line in lines]
+    wrong = [number for number, entry in enumerate(entries, 1) if entry is None]
+    if wrong:
+        _logger.warning(
+            "%s: %d line(s) are no metrics entries and are left out, the first is line %d",
+            path,
+            len(wrong),
+            wrong[0],
+        )
+    return [entry for entry in entries if entry is not None]
+
+
+def _entry(line: str) -> dict | None:
+    """What a line says: whole step, kind, and numbers or null; None where it does not."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict):
+        return None
+    numbers = [value for name, value in entry.items() if name != "kind"]
+    fits = (
+        type(entry.get("step")) is int
+        and isinstance(entry.get("kind"), str)
+        and all(value is None or _is_number(value) for value in numbers)
+    )
+    return entry if fits else None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -(2**1000) < value < 2**1000
 
 
 def _truncate(path: Path, resume_step: int | None) -> list[dict]:
-    """Rewrites the file with the entries up to resume_step; returns them."""
+    """Rewrites the file with the entries up to resume_step; returns them. A kill leaves the old
+    file or the new one.
+    """
     if not path.exists():
         return []
-    before = path.read_text(encoding="utf-8", errors="replace")
     entries = read_metrics(path)
+    before = path.read_bytes()
     if resume_step is not None:
         entries = [entry for entry in entries if entry["step"] <= resume_step]
-    after = "".join(json.dumps(entry) + "\n" for entry in entries)
+    after = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
     if after != before:
         new = path.with_suffix(".tmp")
-        new.write_text(after, encoding="utf-8")
-        os.replace(path, path.with_name(path.name + ".bak"))
+        new.write_bytes(after)
+        shutil.copyfile(path, path.with_name(path.name + ".bak"))
         os.replace(new, path)
     return entries
 
@@ -145,9 +228,12 @@ def _open_tensorboard(folder: Path, resume_step: int | None):
             " set it to False"
         )
         return None
-    return SummaryWriter(
-        folder / "tensorboard", purge_step=None if resume_step is None else resume_step + 1
-    )
+    purge = None if resume_step is None else resume_step + 1
+    try:
+        return SummaryWriter(folder / "tensorboard", purge_step=purge)
+    except Exception as error:  # it passes on what its file system raises
+        _logger.warning("TensorBoard is not written, the run goes on: %s", one_line(error))
+        return None
 
 
 def _open_wandb(folder: Path, name: str, config: dict, resume_step: int | None):

@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from engine.curves import CurveError, plot_curves
+from engine.curves import plot_curves
 from engine.evaluate import EvalResult
 from engine.logs import MetricLog
 from engine.progress import Progress, clock, peak_memory, time_of_day
 from engine.state import CheckpointFolder, Layout, TrainState
-from utils import World, on_terminal
+from utils import World, on_terminal, one_line
 
 LOGGER = logging.getLogger(__name__)
 NETWORKS = {"val": "network", "val_ema": "averaged network"}
@@ -207,8 +207,8 @@ class Report:
                 updates_per_epoch=self.progress.updates_per_epoch,
                 training_loss=self.training_loss,
             )
-        except CurveError as error:  # the training itself has succeeded
-            LOGGER.warning("no curves: %s", error)
+        except Exception as error:  # the training itself has succeeded
+            LOGGER.warning("no curves: %s", one_line(error))
         else:
             LOGGER.info("curves %s", picture)
 
