@@ -141,7 +141,8 @@ def check_continuing(
 ) -> list[str]:
     """Refuses what would give another run's result as this one's, or an unmeant mixture of both.
 
-    A finished run must have had every setting that could have changed its result. An unfinished one
+    A finished run must have had every setting that could have changed its result, longer limits
+    apart. An unfinished one
     in the run's own folder goes on with others, and one that is named by --resume with another
     function or other images, where `consent` is given.
 
@@ -156,15 +157,17 @@ def check_continuing(
     own = Path(source).resolve().parent == Path(folder).resolve()
     explicit = now.config["MODEL"]["RESUME"]
     named = bool(explicit) and (not own or _absolute(explicit) == _absolute(os.fspath(source)))
+    if named and not own:  # what another folder's run started from
+        found = [change for change in found if change.kind != "start"]
     if finished:
-        _refuse_finished([c for c in found if c.kind != "free"], folder if own else source)
+        wrong = [change for change in found if change.kind not in ("free", "longer")]
+        _refuse_finished(wrong, folder if own else source)
         return []
     binding = ("function", "images") if named else ("function", "images", "recipe", "start")
     wrong = [change for change in found if change.kind in binding]
     if wrong and not consent:
         _refuse(wrong, folder, source, named)
-    left = () if named and not own else ("start",)
-    return [c.text for c in found if c.kind in ("length", "numerics", "recipe", *binding, *left)]
+    return [change.text for change in found if change.kind != "free"]
 
 
 def changes(saved: Run, now: Run, folder: Path, defaults: Mapping[str, Any]) -> Iterator[Change]:
@@ -176,7 +179,8 @@ def changes(saved: Run, now: Run, folder: Path, defaults: Mapping[str, Any]) -> 
             continue
         old = _look_up(saved.config, key, _plain(defaults.get(key)))
         if not _same(key, old, new, folder):
-            yield Change(class_of(key), f"{key}: {show(old)} -> {show(new)}")
+            kind = "longer" if key in LENGTH and _longer(old, new) else class_of(key)
+            yield Change(kind, f"{key}: {show(old)} -> {show(new)}")
     for split in now.images.keys() & saved.images.keys():
         if saved.images[split] != now.images[split]:
             text = f"{split} images: {show(saved.images[split])} -> {show(now.images[split])}"
@@ -227,6 +231,11 @@ def _same(key: str, old: Any, new: Any, folder: Path) -> bool:
     if key in PATHS or key == "MODEL.RESUME":
         return old == new or _absolute(old) == _absolute(new)
     return isinstance(old, bool) == isinstance(new, bool) and old == new
+
+
+def _longer(old: Any, new: int) -> bool:
+    """Whether a limit is further off; 0 is none (TRAIN.MAX_STEPS)."""
+    return isinstance(old, int) and bool(old) and (not new or new > old)
 
 
 def _outside(path: Any, folder: Path) -> Any:
