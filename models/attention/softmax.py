@@ -31,6 +31,7 @@ from .geometry import Geometry, relative_coords_table
 from .modified import Modified
 from .modifiers import LogitMixer, MapModifier, ProjectionModifier, TermModifier
 from .modifiers.base import Modifier
+from .regions import zero_masked
 from .spec import AttentionSpec
 
 MAX_LOGIT_SCALE = 100.0
@@ -231,18 +232,18 @@ class SoftmaxAttention(Modified):
         if terms.bias is not None:
             logits = logits + terms.dense("bias")
         with torch.autocast(qkv.device.type, enabled=False):
-            attn = self.map_tap(self._map(logits, terms, layout.mask, carried))
+            attn = self.map_tap(self._map(logits, terms, layout, carried))
         return merge_windows(weigh(attn, v, dropout), layout), attn
 
     def _map(
-        self, logits: Tensor, terms: OffsetTerms, mask: Tensor | None, carried: Tensor | None
+        self, logits: Tensor, terms: OffsetTerms, layout: WindowLayout, carried: Tensor | None
     ) -> Tensor:
         """Scaled and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N),
         modifiers and all in float32.
         """
         for modifier in self._stage(LogitMixer):
             logits = modifier(logits)
-        attn = self.logit_tap(add_mask(logits, mask)).softmax(-1)
+        attn = self.logit_tap(add_mask(logits, layout.mask)).softmax(-1)
         if terms.post is not None:
             attn = attn * terms.dense("post")
             if terms.renormalise:
@@ -250,7 +251,8 @@ class SoftmaxAttention(Modified):
         if carried is not None:
             attn = attn + carried
         for modifier in self._stage(MapModifier):
-            attn = modifier.after_mask(_zero_masked(modifier(attn), mask))
+            attn = modifier(attn, layout) if modifier.mixes_pairs else modifier(attn)
+            attn = modifier.after_mask(zero_masked(attn, layout.mask))
         return attn
 
     def map_flops(self, layout: WindowLayout) -> int:
@@ -267,13 +269,6 @@ class SoftmaxAttention(Modified):
             + 2 * tokens * tokens * inner
             + tokens * inner * self.proj.out_features
         )
-
-
-def _zero_masked(attn: Tensor, mask: Tensor | None) -> Tensor:
-    """Sets the pairs that the mask forbids to zero: attn (B*nW, H, N, N), mask (nW, N, N)."""
-    if mask is None:
-        return attn
-    return (attn.unflatten(0, (-1, len(mask))) * (mask == 0)[:, None]).flatten(0, 1)
 
 
 def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:

@@ -21,7 +21,7 @@ from registry import check_choice
 
 class WindowTokenMix(nn.Module):
     """x + a linear map over the tokens of each (shifted) window, one N x N matrix and bias per
-    head; zero at the start.
+    head; zero at the start. Tokens that a shift brought together do not meet.
 
     Shapes: (B, H, W, C) -> (B, H, W, C); heads N (N + 1) parameters. Tokens outside the image count
         as zeros.
@@ -43,13 +43,22 @@ class WindowTokenMix(nn.Module):
             .transpose(1, 2)
         )
         mixed = (
-            (self.weight @ tokens + self.bias)
+            (self._weigh(tokens, layout.mask) + self.bias)
             .transpose(1, 2)
             .flatten(2)
             .unflatten(1, layout.window)
         )
         mixed = window_reverse(mixed, layout.window, *layout.padded).roll(layout.shift, (1, 2))
         return x + crop_grid(mixed, layout)
+
+    def _weigh(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """tokens (B*nW, heads, N, D), mask (nW, N, N) -> (B*nW, heads, N, D)."""
+        if mask is None:
+            return self.weight @ tokens
+        weight = self.weight * (mask == 0)[:, None]  # (nW, heads, N, N)
+        by_window = tokens.unflatten(0, (-1, len(mask))).permute(1, 2, 3, 0, 4)
+        mixed = weight @ by_window.flatten(3)  # all images of a window side by side
+        return mixed.unflatten(3, by_window.shape[3:]).permute(3, 0, 1, 2, 4).flatten(0, 1)
 
     def flops(self, tokens: int, dim: int) -> int:
         """Multiply-accumulates for `tokens` tokens of `dim` channels."""

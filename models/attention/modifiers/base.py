@@ -93,7 +93,14 @@ class LogitMixer(Modifier):
 
 
 class MapModifier(Modifier):
-    """Changes the softmaxed map itself; takes the open path."""
+    """Changes the softmaxed map itself; takes the open path.
+
+    mixes_pairs: True for one that mixes different pairs of a map, not the heads of a pair alone.
+        Its forward is given the layout of the windows too, and does that region by region
+        (models/attention/regions.py): the mask keeps apart what a shift brought together.
+    """
+
+    mixes_pairs = False
 
     def forward(self, attn: Tensor) -> Tensor:
         """(B*nW, H, N, N) -> (B*nW, G, N, N); masked pairs are set to zero again afterwards.

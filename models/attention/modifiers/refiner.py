@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.window_attention import WindowLayout
 from models.attention.geometry import Geometry
+from models.attention.regions import by_region, zero_masked
 
 from .base import MODIFIERS, MapModifier
 from .talking_heads import mix_heads
@@ -36,7 +38,8 @@ class Refiner(MapModifier):
         release:  A' = BN(BN(R relu6(BN(conv(relu6(BN(E A)))))) + A)
 
     E is (r H, H), R is (H, r H), both act on the heads; conv has one k x k kernel per expanded
-    head, zeros beyond the edge. As conv is linear, row i of conv(A) V is sum_a A_{i+a} (sum_b w_ab
+    head, zeros beyond the edge and, in shifted or padded windows, beyond the region that the mask
+    lets a token see. As conv is linear, row i of conv(A) V is sum_a A_{i+a} (sum_b w_ab
     V_{.-b}): neighbouring queries' attention, applied to values aggregated locally. Rows of A' sum
     to nothing in particular, and entries may be negative.
 
@@ -64,6 +67,8 @@ class Refiner(MapModifier):
         can do on its own: the release's carry of a map into later blocks and its sharing of maps
             between blocks are models/refined_vit.py's.
     """
+
+    mixes_pairs = True
 
     def __init__(
         self,
@@ -146,12 +151,14 @@ class Refiner(MapModifier):
         if self.residual:
             (self.kernel if self.reduction is None else self.reduction).zero_()
 
-    def forward(self, attn: Tensor) -> Tensor:
-        """(B*nW, H, N, N) -> (B*nW, H or r H, N, N)."""
+    def forward(self, attn: Tensor, layout: WindowLayout | None = None) -> Tensor:
+        """(B*nW, H, N, N) of the windows of `layout` (None: not masked) -> (B*nW, H or r H, N,
+        N).
+        """
         maps = attn
         if self.expansion is not None:
             maps = self._activate(self._norm("expanded", mix_heads(attn, self.expansion)))
-        maps = self._activate(self._norm("local", self.aggregate(maps)))
+        maps = self._activate(self._norm("local", self.aggregate(maps, layout)))
         if self.reduction is not None:
             maps = self._norm("reduced", mix_heads(maps, self.reduction))
         if self.residual:
@@ -169,19 +176,21 @@ class Refiner(MapModifier):
         total = attn.sum(-1, keepdim=True)
         return attn / torch.where(total.abs() < SMALLEST_SUM, SMALLEST_SUM, total)
 
-    def aggregate(self, maps: Tensor) -> Tensor:
+    def aggregate(self, maps: Tensor, layout: WindowLayout | None = None) -> Tensor:
         """The convolution of each expanded map, (B*nW, r H, N, N) -> the same; pairs with an
         excluded token pass.
         """
         skip = self.excluded
         if not skip:
-            return self._convolve(maps)
+            return self._convolve(maps, layout)
         inner = maps[..., skip:, skip:]
-        return maps + F.pad(self._convolve(inner) - inner, (skip, 0, skip, 0))
+        return maps + F.pad(self._convolve(inner, layout) - inner, (skip, 0, skip, 0))
 
-    def _convolve(self, maps: Tensor) -> Tensor:
+    def _convolve(self, maps: Tensor, layout: WindowLayout | None) -> Tensor:
         if self.plane == "raster":
-            return depthwise(maps, self.kernel)
+            return by_region(maps, layout, lambda maps: depthwise(maps, self.kernel))
+        if layout is not None:  # of one query or key: zeros for what it may not see are enough
+            maps = zero_masked(maps, layout.mask)
         maps = maps if self.plane == "key_grid" else maps.mT
         grids = (
             maps.transpose(1, 2).flatten(0, 1).unflatten(2, self.geometry.window)
