@@ -7,7 +7,8 @@ import threading
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.derivatives import is_differentiated_again, is_transformed, plain_gradients
 
 from . import precision
 from .gelu import compiled, gelu_backward_into, gelu_into
@@ -45,7 +46,7 @@ def fused_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
         return _evaluate(x, fc1, fc2, inner)
     hidden_bytes = x.numel() // x.shape[-1] * fc1.out_features * dtype.itemsize
     small = hidden_bytes <= PLAIN_BYTES[compiled(inner)]
-    if (small and inner == dtype) or torch._C._are_functorch_transforms_active():
+    if (small and inner == dtype) or is_transformed():
         return fc2(F.gelu(fc1(x)))
     parameters = [t.to(inner) for t in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)]
     with torch.autocast("cpu", enabled=False):
@@ -126,13 +127,16 @@ class _Mlp(torch.autograd.Function):
             else:
                 act = F.gelu(addmm_into(saved, b1, a, w1.t()))
             addmm_into(out, b2, act, w2.t())
-        ctx.save_for_backward(x, hidden, w1, w2, late)
+        ctx.save_for_backward(x, hidden, w1, b1, w2)
+        ctx.late = late is not None
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, hidden, w1, w2, late = ctx.saved_tensors
+        x, hidden, w1, b1, w2 = ctx.saved_tensors
+        if is_differentiated_again(grad):
+            return _plain_gradients(ctx, x, w1, b1, w2, grad)
+        late = b1 if ctx.late else None
         tokens = x.reshape(-1, x.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
         inner = w1.dtype
@@ -167,6 +171,18 @@ class _Mlp(torch.autograd.Function):
             db2.to(inner),
             None,
         )
+
+
+def _plain_gradients(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, grad: Tensor):
+    """What the backward of `_Mlp` returns, as PyTorch's own operations compute it."""
+
+    def formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x.to(w1.dtype), w1, b1)), w2, b2).to(grad.dtype)
+
+    b2 = w2.new_zeros(len(w2))  # no gradient depends on its value
+    with torch.autocast("cpu", enabled=False):
+        grads = plain_gradients(formula, (x, w1, b1, w2, b2), grad, ctx.needs_input_grad[:5])
+    return *grads, None
 
 
 def _first_layer(

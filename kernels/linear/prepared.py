@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.derivatives import is_transformed
+
 from . import precision
 from .precision import computed_in, row_chunks
 
@@ -12,12 +14,12 @@ _MKLDNN = torch.ops.mkldnn
 
 def is_observed() -> bool:
     """Whether something looks at single operations and must see an ordinary product: a compiler, a
-    tracer, torch.func, or a dispatch mode such as a FLOP counter or fake tensors.
+    tracer, torch.func, forward mode, or a dispatch mode such as a FLOP counter or fake tensors.
     """
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or is_transformed()
         or torch._C._get_tracing_state()
     )
 

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.derivatives import is_differentiated_again, is_transformed, plain_gradients
 
 from . import precision
 from .precision import computed_in, result_dtype, row_chunks
@@ -75,9 +76,13 @@ class _Narrow(torch.autograd.Function):
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A product in float32 with a result of `dtype`."""
     with torch.autocast(x.device.type, enabled=False):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return F.linear(x.float(), weight.float(), _float(bias)).to(dtype)
+        if torch.compiler.is_compiling() or is_transformed():
+            return _plain(x, weight, bias, dtype)
         return _Widened.apply(x, weight, bias, dtype)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(x.float(), weight.float(), _float(bias)).to(dtype)
 
 
 def _float(bias: Tensor | None) -> Tensor | None:
@@ -89,8 +94,8 @@ class _Widened(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, bias)
+        ctx.dtype = dtype
         wide, bias = weight.float(), _float(bias)
         tokens = x.reshape(-1, x.shape[-1])
         # No view is returned, so that callers may change the product in place.
@@ -101,10 +106,17 @@ class _Widened(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        if is_differentiated_again(grad):
+            with torch.autocast(x.device.type, enabled=False):
+                return *plain_gradients(
+                    lambda *inputs: _plain(*inputs, ctx.dtype),
+                    (x, weight, bias),
+                    grad,
+                    ctx.needs_input_grad[:3],
+                ), None
         tokens = x.reshape(-1, x.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
         wide = weight.float()
@@ -123,6 +135,6 @@ class _Widened(torch.autograd.Function):
         return (
             dx.view_as(x) if need_x else None,
             dw.to(weight.dtype) if need_weight else None,
-            db.to(ctx.bias_dtype) if need_bias else None,
+            db.to(bias.dtype) if need_bias else None,
             None,
         )

@@ -10,12 +10,16 @@ Same result as `reference.py` up to rounding. What is saved over letting autogra
   their gradient needs them.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.derivatives import is_differentiated_again, is_transformed, plain_gradients
 
 from .layout import WindowLayout, crop_grid, pad_grid
+from .reference import window_attention_reference
 from .terms import OffsetTerms
 
 # Bytes of logits worked on at a time on the CPU: about what the second-level cache of one or two
@@ -50,13 +54,16 @@ def window_attention_eager(
     reason = eager_cannot(terms, dropout)
     if reason:
         raise ValueError(f"window_attention: {reason}")
+    if is_transformed():
+        return window_attention_reference(qkv, terms, layout, num_heads, cosine)
     scale, bias = terms.dense("scale"), terms.dense("bias")
     padded = pad_grid(qkv, layout)
     with torch.autocast(qkv.device.type, enabled=False):
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (qkv, scale, bias)
         ):
-            y = _Attention.apply(padded, scale, bias, layout, num_heads, cosine)
+            edge = _Edge.apply(padded)
+            y = _Attention.apply(padded, scale, bias, edge, layout, num_heads, cosine)
         else:
             y = _forward(padded, scale, terms.masked_bias(layout), layout, num_heads, cosine)[0]
     return crop_grid(y, layout)
@@ -144,8 +151,24 @@ def _forward(
     return _merge(y[None], layout, 1, heads), packed, inverse, attn
 
 
+class _Edge(torch.autograd.Function):
+    """Zeros of the shape of x without memory of their own, through which a gradient reaches x: a
+    second derivative with respect to x needs the place in the graph, not a copy of the values.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
 class _Attention(torch.autograd.Function):
-    """Gradients of qkv, scale (heads, 1 or N, 1 or N) and bias (heads, N, N)."""
+    """Gradients of qkv, scale (heads, 1 or N, 1 or N) and bias (heads, N, N); `edge` leads to
+    qkv.
+    """
 
     @staticmethod
     def forward(
@@ -153,6 +176,7 @@ class _Attention(torch.autograd.Function):
         qkv: Tensor,
         scale: Tensor,
         bias: Tensor | None,
+        edge: Tensor,
         layout: WindowLayout,
         heads: int,
         cosine: bool,
@@ -161,15 +185,24 @@ class _Attention(torch.autograd.Function):
         y, packed, inverse, attn = _forward(
             qkv, scale, terms.masked_bias(layout), layout, heads, cosine, keep=True
         )
-        ctx.save_for_backward(packed, inverse, attn, scale)
+        ctx.save_for_backward(packed, inverse, attn, scale, bias, edge)
         ctx.layout, ctx.heads, ctx.bias_shape = layout, heads, None if bias is None else bias.shape
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        packed, inverse, attn, scale = ctx.saved_tensors
+        packed, inverse, attn, scale, bias, edge = ctx.saved_tensors
         layout, heads = ctx.layout, ctx.heads
+        if is_differentiated_again(grad):
+            qkv = _unpack(packed, inverse, layout, heads) + edge
+            cosine = inverse is not None
+            grads = plain_gradients(
+                lambda *inputs: _plain(*inputs, layout, heads, cosine),
+                (qkv, scale, bias),
+                grad,
+                ctx.needs_input_grad[:3],
+            )
+            return *grads, *(None,) * 4
         grads = torch.empty_like(packed)
         grad = _split(grad.contiguous(), layout, 1, heads)[0]
         sums = _Sums(
@@ -192,7 +225,29 @@ class _Attention(torch.autograd.Function):
             unit, through = packed[:2], grads[:2]
             along = (unit * through).sum(-1, keepdim=True)
             through.addcmul_(unit, along, value=-1).mul_(inverse)
-        return _merge(grads, layout, 3, heads), sums.scale, sums.bias, None, None, None
+        return _merge(grads, layout, 3, heads), sums.scale, sums.bias, *(None,) * 4
+
+
+def _unpack(packed: Tensor, inverse: Tensor | None, layout: WindowLayout, heads: int) -> Tensor:
+    """The padded qkv that `_forward` packed."""
+    if inverse is not None:
+        packed = torch.cat([packed[:2] / inverse, packed[2:]])
+    return _merge(packed, layout, 3, heads)
+
+
+def _plain(
+    qkv: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: WindowLayout,
+    heads: int,
+    cosine: bool,
+) -> Tensor:
+    """What `_Attention` computes, as the specification does."""
+    terms = OffsetTerms(layout.window, scale, bias)
+    whole = replace(layout, grid=layout.padded)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return window_attention_reference(qkv, terms, whole, heads, cosine)
 
 
 class _Sums:

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from kernels.derivatives import is_transformed
 from kernels.library import loader
 from kernels.library.loader import DTYPES
 
-from . import selfcheck
+from . import operations, selfcheck
 from .layout import WindowLayout
-from .operations import Transformable
+from .reference import window_attention_reference
 from .terms import OffsetTerms
 
 # What the kernel of a device takes: channels of a head; tokens along a side of a window and in all
@@ -103,11 +104,14 @@ def window_attention_fused(
 
     Deterministic. Which entries of the map are dropped follows from one number drawn from PyTorch's
     generator of the device, so `torch.manual_seed` and activation checkpoints reproduce them.
+    Second derivatives, forward mode and transforms of torch.func go through the plain formula.
     Raises: ValueError where the kernel cannot do this, or there is none on this machine.
     """
     reason = cannot(qkv, terms) or missing(qkv.device.type)
     if reason:
         raise ValueError(f"window_attention: the fused backend does not apply: {reason}")
+    if is_transformed():
+        return window_attention_reference(qkv, terms, layout, num_heads, cosine, dropout)
     tables = (terms.scale, terms.bias, terms.post)
     scale, bias, post = (
         None if table is None else table.float().expand(-1, num_heads) for table in tables
@@ -116,9 +120,7 @@ def window_attention_fused(
     need_lse = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (qkv, scale, bias, post)
     )
-    transformed = torch._C._are_functorch_transforms_active()  # torch.func.grad, vmap
-    operation = Transformable.apply if transformed else torch.ops.idsw.window_attention_forward
-    return operation(
+    return operations.call(
         qkv,
         scale,
         bias,
@@ -130,5 +132,5 @@ def window_attention_fused(
         cosine,
         layout.mask_value,
         float(dropout),
-        need_lse or transformed,
-    )[0]
+        need_lse,
+    )

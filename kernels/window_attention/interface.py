@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from kernels.derivatives import is_transformed
+
 from .eager import eager_cannot, window_attention_eager
 from .fused import HEAD_DIMS, cannot, missing, window_attention_fused
 from .layout import WindowLayout
@@ -30,6 +32,8 @@ def explain(qkv: Tensor, terms: OffsetTerms, dropout: float = 0.0) -> tuple[str,
     Where the fused kernel applies, the first call loads it, and compiles it if need be (see
     kernels/library).
     """
+    if is_transformed():
+        return "reference", "a transform or forward-mode derivative needs the plain formula"
     unfused = why_not_fused(qkv, terms)
     if unfused is None:
         return "fused", "one compiled operation, which forms no N x N matrix in memory"

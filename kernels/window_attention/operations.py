@@ -7,9 +7,11 @@ deterministic, and one node each in a compiled or exported graph.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from kernels.derivatives import is_differentiated_again, plain_gradients
 from kernels.library.loader import after_loading
+
+from .plain import plain_attention
 
 FORWARD, BACKWARD = "idsw::window_attention_forward", "idsw::window_attention_backward"
 
@@ -27,6 +29,11 @@ def register() -> None:
 
 
 _registered: list[torch.library.Library] = []
+
+
+def call(*inputs) -> torch.Tensor:
+    """The result of the forward for the inputs of its schema."""
+    return torch.ops.idsw.window_attention_forward(*inputs)[0]
 
 
 def _fake_forward(
@@ -86,12 +93,19 @@ def _save(ctx, inputs, output) -> None:
     ctx.options = options
 
 
-@once_differentiable
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 12
     qkv, lse, scale, bias, post, seed = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
+    if is_differentiated_again(grad):
+        grads = plain_gradients(
+            lambda *inputs: plain_attention(*inputs, seed, *ctx.options),
+            (qkv, scale, bias, post),
+            grad,
+            needed,
+        )
+        return *grads, *(None,) * 8
     grads = torch.ops.idsw.window_attention_backward(
         grad.contiguous(), qkv, lse, scale, bias, post, seed, *ctx.options, *needed[1:]
     )
@@ -99,18 +113,3 @@ def _backward(ctx, grad, _):
         *(table if needs else None for table, needs in zip(grads, needed, strict=True)),
         *(None,) * 8,
     )
-
-
-class Transformable(torch.autograd.Function):
-    """The forward for torch.func, whose transforms do not take what `register_autograd` makes;
-    inputs as for the operation.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs):
-        return torch.ops.idsw.window_attention_forward(*inputs)
-
-    setup_context = staticmethod(_save)
-    backward = staticmethod(_backward)

@@ -5,8 +5,10 @@ number per head.
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.derivatives import is_transformed
+
 from .layout import WindowLayout
-from .reference import merge_windows, split_windows
+from .reference import merge_windows, split_windows, window_attention_reference
 from .terms import OffsetTerms
 
 
@@ -34,6 +36,8 @@ def window_attention_sdpa(
     reason = sdpa_cannot(terms)
     if reason:
         raise ValueError(f"window_attention: {reason}")
+    if is_transformed():
+        return window_attention_reference(qkv, terms, layout, num_heads, cosine, dropout)
     q, k, v = split_windows(qkv, layout, num_heads)
     if cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.window_attention import OffsetTerms, window_layout
+from kernels.window_attention.plain import dropped_attention
 from kernels.window_attention.reference import merge_windows, softmax_attention, split_windows
 
 TABLES = ("scale", "bias", "post")
@@ -76,27 +77,6 @@ class Case:
         return replace(self, **changes)
 
 
-def keep_mask(seed: int, rows: int, keys: int, dropout: float) -> Tensor:
-    """(rows, keys) float64 in {0, 1 / (1 - dropout)}: wa_keep of csrc/args.h for rows 0 .. rows -
-    1.
-    """
-    wrap = 1 << 64
-
-    def signed(x: int) -> int:
-        return (x % wrap + wrap // 2) % wrap - wrap // 2
-
-    def shifted(x: Tensor, by: int) -> Tensor:  # logical shift of int64
-        return (x >> by) & ((1 << (64 - by)) - 1)
-
-    row, key = torch.arange(rows)[:, None], torch.arange(keys)
-    x = (row * signed(0x9E3779B97F4A7C15) + key * signed(0xD1B54A32D192ED03)) ^ seed
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = (x ^ shifted(x, 33)) * signed(multiplier)
-    x = shifted(x ^ shifted(x, 33), 32)
-    threshold = int(float(torch.tensor(dropout)) * 2**32)  # float32, as in the structure
-    return (x >= threshold).double() / (1 - dropout)
-
-
 class Drawn:
     """The inputs of a case: qkv (B, H, W, 3C), grad_out (B, H, W, C), tables, seed."""
 
@@ -151,13 +131,7 @@ def specification(drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
         if not c.dropout:
             y = softmax_attention(q, k, v, terms, layout.mask, c.cosine)
         else:
-            # Dropout of a map is a factor after the softmax: the identity as v gives the map.
-            area = layout.area
-            rows = c.batch * layout.num_windows * c.heads * area
-            keep = keep_mask(int(drawn.seed), rows, area, c.dropout).view(-1, c.heads, area, area)
-            eye = torch.eye(area, dtype=dtype).expand(*q.shape[:2], area, area)
-            attn = softmax_attention(q, k, eye, terms, layout.mask, c.cosine)
-            y = (attn * keep.to(dtype)) @ v
+            y = dropped_attention(q, k, v, terms, layout.mask, c.cosine, drawn.seed, c.dropout)
     out = merge_windows(y, layout)
     out.backward(drawn.grad_out.to(dtype))
     found = {"out": out.detach(), "qkv": qkv.grad}

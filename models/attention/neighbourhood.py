@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from kernels.derivatives import is_differentiated_again, is_transformed, plain_gradients
 
 TILE = 4  # queries of a TILE x TILE square share their keys, the (TILE + k - 1)² pixels around
 # Planes (one head of one image each) are worked on together as long as their logits stay below
@@ -37,7 +38,7 @@ def neighbourhood_attention(
         mask_padding: True leaves pixels outside the image out of the softmax; False counts them as
             zeros, with logit q · r.
     Shapes: -> (B, H, D, rows, columns). While a gradient is recorded only q, k, v, row and col are
-        kept; logits are computed again. First derivatives only, outside of torch.compile.
+        kept; logits are computed again. Second derivatives hold all logits at once.
     """
     batch, heads = q.shape[:2]
     inputs = [x if x is None else x.flatten(0, 1) for x in (q, k, v)]
@@ -52,6 +53,8 @@ def neighbourhood_attention(
                 for part in _split(inputs, step)
             ]
         )
+    elif is_transformed():
+        y = torch.cat([_attend(*part, size, mask_padding) for part in _split(inputs, step)])
     else:
         y = _Chunked.apply(*inputs, step, size, mask_padding)
     return y.unflatten(0, (batch, heads))
@@ -86,9 +89,16 @@ class _Chunked(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         inputs = ctx.saved_tensors
+        if is_differentiated_again(grad):
+
+            def formula(*inputs: Tensor | None) -> Tensor:
+                return _attend(*inputs, *ctx.options).to(grad.dtype)
+
+            with torch.autocast(**ctx.autocast):
+                grads = plain_gradients(formula, inputs, grad, ctx.needs_input_grad[:5])
+            return *grads, None, None, None
         wanted = [i for i, x in enumerate(inputs) if ctx.needs_input_grad[i]]
         gradients = [torch.empty_like(inputs[i]) for i in wanted]
         for grad_part, *rest in _split((grad, *inputs, *gradients), ctx.step):

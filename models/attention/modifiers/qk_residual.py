@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.derivatives import is_transformed
 from kernels.window_attention.layout import cache_tensors
 from models.attention.geometry import Geometry
 
@@ -58,11 +59,11 @@ class QKResidual(ProjectionModifier):
 
     def add(self, x: Tensor, qkv: Tensor) -> Tensor:
         """x (..., C) is added to the q and k of qkv (..., 3C), in place unless under
-        torch.compile.
+        torch.compile or a transform.
         """
         places = slice(*{"qk": (0, 2), "q": (0, 1), "k": (1, 2)}[self.parts])
         x = x.to(qkv.dtype)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_transformed()):
             return _AddInPlace.apply(qkv, x, places)
         zero = torch.zeros_like(x)
         return qkv + torch.cat([x if part in self.parts else zero for part in "qkv"], dim=-1)
