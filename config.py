@@ -141,7 +141,8 @@ KEYS: dict[str, Key] = {
     "DATA.STD": Key((), sequence(ABOVE_0, tuple),
         "standard deviation per channel, of pixels in [0, 1]; () = the data set's own"),
     "DATA.ZIP_MODE": Key(False, switch(),
-        "read DATA_PATH/{train,val}.zip with {train,val}_map.txt; imagenet only"),
+        "read DATA_PATH/{train,val}.zip, labelled by {train,val}_map.txt or by the class folders "
+        "inside; imagenet and folder"),
     "DATA.CACHE_MODE": Key("part", choice("no", "full", "part"),
         "zip mode, images in memory: none; all; this process' share"),
     "DATA.PIN_MEMORY": Key(True, switch(), "page-locked host memory, for faster copies to a GPU"),

@@ -6,18 +6,22 @@ import logging
 import os
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data.errors import DataError
-from data.files import FileList, is_image
-from data.images import UnreadableImage, decode
+from data.errors import DataError, printable
+from data.files import FileList, LeftOut, is_image
+from data.images import MAX_BYTES, UnreadableImage, decode
 
 logger = logging.getLogger(__name__)
 # Bytes before the name in a zip's local file header; the last four are two lengths.
-_LOCAL_HEADER = 30
+_LOCAL_HEADER, _SIGNATURE = 30, b"PK\3\4"
+# More classes than any data set has; a label is an index into arrays of that length.
+_MOST_CLASSES = 2**20
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
@@ -36,10 +40,18 @@ class Archive:
     def __init__(self, path: str | os.PathLike, names: FileList):
         self.path = os.fspath(path)
         self._pid, self._file = -1, None
+        end = os.path.getsize(path)
         with open_zip(path) as archive:
             members = [_member(archive, names[i], self.path) for i in range(len(names))]
-        self._start = np.array([m.header_offset for m in members], dtype=np.int64)
-        self.size = np.array([m.compress_size for m in members], dtype=np.int64)
+        # what a damaged directory says of a place outside the file is not read
+        inside = [0 <= m.header_offset <= end - m.compress_size for m in members]
+        self._start = np.array(
+            [m.header_offset if ok else -1 for m, ok in zip(members, inside)], dtype=np.int64
+        )
+        self.size = np.array(
+            [m.compress_size if ok else 0 for m, ok in zip(members, inside)], dtype=np.int64
+        )
+        self._unpacked = np.array([min(m.file_size, 2**62) for m in members], dtype=np.int64)
         self._crc = np.array([m.CRC for m in members], dtype=np.uint32)
         self._method = np.array([m.compress_type for m in members], dtype=np.uint8)
 
@@ -53,25 +65,40 @@ class Archive:
 
     def raw(self, index: int) -> bytes:
         """The member as stored, perhaps compressed. Raises: UnreadableImage."""
+        if self._start[index] < 0:
+            raise UnreadableImage("damaged archive (the member's place lies outside it)")
+        if max(self.size[index], self._unpacked[index]) > MAX_BYTES:
+            raise UnreadableImage(f"{self._unpacked[index]} bytes, more than {MAX_BYTES}")
         try:
             file = self._open()
             file.seek(self._start[index])
             header = file.read(_LOCAL_HEADER)
+            if len(header) < _LOCAL_HEADER or not header.startswith(_SIGNATURE):
+                raise UnreadableImage("damaged archive (no member where its directory says)")
             name_length = int.from_bytes(header[26:28], "little")
             extra_length = int.from_bytes(header[28:30], "little")
             file.seek(name_length + extra_length, os.SEEK_CUR)
-            return file.read(int(self.size[index]))
+            content = file.read(int(self.size[index]))
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from None
+        if len(content) < self.size[index]:
+            raise UnreadableImage("damaged archive (it ends inside the member)")
+        return content
 
     def unpack(self, index: int, raw: bytes) -> bytes:
-        """The content of a member, checked against its checksum. Raises: UnreadableImage."""
+        """The content of a member, checked against its length and checksum. Raises:
+        UnreadableImage.
+        """
         content = raw
+        length = int(self._unpacked[index])
         try:
             if self._method[index] == _DEFLATED:
-                content = zlib.decompress(raw, -zlib.MAX_WBITS)
+                # one byte more than announced is enough to know; there could be terabytes
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, length + 1)
         except zlib.error as error:
             raise UnreadableImage(f"damaged archive member ({error})") from None
+        if len(content) != length:
+            raise UnreadableImage("damaged archive member (length differs)")
         if zlib.crc32(content) != self._crc[index]:
             raise UnreadableImage("damaged archive member (checksum differs)")
         return content
@@ -115,7 +142,7 @@ class ZipSource:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        return f"{self.archive.path}@/{self.files[index]}"
+        return printable(f"{self.archive.path}@/{self.files[index]}")
 
     def read(self, index: int) -> Image.Image:
         return decode(self.archive.unpack(index, self._raw(index)))
@@ -139,56 +166,115 @@ class ZipSource:
                 "caching %d images of %s, %.1f GB", len(cached), self.archive.path, total / 1e9
             )
         for index, end in zip(cached.tolist(), ends.tolist()):
-            raw = self.archive.raw(index)
+            try:
+                raw = self.archive.raw(index)
+            except UnreadableImage:  # told when it is its turn, as without a cache
+                continue
             self._bytes[end - len(raw) : end] = np.frombuffer(raw, dtype=np.uint8)
             self._place[index] = end - len(raw)
+
+
+@dataclass(frozen=True)
+class ZipIndex:
+    """What an archive holds.
+
+    classes: sorted names of the class folders; [] where a map file gives the labels.
+    mapped: whether one does.
+    folders: label -> folder, where a map gives each folder one label.
+    """
+
+    files: FileList
+    left_out: LeftOut
+    classes: list[str]
+    mapped: bool
+    folders: dict[int, str]
 
 
 def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:
     """Opens an archive. Raises: DataError if it is no zip file."""
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # BadZipFile; of damaged directories also struct.error, ValueError
         raise DataError(
-            f"'{path}' is not a complete zip archive ({error}); make it again"
+            f"'{printable(path)}' is not a complete zip archive ({error}); make it again"
         ) from None
 
 
-def read_map(path: Path) -> FileList:
-    """Swin's map file: one 'relative/path<TAB>label' a line. Raises: DataError naming the first bad
-    line.
+def read_map(path: Path) -> ZipIndex:
+    """The images of the archive `path` that Swin's map file beside it lists, one
+    'relative/path<TAB>label' a line. Raises: DataError naming the first bad line.
     """
-    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-        return FileList(
-            _map_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
+    listing = path.with_name(f"{path.stem}_map.txt")
+    with open(listing, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        files = FileList(
+            _map_entry(listing, number, line)
+            for number, line in enumerate(lines, 1)
+            if line.strip()
         )
+    left_out = LeftOut()
+    with open_zip(path) as archive:
+        more = len({name for name in archive.namelist() if _is_member(name)}) - len(files)
+    if more > 0:
+        left_out[f"not in {listing.name}"] = more
+    return ZipIndex(files, left_out, [], True, _folders(files))
 
 
-def index_archive(path: Path) -> tuple[FileList, list[str]]:
-    """Images of an archive labelled by folder, and the sorted folder names.
+def index_archive(path: Path) -> ZipIndex:
+    """Images of an archive labelled by folder.
 
     Folders that enclose all images (train/ in train.zip) are skipped; the class is the first folder
     below.
 
     Raises: DataError if there are no images in class folders.
     """
+    left_out = LeftOut()
     with open_zip(path) as archive:
-        names = sorted(
-            name
-            for name in archive.namelist()
-            if is_image(name) and not name.startswith("__MACOSX/")
-        )
+        members = sorted(set(archive.namelist()))
+    names = [name for name in members if _is_member(name)]
+    for name in members:
+        if not (is_image(name) or name.endswith("/") or name.startswith("__MACOSX/")):
+            left_out.note(name)
     skip = _enclosing(names)
     if not names or any(name.count("/") <= skip for name in names):
         stray = next((name for name in names if name.count("/") <= skip), "no image at all")
+        found = f"{printable(stray)}, {left_out}" if left_out else printable(stray)
         raise DataError(
-            f"'{path}' must hold <class>/<image>, found {stray}; without a map file the folders are"
-            " the classes"
+            f"'{printable(path)}' must hold <class>/<image>, found {found}; without a map file the"
+            " folders are the classes; an archive inside is not opened"
         )
     owners = [name.split("/")[skip] for name in names]
-    classes = sorted(set(owners))
+    classes = sorted(set(owners) | set(_empty_folders(members, names[0], skip)))
     labels = {name: label for label, name in enumerate(classes)}
-    return FileList((name, labels[owner]) for name, owner in zip(names, owners)), classes
+    files = FileList((name, labels[owner]) for name, owner in zip(names, owners))
+    return ZipIndex(files, left_out, classes, False, {})
+
+
+def _is_member(name: str) -> bool:
+    return is_image(name) and not name.startswith("__MACOSX/")
+
+
+def _empty_folders(members: Iterable[str], image: str, skip: int) -> Iterator[str]:
+    """Names of the folders beside that of `image`, below `skip` enclosing ones."""
+    around = image.split("/")[:skip]
+    for name in members:
+        parts = name.split("/")
+        if len(parts) == skip + 2 and not parts[-1] and parts[:skip] == around:
+            if not parts[skip].startswith(".") and parts[skip] != "__MACOSX":
+                yield parts[skip]
+
+
+def _folders(files: FileList) -> dict[int, str]:
+    """Label -> class folder, as far as the names of listed images tell; {} unless each label has a
+    folder of its own.
+    """
+    names = [files[i] for i in range(len(files))]
+    skip = _enclosing([min(names, default=""), max(names, default="")])
+    found: dict[int, str] = {}
+    for name, label in zip(names, files.labels.tolist()):
+        parts = name.split("/")
+        if len(parts) < skip + 2 or found.setdefault(label, parts[skip]) != parts[skip]:
+            return {}
+    return found if len(set(found.values())) == len(found) else {}
 
 
 def _enclosing(names: list[str]) -> int:
@@ -207,9 +293,16 @@ def _enclosing(names: list[str]) -> int:
 
 def _map_entry(path: Path, number: int, line: str) -> tuple[str, int]:
     name, tab, label = line.rstrip("\r\n").rpartition("\t")
-    if not tab or not label.strip().isdecimal():
+    label = label.strip()
+    if not tab or not (label.isascii() and label.isdigit()):
         raise DataError(
-            f"'{path}' line {number} must be 'relative/path<TAB>label', got {line.strip()[:80]!r}"
+            f"'{printable(path)}' line {number} must be 'relative/path<TAB>label', got"
+            f" {printable(line.strip()[:80])!r}"
+        )
+    if len(label) > 9 or int(label) >= _MOST_CLASSES:
+        raise DataError(
+            f"'{printable(path)}' line {number}: label {label[:40]} is too large; labels are"
+            f" numbers from 0 to the number of classes - 1, at most {_MOST_CLASSES - 1}"
         )
     return name.removeprefix("/"), int(label)
 
@@ -219,12 +312,13 @@ def _member(archive: zipfile.ZipFile, name: str, path: str) -> zipfile.ZipInfo:
         member = archive.getinfo(name)
     except KeyError:
         raise DataError(
-            f"'{path}' has no member '{name}', which its map file lists; make both again"
+            f"'{printable(path)}' has no member '{printable(name)}', which its map file lists; make"
+            " both again"
         ) from None
     if member.flag_bits & 1 or member.compress_type not in (_STORED, _DEFLATED):
         raise DataError(
-            f"'{path}' member '{name}' is encrypted or compressed in a way other than deflate;"
-            " store it plainly (zip -0)"
+            f"'{printable(path)}' member '{printable(name)}' is encrypted or compressed in a way"
+            " other than deflate; store it plainly (zip -0)"
         )
     return member
 

@@ -18,6 +18,22 @@ class DataError(UserError, RuntimeError):
     """
 
 
+def printable(name: str | os.PathLike) -> str:
+    """A file's name as one line of valid text: bytes that are not UTF-8 and control characters are
+    written as escapes, such as \\xff.
+    """
+    text = os.fspath(name)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return ascii(character)[1:-1]
+
+
 def describe(path: str | os.PathLike) -> str:
     """What lies at `path`, in a few words: 'no such folder', 'an empty folder' or its first entries
     (folders end in '/').
@@ -28,7 +44,7 @@ def describe(path: str | os.PathLike) -> str:
     if not path.is_dir():
         return "a file"
     with os.scandir(path) as entries:
-        names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in entries)
+        names = sorted(printable(entry.name) + ("/" if entry.is_dir() else "") for entry in entries)
     if not names:
         return "an empty folder"
     more = f", ... ({len(names)} entries)" if len(names) > _SHOWN else ""

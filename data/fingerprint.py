@@ -31,7 +31,7 @@ def fingerprint(source: Source) -> str:
 def _sizes(source: Source) -> list[int]:
     """Bytes of up to SIZED files; -1 for one that cannot be looked at."""
     chosen = np.unique(np.linspace(0, max(len(source) - 1, 0), SIZED).astype(int))
-    return [_size(source.name(index)) for index in chosen.tolist()] if len(source) else []
+    return [_size(source.path(index)) for index in chosen.tolist()] if len(source) else []
 
 
 def _size(path: str) -> int:

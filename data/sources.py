@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from data.errors import printable
 from data.files import FileList
 from data.images import decode, read_file
 
@@ -42,11 +43,15 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def name(self, index: int) -> str:
+    def path(self, index: int) -> str:
+        """Where the system finds image `index`."""
         return os.path.join(self.root, self.files[index])
 
+    def name(self, index: int) -> str:
+        return printable(self.path(index))
+
     def read(self, index: int) -> Image.Image:
-        return decode(read_file(self.name(index)))
+        return decode(read_file(self.path(index)))
 
 
 class ArraySource:

@@ -4,18 +4,23 @@ timm's recipe.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
+from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 from torchvision.transforms.functional import InterpolationMode
 
 from data.errors import DataError
+from data.images import UnreadableImage, as_rgb
+from registry import did_you_mean
 
 # Images of this side or less (CIFAR) are not resized by a random or enlarged crop, as in Swin.
 SMALL = 32
 SMALL_PADDING = 4
+LONGEST = 64  # times the shorter side: what of an image is enlarged before its centre is cut out
 # AutoAugment's learned policies, by the data set they were learned on; torchvision has all three,
 # timm only ImageNet's.
 LEARNED_POLICIES = {
@@ -23,6 +28,13 @@ LEARNED_POLICIES = {
     "svhn": T.AutoAugmentPolicy.SVHN,
     "imagenet": T.AutoAugmentPolicy.IMAGENET,
 }
+# timm's policies and the settings of each, letters before a number; "t" takes a name.
+_POLICIES = {
+    "rand": ("m", "n", "p", "mstd", "mmax", "inc", "t"),
+    "augmix": ("m", "w", "d", "a", "b", "mstd"),
+    **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), ("mstd",)),
+}
+_TRANSFORM_SETS = ("tweights", "t3a", "t3aw")
 INTERPOLATIONS = ("random", "bilinear", "bicubic", "lanczos", "hamming")
 RESIZING_ONLY = ("lanczos", "hamming")  # Pillow cannot rotate or shear with these filters
 _EVAL_MODES = {
@@ -68,6 +80,8 @@ def train_transform(
     """
     _check_interpolation(interpolation)
     learned = auto_augment in LEARNED_POLICIES
+    if not learned and auto_augment not in ("", "none", None):
+        _check_policy(auto_augment)
     options = dict(
         input_size=size,
         is_training=True,
@@ -145,7 +159,7 @@ def eval_transform(
     crop_ratio: float = 224 / 256,
 ) -> T.Compose:
     """Resize and centre crop, or (crop False, or size <= SMALL) a plain resize to `size` (h, w);
-    then normalise.
+    then normalise. Takes an image of any mode that data.images.as_rgb reads.
 
     With crop, the image is resized, its shape kept, until it just covers int(h / crop_ratio) x
     int(w / crop_ratio);
@@ -158,9 +172,21 @@ def eval_transform(
     else:
         steps = [T.Resize(size, mode)]
     grey = [T.Grayscale()] if len(mean) == 1 else []
-    return T.Compose(
+    return OfAnyMode(
         [*steps, *grey, T.ToTensor(), T.Normalize(torch.tensor(mean), torch.tensor(std))]
     )
+
+
+class OfAnyMode(T.Compose):
+    """Steps that are given RGB whatever the image's mode, as training and validation read it; the
+    loader's own images are RGB already. Raises: DataError.
+    """
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        try:
+            return super().__call__(as_rgb(image))
+        except UnreadableImage as reason:
+            raise DataError(f"image cannot be used: {reason}") from None
 
 
 class Cover:
@@ -169,7 +195,8 @@ class Cover:
     def __init__(self, size: tuple[int, int], mode: InterpolationMode):
         self.size, self.mode = size, mode
 
-    def __call__(self, image):
+    def __call__(self, image: Image.Image) -> Image.Image:
+        image = self._middle(image)
         width, height = image.size
         rows, columns = self.size
         if rows * width >= columns * height:  # the height decides
@@ -177,6 +204,17 @@ class Cover:
         else:
             target = columns * height // width, columns
         return TF.resize(image, target, self.mode)
+
+    def _middle(self, image: Image.Image) -> Image.Image:
+        """The middle of an image that is very much longer than wide: all of it, enlarged until its
+        shorter side covers, could take any amount of memory.
+        """
+        width, height = image.size
+        most = LONGEST * -(-max(self.size) // min(self.size)) * min(width, height)
+        if max(width, height) <= most:
+            return image
+        left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+        return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
     def __repr__(self) -> str:
         return f"Cover(size={self.size}, interpolation={self.mode.value})"
@@ -209,6 +247,36 @@ def _operations(steps: list) -> Iterator:
         yield from getattr(step, "ops", ())  # RandAugment, AugMix
         for sub_policy in getattr(step, "policy", ()):  # AutoAugment
             yield from sub_policy
+
+
+def _check_policy(text: str) -> None:
+    """Refuses what timm would leave out without a word: a part without a number."""
+    name, *parts = text.split("-")
+    if name not in _POLICIES:
+        hint = did_you_mean(name, [*_POLICIES, *LEARNED_POLICIES, "none"])
+        raise DataError(
+            f"AUG.AUTO_AUGMENT '{text}' is unknown; allowed: {', '.join(LEARNED_POLICIES)}, none,"
+            f" or one of timm's {', '.join(_POLICIES)} with settings, as in"
+            f" rand-m9-mstd0.5-inc1{hint}"
+        )
+    given = [_setting(part) for part in parts]
+    for part, setting in zip(parts, given, strict=True):
+        if setting not in _POLICIES[name]:
+            raise DataError(
+                f"AUG.AUTO_AUGMENT '{text}': '{part}' is no setting of {name}; allowed:"
+                f" {', '.join(_POLICIES[name])}, each followed by a number"
+                f" ({', '.join(_TRANSFORM_SETS)} for t)"
+            )
+        if given.count(setting) > 1:
+            raise DataError(f"AUG.AUTO_AUGMENT '{text}' sets {setting} twice; give it once")
+
+
+def _setting(part: str) -> str:
+    """The letters of "mstd0.5"; "" where no number follows them."""
+    if part in _TRANSFORM_SETS:
+        return "t"
+    match = re.fullmatch(r"([a-z]+)\d+(\.\d+)?(e-?\d+)?", part)
+    return match[1] if match else ""
 
 
 def _check_interpolation(name: str) -> None:

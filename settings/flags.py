@@ -35,7 +35,7 @@ class Flag:
 FLAGS = (
     Flag(("--batch-size",), "DATA.BATCH_SIZE", "images per process and step", int),
     Flag(("--data-path",), "DATA.DATA_PATH", "root of the data set"),
-    Flag(("--zip",), "DATA.ZIP_MODE", "read zipped ImageNet", sets=True),
+    Flag(("--zip",), "DATA.ZIP_MODE", "read zip archives", sets=True),
     Flag(("--cache-mode",), "DATA.CACHE_MODE", "zip mode: bytes held in memory"),
     Flag(("--pretrained",), "MODEL.PRETRAINED", "weights to start from: file or https URL"),
     Flag(("--resume",), "MODEL.RESUME",

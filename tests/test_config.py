@@ -187,7 +187,7 @@ def test_mixture_of_experts_is_refused_and_its_stray_settings_are_dropped_with_a
         ),
         (("DATA.BATCH_SIZE", 7), ("DATA.BATCH_SIZE", "7 is odd", "AUG.CUTMIX")),
         (
-            ("DATA.ZIP_MODE", True, "DATA.DATASET", "folder"),
+            ("DATA.ZIP_MODE", True, "DATA.DATASET", "cifar10"),
             ("DATA.ZIP_MODE", "'folder'", "'imagenet'"),
         ),
         (("TRAIN.DISTILL.KIND", "hard"), ("TRAIN.DISTILL.TEACHER", "'hard'")),

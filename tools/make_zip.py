@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from data.archives import ZipSource
-from data.errors import DataError
+from data.errors import DataError, printable
 from data.images import UnreadableImage
 from data.layouts import folder, zip_folder
 from data.sources import FileSource
@@ -31,8 +31,8 @@ def pack(source: FileSource, target: Path, split: str) -> int:
         open(f"{listing}.tmp", "w", encoding="utf-8") as lines,
     ):
         for index in range(len(source)):
-            name = source.files[index].replace(os.sep, "/")
-            file.write(source.name(index), name)
+            name = printable(source.files[index].replace(os.sep, "/"))
+            file.write(source.path(index), name)
             lines.write(f"{name}\t{source.labels[index]}\n")
     os.replace(f"{archive}.tmp", archive)
     os.replace(f"{listing}.tmp", listing)

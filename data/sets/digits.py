@@ -32,13 +32,14 @@ TEST_EVERY = 5
 def digits(request: Request) -> Sources:
     """The digits enlarged to the model's size, grey, by bilinear or bicubic interpolation."""
     images, labels = load()
-    images = enlarge(images, request.size, request.interpolation)
     test = is_test(labels)
-    train = None
-    if request.train:
-        train = ArraySource("digits (train)", images[~test], labels[~test])
-    val = ArraySource("digits (test)", images[test], labels[test])
-    return Sources(train, val, [str(digit) for digit in range(10)])
+
+    def part(title: str, chosen: np.ndarray) -> ArraySource:
+        enlarged = enlarge(images[chosen], request.size, request.interpolation)
+        return ArraySource(title, enlarged, labels[chosen])
+
+    train = part("digits (train)", ~test) if request.train else None
+    return Sources(train, part("digits (test)", test), [str(digit) for digit in range(10)])
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:

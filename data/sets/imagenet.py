@@ -4,7 +4,7 @@ Source: Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, I
 """
 
 from data.catalogue import Request, data_set
-from data.layouts import CLASS_FOLDERS, folder, zip_folder
+from data.layouts import ARCHIVES, CLASS_FOLDERS, folder_or_zip
 from data.names import imagenet_classes
 from data.sources import Sources
 
@@ -17,19 +17,10 @@ STD = (0.229, 0.224, 0.225)
     num_classes=1000,
     mean=MEAN,
     std=STD,
-    layout=f"{CLASS_FOLDERS}, or train.zip and val.zip with DATA.ZIP_MODE",
+    layout=f"{CLASS_FOLDERS}, or {ARCHIVES}",
     class_names=imagenet_classes,
     zip=True,
 )
 def imagenet(request: Request) -> Sources:
     """Class folders named by wnid, or archives of them."""
-    if not request.zipped:
-        return folder(request.root, request.train, request.dataset)
-    return zip_folder(
-        request.root,
-        request.train,
-        request.dataset,
-        request.cache,
-        request.rank,
-        request.world_size,
-    )
+    return folder_or_zip(request)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from data import names
 from data.catalogue import Request, data_set
-from data.errors import DataError, layout_error
+from data.errors import DataError, layout_error, printable
 from data.files import FileList
 from data.sets.imagenet import MEAN, STD
 from data.sources import FileSource, Sources
@@ -20,7 +21,7 @@ LAYOUT = (
     " [relative path, label]"
 )
 # One entry and what precedes it.
-_PAIR = re.compile(r'[\[,]\s*\[\s*("(?:[^"\\]|\\.)*")\s*,\s*(\d+)\s*\]\s*')
+_PAIR = re.compile(r'[\[,]\s*\[\s*("(?:[^"\\]|\\.)*")\s*,\s*([0-9]{1,9})\s*\]\s*')
 
 
 def class_names(classes: list[str]) -> list[str]:
@@ -56,9 +57,9 @@ def _listed(root: Path, split: str) -> FileSource:
             f" images, labels {files.labels.min(initial=0)}..{files.labels.max(initial=0)}"
         )
     source = FileSource(root, files)
-    if not Path(source.name(0)).exists():
+    if not os.path.exists(source.path(0)):
         raise DataError(
-            f"'{listing}' lists '{files[0]}', but there is no file '{source.name(0)}'; "
+            f"'{listing}' lists '{printable(files[0])}', but there is no file '{source.name(0)}'; "
             "its paths are relative to DATA.DATA_PATH"
         )
     return source
@@ -68,9 +69,12 @@ def _json_pairs(listing: Path) -> Iterator[tuple[str, int]]:
     """Entries one at a time: json.load would hold 14 million lists at once, several GB in every
     process.
     """
-    text, at = listing.read_text().strip(), 0
+    text, at = listing.read_text("utf-8", "surrogateescape").strip(), 0
     while entry := _PAIR.match(text, at):
-        yield json.loads(entry[1]), int(entry[2])
+        try:
+            yield json.loads(entry[1], strict=False), int(entry[2])
+        except ValueError:  # an unknown escape
+            break
         at = entry.end()
     if text[at:] != "]":
         raise DataError(

@@ -38,13 +38,17 @@ def tiny_imagenet(request: Request) -> Sources:
     for needed in (root / "wnids.txt", annotations, root / "val" / "images"):
         if not needed.exists():
             raise _layout_error(root, needed.parent)
-    classes = sorted((root / "wnids.txt").read_text().split())
+    classes = sorted(_text(root / "wnids.txt").split())
     labels = {wnid: label for label, wnid in enumerate(classes)}
     train = None
     if request.train:
         train = FileSource(root / "train", scan(root, "train", classes, request.dataset))
     val = FileSource(root / "val" / "images", FileList(_annotated(annotations, labels)))
     return Sources(train, val, classes)
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8", "surrogateescape")
 
 
 def _layout_error(root: Path, looked: Path) -> DataError:
@@ -55,7 +59,7 @@ def _layout_error(root: Path, looked: Path) -> DataError:
 
 
 def _annotated(annotations: Path, labels: dict[str, int]) -> Iterator[tuple[str, int]]:
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(annotations).splitlines(), 1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in labels:

@@ -176,6 +176,20 @@ def test_imagenet_in_zip_mode_equals_the_folder(tmp_path, maps):
         )
 
 
+@pytest.mark.parametrize("maps", [True, False], ids=["maps", "generated"])
+def test_archives_of_classes_of_ones_own_equal_the_folder(tmp_path, maps):
+    root = fakes.class_folder(tmp_path / "folders")
+    packed = fakes.zipped(root, tmp_path / "zip")
+    if maps:
+        fakes.map_files(root, packed)
+    common = {"DATA__DATASET": "folder", **PLAIN}
+    plain = build_data(settings(tmp_path, **common, DATA__DATA_PATH=root))
+    zipped = build_data(settings(tmp_path, **common, DATA__DATA_PATH=packed, DATA__ZIP_MODE=True))
+    assert zipped.class_names == plain.class_names == ["ant", "bee", "cat"]
+    for one, other in zip(plain.val_loader, zipped.val_loader, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
 def test_imagenet22k_and_tiny_imagenet_name_their_classes(tmp_path):
     data = build_data(
         settings(
@@ -276,7 +290,10 @@ def test_a_run_without_data_or_with_fewer_images_than_a_batch_is_refused(tmp_pat
         ),
         ({"AUG__AFFINE": True}, "AUG.AFFINE True is made for DATA.DATASET 'digits', not imagenet"),
         ({"DATA__DOWNLOAD": True}, "needs DATA.DATASET 'cifar10' or 'cifar100' or 'svhn'"),
-        ({"DATA__ZIP_MODE": True, "DATA__DATASET": "folder"}, "DATASET 'imagenet', not 'folder'"),
+        (
+            {"DATA__ZIP_MODE": True, "DATA__DATASET": "cifar10"},
+            "DATASET 'folder' or 'imagenet', not 'cifar10'",
+        ),
         ({"MODEL__SWIN__IN_CHANS": 2}, "IN_CHANS 2: images are read as grey .1. or RGB .3."),
         ({"DATA__BATCH_SIZE": 5}, "DATA.BATCH_SIZE 5 is odd"),
     ],

@@ -1,5 +1,7 @@
 """Every layout is read as specified; every wrong one is refused in one line."""
 
+import os
+
 import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
@@ -44,6 +46,75 @@ def test_hidden_folders_and_other_files_are_no_data(tmp_path):
     (root / "train" / "ant" / "notes.txt").write_text("x")
     (root / "train" / "ant" / "._000.jpg").write_text("x")
     assert len(layouts.folder(root).train) == 15
+
+
+def test_files_that_are_left_out_are_counted_and_told_once(tmp_path, caplog):
+    root = class_folder(tmp_path)
+    for split in ("train", "val"):
+        for name in ("ant/1.jfif", "ant/2.JFIF", "bee/3.gif", "bee/deeper/4.avif", "5.jpg"):
+            (root / split / name).parent.mkdir(exist_ok=True)
+            (root / split / name).write_bytes(b"x")
+    layouts.folder(root)
+    left = [line for line in caplog.messages if "left out" in line]
+    assert len(left) == 2 and "5 file(s) (" in left[0] and ".jfif is .jpg" in left[0]
+    for kind in (".jfif 2", ".gif 1", ".avif 1", ".jpg beside the class folders 1"):
+        assert kind in left[0] and kind in left[1]
+
+
+def test_empty_validation_classes_are_told(tmp_path, caplog):
+    root = class_folder(tmp_path)
+    for image in (root / "val" / "bee").iterdir():
+        image.unlink()
+    layouts.folder(root)
+    assert "val': 1 of 3 classes have no image, first 'bee'" in caplog.text
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "/"])
+def test_a_link_to_a_folder_around_it_shows_no_image_twice(tmp_path, target):
+    root = class_folder(tmp_path)
+    expected = entries(layouts.folder(root).train)
+    (root / "train" / "bee" / "loop").symlink_to(target)
+    assert entries(layouts.folder(root).train) == expected
+
+
+def test_linked_folders_are_followed_but_give_one_label(tmp_path):
+    root = class_folder(tmp_path / "a")
+    expected = [label for _, label in entries(layouts.folder(root).train)]
+    elsewhere = (root / "train" / "bee").rename(tmp_path / "elsewhere")
+    (root / "train" / "bee").symlink_to(elsewhere)
+    (root / "train" / "cat" / "again").symlink_to(".")
+    assert [label for _, label in entries(layouts.folder(root).train)] == expected
+    more = tmp_path / "more"
+    save(more / "x.jpg", 7)
+    (root / "train" / "cat" / "more").symlink_to(more)
+    (root / "train" / "cat" / "twice").symlink_to(more)
+    assert len(layouts.folder(root).train) == len(expected) + 1
+    (root / "train" / "cat" / "bees").symlink_to("../bee")
+    refused("'bee' and 'cat/bees' are the same folder.*two labels", layouts.folder, root)
+    (root / "train" / "cat" / "bees").unlink()
+    for split in ("train", "val"):
+        (root / split / "wasp").symlink_to("bee")
+    refused("'bee' and 'wasp' are the same folder", layouts.folder, root)
+
+
+def test_pipes_and_sockets_are_no_images_and_lost_files_stay_in_the_list(tmp_path, caplog):
+    root = class_folder(tmp_path)
+    os.mkfifo(root / "val" / "ant" / "pipe.jpg")
+    (root / "val" / "ant" / "gone.jpg").symlink_to("nowhere.jpg")
+    (root / "val" / "ant" / "self.jpg").symlink_to("self.jpg")
+    assert len(layouts.folder(root, train=False).val) == 11
+    assert ".jpg pipe, socket or device 1" in caplog.text
+
+
+def test_names_that_are_not_utf8_are_read_and_told_in_escapes(tmp_path):
+    root = class_folder(tmp_path, classes=("ant", os.fsdecode(b"b\xe9e")))
+    victim = os.path.join(root, "val", os.fsdecode(b"b\xe9e"), os.fsdecode(b"\xff.jpg"))
+    with open(victim, "wb"):
+        pass
+    sources = layouts.folder(root)
+    assert sources.classes == ["ant", "b\\xe9e"] and len(sources.val) == 7
+    assert sources.val.name(6).endswith("b\\xe9e/\\xff.jpg") and sources.val.path(6) == victim
+    assert sources.val.read(3).mode == "RGB"
 
 
 def test_an_evaluation_needs_no_training_images_but_refuses_other_classes(tmp_path):
@@ -93,6 +164,10 @@ def test_imagenet22k_lists_are_read_as_json_and_paths_are_relative_to_the_root(t
         ('[["a.jpg", 1], ["b.jpg"]]', r"found ', \[\"b.jpg\"\]\]'"),
         ('[["a.jpg", 21841]]', r"labels 0..21840.*21841"),
         ('[["gone.jpg", 1]]', "lists 'gone.jpg', but there is no file"),
+        ('[["a.jpg", 99999999999999999999]]', "must be a JSON list"),
+        (f'[["a.jpg", {"9" * 5000}]]', "must be a JSON list"),
+        (r'[["\x.jpg", 1]]', "must be a JSON list"),
+        (r'[["\ud800.jpg", 1]]', r"lists '\\ud800.jpg', but there is no file"),
     ],
 )
 def test_a_wrong_imagenet22k_list_is_refused(tmp_path, text, match):

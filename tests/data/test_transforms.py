@@ -214,6 +214,35 @@ def test_values_unknown_to_timm_are_refused_with_examples():
         eval_transform((40, 40), **STATS, interpolation="cubic")
 
 
+@pytest.mark.parametrize(
+    "policy, words",
+    [
+        ("rand-nonsense", "'nonsense' is no setting of rand; allowed: m, n, p, mstd"),
+        ("rand-m", "'m' is no setting"),
+        ("rand-m9-", "'' is no setting"),
+        ("rand-m9-m5", "sets m twice"),
+        ("rand-m9-tnothing", "'tnothing' is no setting"),
+        ("rand-w0", "'w0' is no setting"),
+        ("augmix-x", "'x' is no setting of augmix"),
+        ("original-m9", "'m9' is no setting of original"),
+        ("random-m9", "is unknown"),
+        ("RAND-m9", "did you mean 'rand'"),
+        ("imagenet-m9", "is unknown"),
+    ],
+)
+def test_a_part_of_a_policy_that_timm_would_ignore_is_refused(policy, words):
+    with pytest.raises(DataError, match=f"AUTO_AUGMENT '{policy}'.*{words}") as caught:
+        train_transform((40, 40), **STATS, auto_augment=policy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-n3-p0.5-mstd0.5-mmax12-inc1-t3a", "augmix-m5-w4-d2-b1"]
+)
+def test_every_setting_of_a_policy_is_taken(policy):
+    assert train_transform((40, 40), **STATS, auto_augment=policy)
+
+
 LEARNED = {
     "cifar10": T.AutoAugmentPolicy.CIFAR10,
     "svhn": T.AutoAugmentPolicy.SVHN,

@@ -168,7 +168,7 @@ DATA_MUTANTS = [
         ),
     ),
     *mutants(
-        "data/sets/imagenet.py",
+        "data/layouts.py",
         (
             "archives_take_processes_for_ranks",
             "request.rank,\n        request.world_size",
