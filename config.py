@@ -168,6 +168,9 @@ KEYS: dict[str, Key] = {
         "start the head anew with MODEL.PRETRAINED, even where its shape agrees"),
     "MODEL.PARTIAL_LOAD": Key(False, switch(),
         "accept MODEL.PRETRAINED weights that do not cover the whole model"),
+    "MODEL.MATCH_CLASSES": Key(True, switch(),
+        "compare the class names in a file with the data's and put its head into their order; "
+        "False = classes by position"),
     "MODEL.SOURCE": Key("auto", choice(*SOURCES),
         "which qkv weights a file holds; auto = as the file says. plain and residual ones are "
         "converted (W - I, W + I)"),

@@ -15,7 +15,15 @@ from contextlib import nullcontext
 import torch
 
 import utils
-from checkpoint import TRAINING, Checkpoint, load_weights, read_checkpoint, read_weights
+from checkpoint import (
+    TRAINING,
+    Checkpoint,
+    check_same_classes,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    stored_classes,
+)
 from config import KEYS, dump_config, get_config, load_config, parse_args, to_dict
 from data import build_data
 from engine.console import lasting_streams, print_all
@@ -161,14 +169,20 @@ class Program:
 
     def load_weights(self, checkpoint: Checkpoint, entry: str | None = None) -> None:
         weights = checkpoint.weights(entry)
-        load_weights(self.model, weights, logger=self.logger, **arguments.loading(self.config))
+        options = arguments.loading(self.config) | {"classes": self.classes_to_match}
+        load_weights(self.model, weights, logger=self.logger, **options)
+
+    @property
+    def classes_to_match(self) -> list[str] | None:
+        """The names that a file's classes must be; None where they go by position."""
+        return self.data.classes if self.config.MODEL.MATCH_CLASSES else None
 
     def train(self) -> int:
         plain = to_dict(self.config)
         trainer, fresh, loaded = self.begin(plain)
         plan = arguments.training(self.config)
         if self.world.is_main and updates_follow(plan["plan"], trainer.state):
-            utils.write_config(self.folder, plain, dump_config(self.config))
+            utils.write_config(self.folder, plain, dump_config(self.config), self.data.class_names)
         return train(
             trainer,
             self.data.train_loader,
@@ -179,6 +193,7 @@ class Program:
             training_loss=arguments.loss_in_words(self.config, mixing=self.data.mixup is not None),
             config=plain,
             images=self.data.fingerprints,
+            classes=self.data.classes,
             **plan,
         )
 
@@ -201,6 +216,12 @@ class Program:
     def changes_since(self, checkpoint: Checkpoint, plain: dict) -> list[str]:
         """What the run of a training state had otherwise, in words; refuses what was not meant."""
         saved = checkpoint.training_state()
+        check_same_classes(
+            saved.get("class_names"),
+            self.classes_to_match,
+            checkpoint.source,
+            remedy="go on with the data of the run, or set MODEL.MATCH_CLASSES False",
+        )
         layout = Layout(**saved["layout"])
         plan = arguments.training(self.config)["plan"]
         return check_continuing(
@@ -246,10 +267,16 @@ class Program:
         return Distillation(teacher, node.KIND, alpha=node.ALPHA, tau=node.TAU)
 
     def build_teacher(self, name: str, weights: str) -> torch.nn.Module:
+        wanted = self.classes_to_match
         if not is_yaml(name):
+            if weights:
+                given = stored_classes(read_weights(weights))
+                check_same_classes(given, wanted, weights, "give a teacher of these data")
             return timm_teacher(name, weights, self.data.num_classes)
         teacher = build_model(load_config(name), self.data.num_classes)
-        load_weights(teacher, read_weights(weights), rule="exact", logger=self.logger)
+        load_weights(
+            teacher, read_weights(weights), rule="exact", logger=self.logger, classes=wanted
+        )
         return teacher
 
 

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -257,11 +257,14 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def write_config(folder: Path, plain: dict[str, Any], text: str) -> None:
+def write_config(
+    folder: Path, plain: dict[str, Any], text: str, class_names: Sequence[str] = ()
+) -> None:
     """The run's settings, as config.json (Swin's name) and as config.yaml, which can be
-    given back as --cfg.
+    given back as --cfg. class_names: by label; config.json holds them too, as id2label.
     """
-    write_text(folder / "config.json", json.dumps(plain, indent=1))
+    labels = {"id2label": dict(enumerate(class_names))} if class_names else {}
+    write_text(folder / "config.json", json.dumps(plain | labels, indent=1))
     write_text(folder / "config.yaml", text)
 
 

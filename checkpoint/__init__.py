@@ -6,6 +6,7 @@
 Knows state dicts and torch modules, but no model, no trainer and no config.
 """
 
+from .classes import check_same_classes, names_as_metadata, stored_classes
 from .convert import (
     detect,
     from_identity,
@@ -33,6 +34,7 @@ __all__ = [
     "SWIN",
     "TRAINING",
     "Weights",
+    "check_same_classes",
     "detect",
     "from_identity",
     "from_qk_residual",
@@ -44,10 +46,12 @@ __all__ = [
     "locate",
     "map_22k_to_1k",
     "model_residual",
+    "names_as_metadata",
     "peek_checkpoint",
     "read_checkpoint",
     "read_weights",
     "save_weights",
+    "stored_classes",
     "synsets_22k",
     "to_qk_residual",
     "to_reference",

@@ -40,6 +40,17 @@ def fit(
     return fitted
 
 
+def kept_heads(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The layers to the classes that a file can fill as they are: as many classes in both."""
+    wanted = model.state_dict()
+    names = [f"{name}.weight" for name in getattr(model, "head_names", HEAD_NAMES)]
+    return [
+        name.removesuffix(".weight")
+        for name in names
+        if name in wanted and name in state and len(state[name]) == len(wanted[name])
+    ]
+
+
 def fit_heads(
     model: nn.Module,
     state: dict[str, Tensor],

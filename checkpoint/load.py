@@ -4,13 +4,14 @@ model is touched last, or not at all.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from .classes import match_classes
 from .convert import from_rpe_mlp, is_rebuilt, to_reference
 from .errors import CheckpointError, check_option, list_keys
-from .fit import fit
+from .fit import fit, kept_heads
 from .report import LoadReport, describe, reasons
 from .residual import (
     OURS,
@@ -37,6 +38,7 @@ def load_weights(
     logger: logging.Logger | None = None,
     source_residual: str | bool = "auto",
     resize: str = "auto",
+    classes: Sequence[str] | None = None,
 ) -> LoadReport:
     """Loads weights of any supported origin into a model, or raises and leaves the model as it was.
 
@@ -55,6 +57,8 @@ def load_weights(
         source_residual: one of residual.SOURCES: which function the file's qkv weights stand for.
         resize: 'bicubic', 'geometric' (SimMIM's rule for Swin's tables) or 'auto': geometric for
             files with the prefix encoder.
+        classes: names of the data's classes. A head that is kept must be of these, where the file
+            names its own; one in another order is put into theirs. None: nothing is compared.
     Raises: CheckpointError, one line, that names the keys.
     """
     check_option("rule", rule, RULES)
@@ -62,6 +66,8 @@ def load_weights(
     model = getattr(model, "_orig_mod", model)  # torch.compile keeps the model here
     weights = unwrap(state_dict)
     state, report = convert(model, weights, rule, source_residual)
+    kept = [] if head == "reset" and rule == "finetune" else kept_heads(model, state)
+    state = match_classes(weights, state, kept, classes, report, remedy(rule, head))
     if rule == "finetune":
         state = fit(model, state, report, head, resize)
     state = compare(model, state, report, rule)
@@ -74,6 +80,12 @@ def load_weights(
         partial = report.missing or report.unexpected
         logger.log(logging.WARNING if partial else logging.INFO, report.text)
     return report
+
+
+def remedy(rule: str, head: str) -> str:
+    """What helps where a file's classes are not the data's."""
+    anew = "" if rule == "exact" or head == "evaluate" else ", MODEL.HEAD_RESET True for a new head"
+    return f"give the data of its training{anew}, or MODEL.MATCH_CLASSES False to go by position"
 
 
 def convert(

@@ -88,6 +88,11 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
+def are_names(value: Any) -> bool:
+    """A list of text."""
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
 TENSORS = Rule("a dict of tensors by name", is_state_dict)
 TENSORS_OR_NONE = Rule(
     "a dict of tensors by name, or None", lambda v: v is None or TENSORS.holds(v)
@@ -95,6 +100,7 @@ TENSORS_OR_NONE = Rule(
 MAPPING = Rule("a dict", lambda value: isinstance(value, Mapping))
 LIST = Rule("a list that is not empty", lambda value: isinstance(value, list) and len(value) > 0)
 TEXT = Rule("a string", lambda value: isinstance(value, str))
+NAMES = Rule("a list of strings", are_names)
 NUMBER = Rule("a number", is_number)
 NUMBER_OR_NONE = Rule("a number or None", lambda value: value is None or is_number(value))
 FROM_0 = Rule("a number, at least 0", lambda value: is_number(value) and value >= 0)
@@ -174,6 +180,7 @@ DESCRIPTIONS = {
     "config": MAPPING,
     "images": MAPPING,
     "metadata": MAPPING,
+    "class_names": NAMES,
 }
 SWIN = {
     "optimizer": OPTIMIZER,

@@ -24,7 +24,13 @@ ENTRIES = (
     "net",
     "weights",
 )
-DESCRIPTIONS = ("metadata", "config", "epoch", "args")  # plain data beside the weights
+DESCRIPTIONS = (
+    "metadata",
+    "config",
+    "epoch",
+    "args",
+    "class_names",
+)  # plain data beside the weights
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
 
 
@@ -34,8 +40,8 @@ class Weights(dict):
     Args:
         source: path or URL, for messages.
         entry: the part of the file that was taken, None for a bare dict.
-        metadata: plain data beside the weights (safetensors' header; `config`, `metadata`, `args`
-            and `epoch` of a training checkpoint).
+        metadata: plain data beside the weights (safetensors' header; `config`, `metadata`, `args`,
+            `epoch` and `class_names` of a training checkpoint).
         modules: names of the modules that wrote the dict if torch recorded them
             (`state_dict()._metadata`), else None.
         others: parts of the file that hold weights too.
@@ -146,5 +152,5 @@ def decode(value: Any) -> Any:
     """A metadata value as plain data: safetensors stores strings only, so lists arrive as JSON."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value

@@ -36,6 +36,7 @@ class Data:
         val_loader: iterate it for (images, targets); every image once over all ranks. images (B, C,
             h, w) float32, normalised; targets (B,) int64.
         mixup: (images, targets) -> (images, soft targets), or None.
+        classes: the classes by label, as folders or lists name them; class_names: as people do.
         mean, std: per channel, as applied.
         fingerprints: of the images trained on ("training") and of the "validation" images.
     """
@@ -44,6 +45,7 @@ class Data:
     val_loader: Loader
     mixup: Callable | None
     num_classes: int
+    classes: list[str]
     class_names: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -108,6 +110,7 @@ def build_data(config: Any, *, rank: int = 0, world_size: int = 1, train: bool =
         val_loader=_val_loader(config, sources.val, normalisation, shard),
         mixup=mixup,
         num_classes=num_classes,
+        classes=list(sources.classes),
         class_names=entry.class_names(sources.classes),
         mean=normalisation.mean,
         std=normalisation.std,

@@ -72,6 +72,7 @@ def train(
     plot: bool,
     training_loss: str,
     config: dict[str, Any],
+    classes: list[str],
     images: dict[str, str],
 ) -> int:
     """Trains to the end of the plan, or until a signal; returns the exit status.
@@ -82,8 +83,8 @@ def train(
         fresh: the run begins here, and so does its metric log.
         validate_first: evaluate the weights that were loaded before the first update.
         name: of the run.
-        config, images: plain data, for the checkpoints: the settings, and what tells the images
-            from others.
+        config, images, classes: plain data, for the checkpoints: the settings, what tells the
+            images from others, and the names of their classes by label.
         save_freq, keep: for `CheckpointFolder`.
         print_freq, training_loss: for `Report`.
         tensorboard, wandb: for `MetricLog`.
@@ -124,6 +125,7 @@ def train(
                 "config": config,
                 "images": images,
                 "metadata": weights_metadata(trainer.model),
+                "class_names": classes,
             },
         )
     report.finish(trainer.state, checkpoints, signal, plot=plot)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from checkpoint import names_as_metadata
 from engine.evaluate import EvalResult
 from engine.guard import DivergedError
 from engine.report import Report
@@ -195,6 +196,7 @@ def save(
             accuracy=trainer.state.best,
             averaged=averaged,
             **extra.get("metadata", {}),
+            **names_as_metadata(extra.get("class_names", ())),
         )
     if finished is not None:
         folder.keep_epoch(finished, last=final)

@@ -104,6 +104,8 @@ def files(tmp_path_factory):
     one = folder / "one" / place
     partial, wider = folder / "partial.safetensors", folder / "wider.yaml"
     weights = load_file(one / "model.safetensors")
+    names = {"qk_residual": "none", "class_names": str(list("9876543210")).replace("'", '"')}
+    save_file(weights, folder / "reversed.safetensors", names)
     weights.pop("head.weight")
     save_file(weights, partial, {"format": "pt"})
     wider.write_text(yaml.safe_dump(nested(SETTINGS | {"MODEL.VIT.MLP_RATIO": 2.0})))
@@ -113,6 +115,7 @@ def files(tmp_path_factory):
         "other": folder / "two" / place / "model.safetensors",
         "average": folder / "average" / place / "last.pth",
         "partial": partial,
+        "reversed": folder / "reversed.safetensors",
         "yaml": folder / "one" / "base.yaml",
         "wider": wider,
     }

@@ -15,7 +15,14 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # run from anywhere, without an installation
 
-from checkpoint import CheckpointError, read_weights, save_weights, to_reference
+from checkpoint import (
+    CheckpointError,
+    names_as_metadata,
+    read_weights,
+    save_weights,
+    stored_classes,
+    to_reference,
+)
 from checkpoint.residual import SOURCES, file_residual, match_residual, side_named
 
 
@@ -65,7 +72,8 @@ def convert(args: argparse.Namespace) -> str:
     source = source_side(args, weights, [name for name, _ in steps])
     goal = {"reference": source, "plain": "none", "qk_residual": args.which}[args.to]
     state, note = match_residual(state, source, goal)
-    save_weights(args.target, state, {"format": "pt", "qk_residual": goal})
+    names = names_as_metadata(stored_classes(weights) or ())
+    save_weights(args.target, state, {"format": "pt", "qk_residual": goal, **names})
     done = [f"{name} names converted ({reason})" for name, reason in steps] + [note] * bool(note)
     return f"wrote {args.target}: {len(state)} tensors, qk_residual {goal}" + "".join(
         f"; {line}" for line in done

@@ -291,13 +291,18 @@ def test_the_files_of_a_run_are_complete_and_plain(trained):
         "config",
         "images",
         "metadata",
+        "class_names",
     }
     assert type(payload["config"]) is dict and payload["config"]["MODEL"]["TYPE"] == "swinv2"
     assert (
         payload["progress"]["best"] == metrics(folder(trained))[-1]["acc1"]
         and payload["progress"]["best_epoch"] == 0
     )
-    assert json.loads((folder(trained) / "config.json").read_text()) == payload["config"]
+    written = json.loads((folder(trained) / "config.json").read_text())
+    names = written.pop("id2label")
+    assert written == payload["config"]
+    assert names == {str(digit): str(digit) for digit in range(10)}
+    assert payload["class_names"] == list(names.values())
 
 
 def test_the_exported_weights_are_the_averaged_ones_and_load_strictly(trained):

@@ -73,7 +73,7 @@ def value_of(config, key: str) -> Any:
 
 
 # Wires that need a value of their own, company, or more than one case. Files in braces are those
-# of a finished run: {last}, {weights}, {partial}, {other}, {yaml}.
+# of a finished run: {last}, {weights}, {partial}, {other}, {reversed}, {yaml}.
 STEPS = {"TRAIN.LR_SCHEDULER.NAME": "multistep", "TRAIN.LR_SCHEDULER.MULTISTEPS": [1]}
 TEACHER = {
     "TRAIN.DISTILL.KIND": "soft",
@@ -98,6 +98,7 @@ CASES = (
     ),
     Case("MODEL.HEAD_RESET", True, {"MODEL.PRETRAINED": "{weights}"}),
     Case("MODEL.PARTIAL_LOAD", True, {"MODEL.PRETRAINED": "{partial}"}),
+    Case("MODEL.MATCH_CLASSES", False, {"MODEL.PRETRAINED": "{reversed}"}),
     Case("MODEL.SOURCE", "q", {"MODEL.PRETRAINED": "{weights}"}),
     Case("MODEL.LABEL_SMOOTHING", 0.4),
     Case("MODEL.LABEL_SMOOTHING", 0.4, {"AUG.MIXUP": 0.8}),

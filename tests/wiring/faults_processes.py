@@ -80,8 +80,8 @@ PROCESS_MUTANTS = mutants(
     ),
     (
         "other_settings_written",
-        "dump_config(self.config))\n        return",
-        "dump_config(load_config(None)))\n        return",
+        "plain, dump_config(self.config), self.",
+        "plain, dump_config(load_config(None)), self.",
         ON_RUNS.format("a_checkpoint_holds_the_settings_and_says_what_its_weights_are"),
     ),
 ) + mutants(
