@@ -165,9 +165,12 @@ KEYS: dict[str, Key] = {
     "MODEL.RESUME": Key("", text(),
         "training checkpoint to continue or evaluate: file or https URL; '' = none"),
     "MODEL.HEAD_RESET": Key(False, switch(),
-        "start the head anew with MODEL.PRETRAINED, even where its shape agrees"),
+        "start the head anew with pretrained weights, even where its shape agrees"),
     "MODEL.PARTIAL_LOAD": Key(False, switch(),
         "accept MODEL.PRETRAINED weights that do not cover the whole model"),
+    "MODEL.INIT_OVER_PRETRAINED": Key(False, switch(),
+        "modifiers that only set initial values (init_identity) set them over pretrained weights, "
+        "MODEL.PRETRAINED's or timm's; False refuses both together"),
     "MODEL.MATCH_CLASSES": Key(True, switch(),
         "compare the class names in a file with the data's and put its head into their order; "
         "False = classes by position"),

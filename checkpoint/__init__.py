@@ -19,9 +19,10 @@ from .convert import (
 from .errors import CheckpointError
 from .files import locate
 from .heads import map_22k_to_1k, synsets_22k
+from .initial import check_initial
 from .load import LoadReport, load_weights
 from .reader import SWIN, TRAINING, Checkpoint, peek_checkpoint, read_checkpoint, read_weights
-from .residual import from_qk_residual, model_residual, to_qk_residual
+from .residual import from_qk_residual, loses_bias, model_residual, to_qk_residual
 from .save import save_weights, weights_metadata
 from .schema import FORMAT
 from .weights import Weights, unwrap
@@ -34,6 +35,7 @@ __all__ = [
     "SWIN",
     "TRAINING",
     "Weights",
+    "check_initial",
     "check_same_classes",
     "detect",
     "from_identity",
@@ -45,6 +47,7 @@ __all__ = [
     "load_weights",
     "locate",
     "map_22k_to_1k",
+    "loses_bias",
     "model_residual",
     "names_as_metadata",
     "peek_checkpoint",

@@ -12,6 +12,7 @@ from .classes import match_classes
 from .convert import from_rpe_mlp, is_rebuilt, to_reference
 from .errors import CheckpointError, check_option, list_keys
 from .fit import fit, kept_heads
+from .initial import check_initial, overwrite
 from .report import LoadReport, describe, reasons
 from .residual import (
     OURS,
@@ -38,6 +39,7 @@ def load_weights(
     logger: logging.Logger | None = None,
     source_residual: str | bool = "auto",
     resize: str = "auto",
+    init_over: bool = False,
     classes: Sequence[str] | None = None,
 ) -> LoadReport:
     """Loads weights of any supported origin into a model, or raises and leaves the model as it was.
@@ -57,6 +59,8 @@ def load_weights(
         source_residual: one of residual.SOURCES: which function the file's qkv weights stand for.
         resize: 'bicubic', 'geometric' (SimMIM's rule for Swin's tables) or 'auto': geometric for
             files with the prefix encoder.
+        init_over: modifiers that only set initial values (init_identity) set them over the loaded
+            weights; False refuses such a model. Neither happens under 'exact' or to be evaluated.
         classes: names of the data's classes. A head that is kept must be of these, where the file
             names its own; one in another order is put into theirs. None: nothing is compared.
     Raises: CheckpointError, one line, that names the keys.
@@ -65,6 +69,9 @@ def load_weights(
     check_option("resize", resize, RESIZE_METHODS)
     model = getattr(model, "_orig_mod", model)  # torch.compile keeps the model here
     weights = unwrap(state_dict)
+    starts = rule == "finetune" and head != "evaluate"
+    if starts:
+        check_initial(model, init_over, weights.source)
     state, report = convert(model, weights, rule, source_residual)
     kept = [] if head == "reset" and rule == "finetune" else kept_heads(model, state)
     state = match_classes(weights, state, kept, classes, report, remedy(rule, head))
@@ -76,6 +83,9 @@ def load_weights(
             f"{weights.source} does not fit the model: {'; '.join(reasons(model, report, rule))}"
         )
     model.load_state_dict(state, strict=False)
+    if starts and init_over and (notes := overwrite(model)):
+        report.notes += notes
+        report.text = "; ".join([report.text, *notes])
     if logger is not None:
         partial = report.missing or report.unexpected
         logger.log(logging.WARNING if partial else logging.INFO, report.text)

@@ -2,11 +2,13 @@
 project's, under the same keys.
 """
 
+import logging
 from functools import cache
 
 import torch
 from torch import nn
 
+from checkpoint import check_initial, loses_bias, model_residual, to_qk_residual
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec
 from models.attention.timm_attention import replacement
@@ -15,6 +17,8 @@ from models.base.options import SOFTMAX, pixels
 from registry import did_you_mean, parse_call
 
 from .counting import count_macs
+
+_logger = logging.getLogger(__name__)
 
 FITTING = (
     "vit_*, deit_*, deit3_*, beit_*, beitv2_*, cait_* and others that use timm.layers.Attention on"
@@ -54,6 +58,9 @@ class TimmBackbone(Backbone):
             drop_path_rate=model.DROP_PATH_RATE,
             use_checkpoint=config.TRAIN.USE_CHECKPOINT,
             pretrained=node.PRETRAINED,
+            head_reset=model.HEAD_RESET,
+            # a run that goes on, or is evaluated, loads the weights of its own later
+            init_over=model.INIT_OVER_PRETRAINED or config.EVAL_MODE or bool(model.RESUME),
             attention=attention_spec(config),
         )
 
@@ -103,6 +110,8 @@ def timm_model(
     drop_path_rate: float = 0.1,
     use_checkpoint: bool = False,
     pretrained: bool = False,
+    head_reset: bool = False,
+    init_over: bool = False,
     attention: AttentionSpec | None = None,
 ) -> nn.Module:
     """A timm model with its attention modules exchanged.
@@ -111,7 +120,11 @@ def timm_model(
         text: timm's name, or "name(option=value, ...)" with options of the model's constructor.
         drop_rate: dropout after the embedding, the attention's projection and in the MLPs (timm's
             pos_drop_rate and proj_drop_rate).
-        pretrained: start from timm's released weights, which it fetches.
+        pretrained: start from timm's released weights, which it fetches; with `qk_residual` they
+            become the residual, so that the model starts as the released function.
+        head_reset: with `pretrained`, start the head at zero.
+        init_over: modifiers that only set initial values (init_identity) set them over the released
+            weights; False refuses both together.
         attention: what is modified.
     Shapes: (B, in_chans, H, W) -> (B, num_classes). State-dict keys are timm's; modifiers' come
         under attn.modifiers.<name>.
@@ -138,8 +151,28 @@ def timm_model(
     net.input_shape = (in_chans, *size)
     if use_checkpoint:
         net.set_grad_checkpointing(True)
+    if pretrained:
+        _keep_function(net, head_reset)
     net.initialise()
+    if pretrained:
+        check_initial(net, init_over, "MODEL.TIMM.PRETRAINED True")
     return net
+
+
+@torch.no_grad()
+def _keep_function(net: nn.Module, head_reset: bool) -> None:
+    """Turns released weights into those with which the modified model is the same function."""
+    side = model_residual(net)
+    released = {key: value for key, value in net.state_dict().items() if key.endswith("qkv.weight")}
+    net.load_state_dict(to_qk_residual(released, side), strict=False)
+    if side != "none" and loses_bias(net):
+        _logger.warning(
+            "qk_residual(drop_bias=True) ignores q and k biases that timm's weights use: the"
+            " function is not the same"
+        )
+    for name in net.classifiers() if head_reset else ():
+        for parameter in net.get_submodule(name).parameters():
+            parameter.zero_()
 
 
 def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.Module:

@@ -67,6 +67,7 @@ def loading(config: Any) -> dict[str, Any]:
         head=head,
         allow_partial=model.PARTIAL_LOAD,
         source_residual=model.SOURCE,
+        init_over=model.INIT_OVER_PRETRAINED,
     )
 
 

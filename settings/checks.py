@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import locate
+from checkpoint import check_initial, locate
 from data.build import check_transforms
 from engine.teacher import check_timm_teacher
 from lr_scheduler import build_schedule, scaled_rates
@@ -38,6 +38,8 @@ def check_settings(config: Any) -> None:
     if config.EVAL_MODE:
         check_weights_are_given(config)
         return
+    if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+        check_initial(model, config.MODEL.INIT_OVER_PRETRAINED, "MODEL.PRETRAINED")
     rates = scaled_rates(config, world_size=1)
     build_optimizer(config, model, rates.base)
     build_schedule(config, updates_per_epoch=1, rates=rates)

@@ -4,7 +4,8 @@ initial values.
 
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models.layers.init import own_random_numbers
 
@@ -31,7 +32,41 @@ class Modified(nn.Module):
             self.modifiers[name] = modifier
 
     def initialise_modifiers(self, name: str) -> None:
-        """Lets each modifier draw its initial values; `name` tells the layers of a model apart."""
-        for key, modifier in self.modifiers.items():
-            with own_random_numbers(f"{name}.{key}"):
-                modifier.initialise(self)
+        """Lets each modifier draw its initial values; `name` tells the layers of a model apart.
+
+        Afterwards `overwriting` names those that changed the module's own parameters.
+        """
+        self.place = name
+        self.overwriting: list[str] = []
+        for key in self.modifiers:
+            before = self._own_values()
+            self._initialise(key)
+            if any(map(_changed, self._own_parameters(), before)):
+                self.overwriting.append(key)
+
+    def overwrite(self) -> None:
+        """Lets those modifiers set the module's own parameters once more, to the same values."""
+        for key in self.overwriting:
+            self._initialise(key)
+
+    def _initialise(self, key: str) -> None:
+        with own_random_numbers(f"{self.place}.{key}"):
+            self.modifiers[key].initialise(self)
+
+    def _own_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if not name.startswith("modifiers.")]
+
+    def _own_values(self) -> list[tuple[int, Tensor]]:
+        return [(_version(p), p.detach().clone()) for p in self._own_parameters()]
+
+
+def _version(parameter: Tensor) -> int:
+    """How often it was written; the one thing that tells on the meta device."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _changed(parameter: Tensor, before: tuple[int, Tensor]) -> bool:
+    version, values = before
+    if _version(parameter) != version:
+        return True
+    return not parameter.is_meta and not torch.equal(parameter, values)

@@ -98,6 +98,11 @@ CASES = (
     ),
     Case("MODEL.HEAD_RESET", True, {"MODEL.PRETRAINED": "{weights}"}),
     Case("MODEL.PARTIAL_LOAD", True, {"MODEL.PRETRAINED": "{partial}"}),
+    Case(
+        "MODEL.INIT_OVER_PRETRAINED",
+        True,
+        {"MODEL.PRETRAINED": "{weights}", "MODEL.ATTENTION.MODIFIERS": ["init_identity"]},
+    ),
     Case("MODEL.MATCH_CLASSES", False, {"MODEL.PRETRAINED": "{reversed}"}),
     Case("MODEL.SOURCE", "q", {"MODEL.PRETRAINED": "{weights}"}),
     Case("MODEL.LABEL_SMOOTHING", 0.4),
