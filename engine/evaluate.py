@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engine.losses import upcast
 from engine.progress import peak_memory
+from kernels.linear import evaluation
 from utils import RunError
 
 _logger = logging.getLogger(__name__)
@@ -156,13 +157,14 @@ def evaluate(
     progress = ProgressLines(loader, print_freq, device, logger)
     model.eval()
     try:
-        for index, (images, targets) in enumerate(loader):
-            images = images.to(device, non_blocking=True)
-            targets = targets.to(device, non_blocking=True)
-            with entered(autocast):
-                logits = model(images)
-            totals.add(logits, targets)
-            progress.after_batch(index, totals)
+        with evaluation(model):
+            for index, (images, targets) in enumerate(loader):
+                images = images.to(device, non_blocking=True)
+                targets = targets.to(device, non_blocking=True)
+                with entered(autocast):
+                    logits = model(images)
+                totals.add(logits, targets)
+                progress.after_batch(index, totals)
     finally:
         model.train(training)
     if reduce and dist.is_available() and dist.is_initialized():

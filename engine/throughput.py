@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine.ema import unwrap
 from engine.evaluate import Autocast, entered
 from engine.progress import MIB, peak_memory
+from kernels.linear import evaluation
 
 # (model, images) -> multiply-accumulates of one image, see models/counting.py
 Count = Callable[[nn.Module, Tensor], Any]
@@ -57,8 +58,9 @@ def throughput(
     training = model.training
     model.eval()
     try:
-        dtype = _run(model, images, autocast, max(warmup, 1)).dtype
-        seconds, peak = _timed(model, images, autocast, iters)
+        with evaluation(model):
+            dtype = _run(model, images, autocast, max(warmup, 1)).dtype
+            seconds, peak = _timed(model, images, autocast, iters)
         macs = count(unwrap(model), images[:1]) if count else None
     finally:
         model.train(training)

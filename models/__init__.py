@@ -5,6 +5,8 @@ config.
 import importlib
 import pkgutil
 
+from kernels.linear import evaluation
+
 from .base.backbone import BACKBONES
 from .build import build_model
 from .cait import CaiT
@@ -37,5 +39,6 @@ __all__ = [
     "T2TViT",
     "VisionTransformer",
     "build_model",
+    "evaluation",
     "timm_model",
 ]

@@ -41,6 +41,7 @@ class ScaledBlock(TokenBlock):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
     ):
         super().__init__(dim, attn, hidden, drop, drop_path, None, norm_layer)
+        del self.ls1, self.ls2
         self.gamma_1, self.gamma_2 = (
             nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2)
         )

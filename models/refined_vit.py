@@ -106,6 +106,7 @@ class MapBlock(TokenBlock):
         super().__init__(
             dim, attn, hidden, drop, drop_path, None, lambda width: nn.LayerNorm(width, 4 * eps)
         )
+        del self.ls1
         self.ls2 = LayerScale(dim, gain)
         self.hands_on = hands_on
 

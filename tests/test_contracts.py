@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "checkpoint": {"registry"},
     "models": {"registry", "kernels", "checkpoint"},
     "data": {"registry"},
-    "engine": {"registry", "checkpoint", "utils"},
+    "engine": {"registry", "checkpoint", "kernels", "utils"},
     "optimizer": {"registry"},
     "lr_scheduler": {"registry"},
     "utils": {"registry"},

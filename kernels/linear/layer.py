@@ -1,35 +1,37 @@
-"""A linear layer whose weight is prepared once for evaluation, not in every forward."""
+"""What a linear layer computes, by the fastest product where nobody looks at the layer itself."""
 
+import torch
 from torch import Tensor, nn
 
-from .cache import EvalCache
-from .prepared import PreparedLinear, may_prepare_weights
-from .products import linear, result_dtype
+from .evaluation import EvalCache, kept_for
+from .precision import computed_in, result_dtype
+from .prepared import PreparedLinear
+from .products import linear
+from .watched import is_plain
+
+Linear = nn.Linear  # its former name: the layers are PyTorch's own
 
 
-class Linear(nn.Linear):
-    """nn.Linear, same parameters and result. In evaluation the weight is cached, cast and laid out
-    as the product needs it.
-
-    Shapes: (..., in_features) -> (..., out_features).
+def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), (..., in) -> (..., out): without the call where `layer` is plain (see `is_plain`),
+    with the weight prepared inside `evaluation`.
     """
+    if not is_plain(layer) or (torch.compiler.is_compiling() and not _is_widened(x)):
+        return layer(x)
+    cache = kept_for(layer)
+    if cache is not None:
+        return prepared(layer, x, cache)(x)
+    return linear(x, layer.weight, layer.bias)
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__(in_features, out_features, bias)
-        self.cache = EvalCache()
 
-    def prepared(self, x: Tensor) -> PreparedLinear:
-        """The layer prepared for inputs like x; cached while weight and bias stay unchanged."""
-        dtype, kind = result_dtype(x), x.device.type
-        sources = [self.weight] if self.bias is None else [self.weight, self.bias]
-        return self.cache.get(
-            f"{dtype} {kind}",
-            sources,
-            lambda: PreparedLinear(self.weight, self.bias, dtype, kind),
-        )
+def prepared(layer: nn.Linear, x: Tensor, cache: EvalCache) -> PreparedLinear:
+    """A plain layer prepared for inputs like x, kept in `cache`."""
+    dtype, kind = result_dtype(x), x.device.type
+    weight, bias = layer.weight, layer.bias
+    sources = [weight] if bias is None else [weight, bias]
+    return cache.get((dtype, kind), sources, lambda: PreparedLinear(weight, bias, dtype, kind))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        if may_prepare_weights():
-            return self.prepared(x)(x)
-        return linear(x, self.weight, self.bias)
+
+def _is_widened(x: Tensor) -> bool:
+    dtype = result_dtype(x)
+    return computed_in(dtype, x.device.type) != dtype

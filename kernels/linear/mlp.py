@@ -6,16 +6,18 @@ import threading
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.derivatives import is_differentiated_again, is_transformed, plain_gradients
 
 from . import precision
+from .evaluation import kept_for
 from .gelu import compiled, gelu_backward_into, gelu_into
-from .layer import Linear
+from .layer import prepared, run_linear
 from .precision import FEWEST_ROWS, computed_in, result_dtype
-from .prepared import may_prepare_weights
+from .prepared import PreparedLinear
 from .products import addmm_into
+from .watched import is_plain
 
 # A hidden activation above WHOLE_BYTES is worked on in chunks, as in precision.py.
 WHOLE_BYTES = 16 << 20
@@ -25,42 +27,39 @@ PLAIN_BYTES = {True: 1 << 20, False: 16 << 20}
 _thread = threading.local()
 
 
-def fused_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
+def fused_mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> Tensor:
     """(..., C) -> (..., C), equal to fc2(gelu(fc1(x))).
 
     On the CPU in eager mode a large activation is worked on in chunks, only its values before the
-    GELU are saved for the backward, and without gradients the GELU is part of the first product;
-    under autocast in its dtype. Everything else, also where the layers are hooked, goes through the
-    plain layers.
+    GELU are saved for the backward, and inside `evaluation` the GELU is part of the first product;
+    under autocast in its dtype. Everything else, also layers that are not plain, goes through the
+    two layers one by one.
     """
     if (
         x.device.type != "cpu"
         or x.numel() == 0
         or torch.compiler.is_compiling()
-        or _is_hooked(fc1, fc2)
+        or not _is_usual(fc1, fc2)
     ):
-        return fc2(F.gelu(fc1(x)))
+        return run_linear(fc2, F.gelu(run_linear(fc1, x)))
     dtype = result_dtype(x)
     inner = computed_in(dtype, "cpu")
-    if may_prepare_weights():
-        return _evaluate(x, fc1, fc2, inner)
+    caches = [kept_for(layer) for layer in (fc1, fc2)]
+    if None not in caches:
+        first, second = map(prepared, (fc1, fc2), (x, x), caches)
+        return _evaluate(x, first, second, inner)
     hidden_bytes = x.numel() // x.shape[-1] * fc1.out_features * dtype.itemsize
     small = hidden_bytes <= PLAIN_BYTES[compiled(inner)]
     if (small and inner == dtype) or is_transformed():
-        return fc2(F.gelu(fc1(x)))
+        return run_linear(fc2, F.gelu(run_linear(fc1, x)))
     parameters = [t.to(inner) for t in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)]
     with torch.autocast("cpu", enabled=False):
         return _Mlp.apply(x if inner != dtype else x.to(dtype), *parameters, dtype)
 
 
-def _is_hooked(*layers: Linear) -> bool:
-    return any(
-        type(layer) is not Linear
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        for layer in layers
-    )
+def _is_usual(*layers: nn.Module) -> bool:
+    """Whether both are plain and have a bias."""
+    return all(is_plain(layer) and layer.bias is not None for layer in layers)
 
 
 def _rows_of_chunk(rows: int, hidden: int, inner: torch.dtype) -> int:
@@ -70,16 +69,17 @@ def _rows_of_chunk(rows: int, hidden: int, inner: torch.dtype) -> int:
     return max(FEWEST_ROWS, precision.CHUNK_BYTES // (hidden * inner.itemsize))
 
 
-def _evaluate(x: Tensor, fc1: Linear, fc2: Linear, inner: torch.dtype) -> Tensor:
+def _evaluate(
+    x: Tensor, first: PreparedLinear, second: PreparedLinear, inner: torch.dtype
+) -> Tensor:
     """(..., C) -> (..., C) without gradients; between the layers in the dtype in which products are
     computed.
     """
-    first, second = fc1.prepared(x), fc2.prepared(x)
     tokens = x.reshape(-1, x.shape[-1])
-    rows = _rows_of_chunk(len(tokens), fc1.out_features, inner)
+    rows = _rows_of_chunk(len(tokens), first.width, inner)
     if rows >= len(tokens):
         return second(first(x, gelu=True, dtype=inner))
-    y = x.new_empty(len(tokens), fc2.out_features, dtype=second.dtype)
+    y = x.new_empty(len(tokens), second.width, dtype=second.dtype)
     for part, out in zip(tokens.split(rows), y.split(rows), strict=True):
         out.copy_(second(first(part, gelu=True, dtype=inner)))
     return y.view(*x.shape[:-1], -1)

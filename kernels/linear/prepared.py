@@ -4,31 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.derivatives import is_transformed
-
 from . import precision
 from .precision import computed_in, row_chunks
 
 _MKLDNN = torch.ops.mkldnn
-
-
-def is_observed() -> bool:
-    """Whether something looks at single operations and must see an ordinary product: a compiler, a
-    tracer, torch.func, forward mode, or a dispatch mode such as a FLOP counter or fake tensors.
-    """
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or is_transformed()
-        or torch._C._get_tracing_state()
-    )
-
-
-def may_prepare_weights() -> bool:
-    """Whether layers may use prepared weights: no gradients are recorded, and nothing looks at
-    single operations.
-    """
-    return not torch.is_grad_enabled() and not is_observed()
 
 
 def can_pack(weight: Tensor, kind: str) -> bool:
@@ -63,6 +42,7 @@ class PreparedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kind: str):
         self.dtype = dtype
         self.inner = computed_in(dtype, kind)
+        self.width = len(weight)
         self.weight = weight.detach().to(self.inner)
         self.bias = None if bias is None else bias.detach().to(self.inner)
         self.packed = can_pack(self.weight, kind)
@@ -72,7 +52,7 @@ class PreparedLinear:
     def __call__(self, x: Tensor, gelu: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """(..., in) -> (..., out) of `dtype`, by default of the layer's own."""
         dtype = dtype or self.dtype
-        width = self.weight.shape[0]
+        width = self.width
         result_bytes = x.numel() // x.shape[-1] * width * self.inner.itemsize
         if self.inner == dtype or result_bytes <= precision.CHUNK_BYTES:
             return self._product(x, gelu).to(dtype)
@@ -88,7 +68,7 @@ class PreparedLinear:
             y = self._plain_product(x)
             return F.gelu(y) if gelu else y
         if x.numel() == 0:
-            return x.new_empty(*x.shape[:-1], self.weight.shape[0])
+            return x.new_empty(*x.shape[:-1], self.width)
         activation = "gelu" if gelu else "none"
         return _MKLDNN._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
 

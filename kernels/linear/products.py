@@ -8,7 +8,8 @@ from kernels.derivatives import is_differentiated_again, is_transformed, plain_g
 
 from . import precision
 from .precision import computed_in, result_dtype, row_chunks
-from .prepared import can_pack, is_observed
+from .prepared import can_pack
+from .watched import is_observed
 
 # Up to this many columns in, oneDNN's float32 product, which adds the bias itself, is faster in
 # training than the BLAS one where the result is larger than a chunk.

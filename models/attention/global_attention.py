@@ -47,10 +47,6 @@ class GlobalAttention(SoftmaxAttention):
         """scale (1, heads); no bias."""
         return OffsetTerms(self.window_size, self.uniform_scale, prefix=self.geometry.prefix)
 
-    def packed_bias(self) -> Tensor | None:
-        """(3C,) or None."""
-        return self.qkv.bias
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         x, layout = self.as_window(x)

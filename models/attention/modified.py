@@ -11,12 +11,15 @@ from models.layers.init import own_random_numbers
 
 from .geometry import Geometry
 from .modifiers import MODIFIERS
+from .modifiers.base import Modifier
 
 
 class Modified(nn.Module):
     """Base of modules with modifiers, which stand in `modifiers` by name; the backbone initialises
     them, see Backbone.
     """
+
+    built_in_kinds: tuple[type[Modifier], ...] = ()  # what each of `built_in` is
 
     def add_modifiers(self, texts: Iterable[str], geometry: Geometry) -> None:
         """Makes the modifiers, each "name" or "name(option=value)". Raises: ValueError for a name
@@ -48,6 +51,19 @@ class Modified(nn.Module):
         """Lets those modifiers set the module's own parameters once more, to the same values."""
         for key in self.overwriting:
             self._initialise(key)
+
+    def built_in(self) -> tuple[Modifier, ...]:
+        """What a form of attention always does to logits and map, before any modifier of the
+        config; by default nothing.
+        """
+        return ()
+
+    def _stage(self, kind: type[Modifier]) -> list[Modifier]:
+        built_in = zip(self.built_in(), self.built_in_kinds, strict=False)
+        parts = [part for part, its in built_in if issubclass(its, kind)]
+        for modifier in self.modifiers.values():
+            parts += [part for part in modifier.members() if isinstance(part, kind)]
+        return parts
 
     def _initialise(self, key: str) -> None:
         with own_random_numbers(f"{self.place}.{key}"):

@@ -49,7 +49,7 @@ def check_backends(model: nn.Module) -> None:
         with torch.no_grad():
             for tensor in (*probe.parameters(), *probe.buffers()):
                 tensor.zero_()
-            qkv = torch.empty((1, 1, 1, probe.qkv.weight.shape[0]))
+            qkv = torch.empty((1, 1, 1, 3 * probe.geometry.inner))
             dropout = module.spec.drop if module.training else 0.0
             reason = interface.why_never(backend, qkv, probe.terms(), dropout)
         if reason:
@@ -69,8 +69,10 @@ def _reason(attention: nn.Module) -> str | None:
         return f"the backend is set to {backend}"
     if attention.is_open():
         return "a modifier or a hook needs the N x N matrix"
-    weight = attention.qkv.weight
+    weight = getattr(attention.qkv, "weight", None)
     with torch.no_grad():
+        terms = attention.terms()
+        like = weight if isinstance(weight, torch.Tensor) else terms.scale  # a quantized layer
         return interface.why_not_fused(
-            weight.new_empty((1, 1, 1, weight.shape[0])), attention.terms()
+            like.new_empty((1, 1, 1, 3 * attention.geometry.inner)), terms
         )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import Linear
+from kernels.linear import run_linear
 
 from .geometry import Geometry
 from .global_attention import GlobalAttention
@@ -96,8 +96,8 @@ class SharedMapAttention(Modified):
         self.geometry = geometry
         self.num_heads = geometry.num_heads
         self.drop = drop
-        self.v = Linear(geometry.dim, geometry.inner, bias=qkv_bias)
-        self.proj = Linear(geometry.inner, geometry.dim)
+        self.v = nn.Linear(geometry.dim, geometry.inner, bias=qkv_bias)
+        self.proj = nn.Linear(geometry.inner, geometry.dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.add_modifiers((refine,), geometry)
         if not all(isinstance(modifier, MapModifier) for modifier in self.modifiers.values()):
@@ -109,14 +109,15 @@ class SharedMapAttention(Modified):
 
     def forward(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, C), previous (B, H, N, N) -> the result (B, N, C) and `previous`."""
-        v = self.v(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        v = run_linear(self.v, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             attn = previous
             for modifier in self.modifiers.values():
                 attn = modifier.after_mask(modifier(attn))
         dropout = self.drop if self.training else 0.0
         y = weigh(self.map_tap(attn), v, dropout)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2))), previous
+        y = run_linear(self.proj, y.transpose(1, 2).flatten(2))
+        return self.proj_drop(y), previous
 
     def flops(self, tokens: int) -> int:
         """Multiply-accumulates for an image of `tokens` tokens: two projections, the map times v,

@@ -3,21 +3,13 @@ and SwinV2 forms.
 """
 
 import math
-from itertools import chain
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import (
-    EvalCache,
-    Linear,
-    PreparedLinear,
-    computed_in,
-    linear,
-    may_prepare_weights,
-    result_dtype,
-)
+from kernels.linear import is_untouched, kept_for, run_linear
 from kernels.window_attention import (
     OffsetTerms,
     WindowLayout,
@@ -28,24 +20,22 @@ from kernels.window_attention.reference import add_mask, merge_windows, split_wi
 from models.layers.init import trunc_normal
 
 from .geometry import Geometry, relative_coords_table
-from .modified import Modified
-from .modifiers import LogitMixer, MapModifier, ProjectionModifier, TermModifier
+from .modifiers import LogitMixer, MapModifier, TermModifier
 from .modifiers.base import Modifier
+from .projection import Projection, present
 from .regions import zero_masked
 from .spec import AttentionSpec
 
 MAX_LOGIT_SCALE = 100.0
-# per channel: below, adding the input to q and k touches fewer numbers than adding the identity to
-# a (3C, C) weight
-FEW_TOKENS = 1.5
 
 
-class SoftmaxAttention(Modified):
+class SoftmaxAttention(Projection):
     """What all forms share: projections, modifiers and the choice between the fast path and the
     open one.
 
     A subclass creates its parameters under the released names, then calls `_finish`, and says its
-    `base_terms` and `packed_bias`.
+    `base_terms` and, where q, k and v have a bias beside that of `qkv`, its `extra_bias`. What
+    stands in place of `qkv` or `proj` is called.
     Shapes: x (B, H, W, C) -> (B, H, W, C).
     """
 
@@ -63,14 +53,14 @@ class SoftmaxAttention(Modified):
                 f"attention: {geometry.dim} channels cannot be split into {geometry.num_heads}"
                 " heads; choose NUM_HEADS that divides EMBED_DIM * 2^stage"
             )
-        self.cache = EvalCache()
 
     def _finish(self, qkv_bias: bool, proj_drop: float, out_dim: int = 0) -> None:
         """Creates the projections (to `out_dim` channels, by default C) and the modifiers, last:
         the released order of the state dict.
         """
         self.qkv = nn.Linear(self.dim, 3 * self.geometry.inner, bias=qkv_bias)
-        self.proj = Linear(self.geometry.inner, out_dim or self.dim)
+        self.out_dim = out_dim or self.dim
+        self.proj = nn.Linear(self.geometry.inner, self.out_dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.add_modifiers(self.spec.modifiers, self.geometry)
         self.logit_tap = nn.Identity()
@@ -81,90 +71,32 @@ class SoftmaxAttention(Modified):
         raise NotImplementedError
 
     def term_parameters(self) -> list[Tensor]:
-        """The parameters that `base_terms` reads."""
+        """The parameters that `base_terms` reads itself."""
         raise NotImplementedError
 
-    def packed_bias(self) -> Tensor | None:
-        """(3C,) bias of q, k and v, or None."""
-        raise NotImplementedError
-
-    def built_in(self) -> tuple[Modifier, ...]:
-        """What a form of attention always does to logits and map, before any modifier of the
-        config; by default nothing.
-        """
-        return ()
-
-    def _stage(self, kind: type[Modifier]) -> list[Modifier]:
-        parts = chain(
-            self.built_in(), *(modifier.members() for modifier in self.modifiers.values())
-        )
-        return [part for part in parts if isinstance(part, kind)]
+    def term_modules(self) -> list[nn.Module]:
+        """The modules that `base_terms` calls; by default none."""
+        return []
 
     def terms(self) -> OffsetTerms:
-        """Scale and bias with all term modifiers applied, in float32; kept in evaluation while the
-        parameters stay the same.
+        """Scale and bias with all term modifiers applied, in float32; inside `evaluation` kept
+        while the parameters stay the same.
         """
-        sources = [
-            *self.term_parameters(),
-            *chain.from_iterable(modifier.parameters() for modifier in self._stage(TermModifier)),
-        ]
-        return self.cache.get("terms", sources, self._modified_terms)
+        cache = kept_for(self)
+        parts = [*self.term_modules(), *self._stage(TermModifier)]
+        if cache is None or not _gives_the_same(parts):
+            return self._modified_terms()
+        sources = [*self.term_parameters(), *present(self._buffers.values())]
+        for part in parts:
+            sources += [*part.parameters(), *part.buffers()]
+        return cache.get("terms", sources, self._modified_terms)
 
     def _modified_terms(self) -> OffsetTerms:
-        with torch.autocast(self.qkv.weight.device.type, enabled=False):
+        with torch.autocast(next(self.buffers()).device.type, enabled=False):
             terms = self.base_terms()
             for modifier in self._stage(TermModifier):
                 terms = modifier(terms)
         return terms
-
-    def _projection(self, fold: bool) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of q, k and v, with what the modifiers do to the bias and, where they
-        `fold`, to the weight.
-        """
-        weight = self.qkv.weight
-        bias = self.packed_bias()
-        for modifier in self._stage(ProjectionModifier):
-            bias = modifier.fold_bias(bias)
-            if fold:
-                weight = modifier.fold(weight)
-        return weight, bias
-
-    def _folds(self, x: Tensor) -> bool:
-        """Whether projection modifiers change the weight, not the projected tokens.
-
-        They do so in evaluation, where that is done once, and in training on a GPU, where passes
-        over the tokens cost most; in training on the CPU where the weight keeps its full precision,
-        unless there are so few tokens that adding to the tokens is the smaller work.
-        """
-        own = self.qkv.weight.dtype
-        wide = torch.float64 if own == torch.float64 else torch.float32
-        if own != wide:
-            return False
-        if may_prepare_weights() or x.device.type != "cpu":
-            return True
-        exact = computed_in(result_dtype(x), x.device.type) == wide
-        return exact and x.numel() > FEW_TOKENS * self.dim * self.dim
-
-    def project(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 3C): q, then k, then v."""
-        fold = self._folds(x)
-        if may_prepare_weights():
-            qkv = self._prepared(fold, result_dtype(x), x.device.type)(x)
-        else:
-            qkv = linear(x, *self._projection(fold))
-        if not fold:
-            for modifier in self._stage(ProjectionModifier):
-                qkv = modifier.add(x, qkv)
-        return qkv
-
-    def _prepared(self, fold: bool, dtype: torch.dtype, device: str) -> PreparedLinear:
-        """The projection for evaluation, cached while the parameters stay the same."""
-        parameters = (*self._parameters.values(), *self.qkv.parameters())
-        return self.cache.get(
-            f"projection {fold} {dtype} {device}",
-            [parameter for parameter in parameters if parameter is not None],
-            lambda: PreparedLinear(*self._projection(fold), dtype, device),
-        )
 
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """x: (B, H, W, C) with the grid of `layout` -> (B, H, W, C)."""
@@ -191,7 +123,8 @@ class SoftmaxAttention(Modified):
         return self._result(y, x, qkv), attn
 
     def _result(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
-        return self.finish(self.proj_drop(self.proj(self.before_projection(y, x))), x, qkv)
+        y = run_linear(self.proj, self.before_projection(y, x))
+        return self.finish(self.proj_drop(y), x, qkv)
 
     def before_projection(self, y: Tensor, x: Tensor) -> Tensor:
         """The heads' results y, given the module's input x; a form that norms or gates them does it
@@ -206,12 +139,13 @@ class SoftmaxAttention(Modified):
         return y
 
     def is_open(self) -> bool:
-        """Whether the N x N matrix is formed in the open: a modifier needs it, or a hook looks at
-        it through a tap.
+        """Whether the N x N matrix is formed in the open: a modifier needs it, or a tap is hooked
+        or replaced.
         """
-        hooked = self.logit_tap._forward_hooks or self.map_tap._forward_hooks
+        taps = (self.logit_tap, self.map_tap)
         modifiers = [*self._stage(LogitMixer), *self._stage(MapModifier)]
-        return len(hooked) > 0 or len(modifiers) > 0  # torch 2.10 traces no bool of a list
+        # torch 2.10 traces no bool of a list
+        return len(modifiers) > 0 or not all(is_untouched(tap, nn.Identity) for tap in taps)
 
     def _open(
         self,
@@ -251,8 +185,10 @@ class SoftmaxAttention(Modified):
         if carried is not None:
             attn = attn + carried
         for modifier in self._stage(MapModifier):
-            attn = modifier(attn, layout) if modifier.mixes_pairs else modifier(attn)
-            attn = modifier.after_mask(zero_masked(attn, layout.mask))
+            ours = isinstance(modifier, MapModifier)  # a built-in one may be replaced
+            attn = modifier(attn, layout) if ours and modifier.mixes_pairs else modifier(attn)
+            attn = zero_masked(attn, layout.mask)
+            attn = modifier.after_mask(attn) if ours else attn
         return attn
 
     def map_flops(self, layout: WindowLayout) -> int:
@@ -267,8 +203,22 @@ class SoftmaxAttention(Modified):
         return (
             tokens * self.dim * 3 * inner
             + 2 * tokens * tokens * inner
-            + tokens * inner * self.proj.out_features
+            + tokens * inner * self.out_dim
         )
+
+
+def _gives_the_same(parts: Iterable[nn.Module]) -> bool:
+    """Whether modules may be called once for many forwards: nothing in them is hooked, replaced or
+    in training.
+    """
+    return all(
+        (isinstance(module, Modifier) or type(module).__module__.startswith("torch.nn.modules."))
+        and "parametrizations" not in module._modules
+        and is_untouched(module, type(module))
+        and not module.training
+        for part in parts
+        for module in part.modules()
+    )
 
 
 def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -317,10 +267,6 @@ class WindowAttention(SoftmaxAttention):
         """scale (1, heads), bias (T, heads)."""
         return OffsetTerms(self.window_size, self.uniform_scale, self.relative_position_bias_table)
 
-    def packed_bias(self) -> Tensor | None:
-        """(3C,) or None."""
-        return self.qkv.bias
-
 
 class WindowAttentionV2(SoftmaxAttention):
     """SwinV2's attention: cosine of q and k times a learned scale, plus a bias that an MLP reads
@@ -359,8 +305,8 @@ class WindowAttentionV2(SoftmaxAttention):
         self._finish(False, proj_drop)
 
     def term_parameters(self) -> list[Tensor]:
-        """The scale and the bias MLP."""
-        return [self.logit_scale, *self.cpb_mlp.parameters()]
+        """The scale."""
+        return [self.logit_scale]
 
     def base_terms(self) -> OffsetTerms:
         """scale (1, heads) in (0, 100], bias (T, heads) in (0, 16), or unbounded without the
@@ -372,7 +318,15 @@ class WindowAttentionV2(SoftmaxAttention):
             bias = 16 * torch.sigmoid(bias)
         return OffsetTerms(self.window_size, scale, bias)
 
-    def packed_bias(self) -> Tensor | None:
+    def term_modules(self) -> list[nn.Module]:
+        """The bias MLP."""
+        return [self.cpb_mlp]
+
+    def extra_bias_parameters(self) -> list[Tensor | None]:
+        """The biases of q and of v."""
+        return [self.q_bias, self.v_bias]
+
+    def extra_bias(self) -> Tensor | None:
         """(3C,): k has no bias."""
         if self.q_bias is None:
             return None

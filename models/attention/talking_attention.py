@@ -9,6 +9,7 @@ from registry import check_choice
 
 from .geometry import Geometry
 from .global_attention import GlobalAttention
+from .modifiers import LogitMixer, MapModifier
 from .modifiers.talking_heads import LogitMixing, MapMixing
 from .spec import AttentionSpec
 
@@ -39,6 +40,8 @@ class TalkingHeadsAttention(GlobalAttention):
     Raises: ValueError for a mixer instead of softmax attention: it has no maps of heads to mix.
     Source: Talking-Heads Attention, arXiv:2003.02436; CaiT, arXiv:2103.17239.
     """
+
+    built_in_kinds = (LogitMixer, MapModifier)
 
     def __init__(
         self,

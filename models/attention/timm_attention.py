@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kernels.linear import is_untouched
 from kernels.window_attention import OffsetTerms
 from kernels.window_attention.layout import Size
 
@@ -61,7 +62,7 @@ class TimmAttention(GlobalAttention):
     def project(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3C) with q and k normed head by head, where the module does that."""
         qkv = super().project(x)
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+        if all(is_untouched(norm, nn.Identity) for norm in (self.q_norm, self.k_norm)):
             return qkv
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         return torch.stack(
@@ -116,7 +117,11 @@ class TimmBeitAttention(TimmAttention):
         bias = table[self.relative_position_index].permute(2, 0, 1).contiguous()
         return terms.replace(bias=bias)
 
-    def packed_bias(self) -> Tensor | None:
+    def extra_bias_parameters(self) -> list[Tensor | None]:
+        """The biases of q and of v."""
+        return [self.q_bias, self.v_bias]
+
+    def extra_bias(self) -> Tensor | None:
         """(3C,): k has no bias."""
         if self.q_bias is None:
             return None

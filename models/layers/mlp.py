@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import Linear, fused_mlp
+from kernels.linear import fused_mlp, is_untouched, run_linear
 
 
 class Mlp(nn.Module):
@@ -19,12 +19,18 @@ class Mlp(nn.Module):
                 f"an MLP over {dim} channels has {hidden} hidden ones; allowed: at least 1: set"
                 f" its ratio (MLP_RATIO, PRE_MLP.RATIO) to {1 / dim:.3g} or more"
             )
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        if self.drop.p and self.training:
-            return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        if not _does_nothing(self.drop):
+            hidden = self.drop(F.gelu(run_linear(self.fc1, x)))
+            return self.drop(run_linear(self.fc2, hidden))
         return fused_mlp(x, self.fc1, self.fc2)
+
+
+def _does_nothing(drop: nn.Module) -> bool:
+    """Whether calling this dropout, or what stands in its place, can be left out."""
+    return is_untouched(drop, nn.Dropout) and not (drop.p and drop.training)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import Linear
+from kernels.linear import run_linear
 from kernels.window_attention.layout import Size, to_pair
 
 
@@ -95,7 +95,7 @@ class PatchMerging(nn.Module):
         self.input_resolution = input_resolution
         self.dim = dim
         self.norm_first = norm_first
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(4 * dim if norm_first else 2 * dim)
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
@@ -106,7 +106,9 @@ class PatchMerging(nn.Module):
             x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)
-        return self.reduction(self.norm(x)) if self.norm_first else self.norm(self.reduction(x))
+        if self.norm_first:
+            return run_linear(self.reduction, self.norm(x))
+        return self.norm(run_linear(self.reduction, x))
 
     @staticmethod
     def merged(grid: Size) -> Size:

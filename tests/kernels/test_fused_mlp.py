@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernels.linear import evaluation, precision
 from kernels.linear import mlp as fused
-from kernels.linear import precision
 from models.layers.mlp import Mlp
 
 with_and_without_the_kernel = pytest.mark.parametrize("kernel", [True, False])
@@ -67,6 +67,8 @@ def test_values_and_gradients_equal_the_plain_layers(tokens, frozen):
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), right)
+        with evaluation(mlp):
+            torch.testing.assert_close(mlp(x), right)
 
 
 @with_and_without_the_kernel

@@ -7,9 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.linear import Linear, precision, prepared, products
+from kernels.linear import evaluation, precision, prepared, products, run_linear
 from kernels.linear import mlp as fused
 from models.layers.mlp import Mlp
+
+
+class Linear(torch.nn.Module):
+    """A linear layer as the models run it."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__()
+        self.layer = torch.nn.Linear(*sizes, **options)
+
+    def forward(self, x):
+        return run_linear(self.layer, x)
+
 
 BF16, F16 = torch.bfloat16, torch.float16
 both_ways = pytest.mark.parametrize("widened", [True, False])
@@ -89,7 +101,7 @@ def test_in_evaluation_a_layer_and_an_mlp_give_what_they_give_in_training(
         with torch.autocast("cpu", BF16, enabled=dtype == BF16):
             recorded = module(x).detach()
             for inference in (torch.no_grad, torch.inference_mode):
-                with inference():
+                with evaluation(module), inference():
                     kept = module(x)
                     assert kept.dtype == dtype and kept.shape == recorded.shape
                     tolerance = {torch.float32: 1e-5, BF16: 2e-2, torch.float64: 1e-12}[dtype]
@@ -122,7 +134,7 @@ def test_the_weight_is_laid_out_once_with_the_gelu_in_the_product(monkeypatch):
         ),
     )
     monkeypatch.setattr(fused, "WHOLE_BYTES", 1 << 40)
-    with torch.no_grad():
+    with evaluation(mlp), torch.no_grad():
         mlp(x), mlp(x)
     assert calls == ["laid out", "laid out", "gelu", "none", "gelu", "none"]
 
@@ -180,7 +192,7 @@ def test_only_float32_products_with_few_columns_in_and_a_bias_are_narrow():
 
 def test_a_flop_counter_and_torch_func_see_ordinary_products_in_evaluation():
     mlp, x = Mlp(8, 32), torch.randn(10, 8)
-    with torch.no_grad():
+    with evaluation(mlp), torch.no_grad():
         mlp(x)
         counter = FlopCounterMode(display=False)
         with counter:
@@ -240,10 +252,10 @@ def test_frozen_parts_ask_for_nothing(widened, monkeypatch):
     layer.requires_grad_(False)
     with torch.autocast("cpu", BF16):
         layer(x).sum().backward()
-    assert x.grad is not None and layer.weight.grad is None
-    layer.weight.requires_grad_(True)
+    assert x.grad is not None and layer.layer.weight.grad is None
+    layer.layer.weight.requires_grad_(True)
     with torch.autocast("cpu", BF16):
         layer(x.detach()).sum().backward()
     torch.testing.assert_close(
-        layer.weight.grad, x.detach().sum(0).expand(8, 16), rtol=2e-2, atol=0.1
+        layer.layer.weight.grad, x.detach().sum(0).expand(8, 16), rtol=2e-2, atol=0.1
     )

@@ -143,7 +143,7 @@ def test_few_and_many_tokens_take_different_ways_to_the_same_gradients(family, m
     model = randomise(with_modifiers(family, "qk_residual"))
     results = []
     for few in (0.0, float("inf")):
-        monkeypatch.setattr("models.attention.softmax.FEW_TOKENS", few)
+        monkeypatch.setattr("models.attention.projection.FEW_TOKENS", few)
         results.append(loss_and_gradients(model))
     for name in results[0]:
         scale = results[0][name].abs().max().clamp(min=1e-3)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import is_plain
 from models.layers.init import init_linear_and_norm
 
 from .base import MIXERS
@@ -37,6 +38,9 @@ class SeparableAttention(nn.Module):
         self.apply(init_linear_and_norm)
 
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Some channels of qkv_proj(x); of a layer that is not plain all are computed."""
+        if not is_plain(self.qkv_proj):
+            return self.qkv_proj(x)[..., first:last]
         return F.linear(x, self.qkv_proj.weight[first:last], self.qkv_proj.bias[first:last])
 
     def forward(
