@@ -12,6 +12,7 @@ from .classes import match_classes
 from .convert import from_rpe_mlp, is_rebuilt, to_reference
 from .errors import CheckpointError, check_option, list_keys
 from .fit import fit, kept_heads
+from .grids import FileGrids, compare_grids, model_grids
 from .initial import check_initial, overwrite
 from .report import LoadReport, describe, reasons
 from .residual import (
@@ -75,9 +76,10 @@ def load_weights(
     state, report = convert(model, weights, rule, source_residual)
     kept = [] if head == "reset" and rule == "finetune" else kept_heads(model, state)
     state = match_classes(weights, state, kept, classes, report, remedy(rule, head))
+    grids = FileGrids(weights, state)
     if rule == "finetune":
-        state = fit(model, state, report, head, resize)
-    state = compare(model, state, report, rule)
+        state = fit(model, state, report, head, resize, grids)
+    state = compare(model, state, report, rule, grids)
     if (report.missing or report.unexpected) and not (allow_partial and report.loaded):
         raise CheckpointError(
             f"{weights.source} does not fit the model: {'; '.join(reasons(model, report, rule))}"
@@ -87,7 +89,7 @@ def load_weights(
         report.notes += notes
         report.text = "; ".join([report.text, *notes])
     if logger is not None:
-        partial = report.missing or report.unexpected
+        partial = report.missing or report.unexpected or report.unsure
         logger.log(logging.WARNING if partial else logging.INFO, report.text)
     return report
 
@@ -151,13 +153,19 @@ def decide_residual(
 
 
 def compare(
-    model: nn.Module, state: dict[str, Tensor], report: LoadReport, rule: str
+    model: nn.Module, state: dict[str, Tensor], report: LoadReport, rule: str, grids: FileGrids
 ) -> dict[str, Tensor]:
-    """Fills the report's lists; returns the entries that fit."""
+    """Fills the report's lists; returns the entries that fit: of the model's shape, and, as far as
+    the file says, on its grid of tokens.
+    """
     wanted = {key: value for key, value in model.state_dict().items() if not is_rebuilt(key)}
     given = {key: value for key, value in state.items() if not is_rebuilt(key)}
+    asked = {key: value for key, value in given.items() if key not in report.resized}
+    scrambled, report.unsure = compare_grids(asked, wanted, model_grids(model), grids)
     fits = {
-        key: given[key] for key in wanted if key in given and given[key].shape == wanted[key].shape
+        key: given[key]
+        for key in wanted
+        if key in given and given[key].shape == wanted[key].shape and key not in scrambled
     }
     absent = [key for key in wanted if key not in fits]
     if rule == "finetune":
@@ -168,7 +176,12 @@ def compare(
         key: f" (file {tuple(given[key].shape)}, model {tuple(wanted[key].shape)})"
         for key in absent
         if key in given
-    }
+    } | scrambled
+    if report.unsure:
+        report.notes.append(
+            f"the file does not say how many rows of tokens {list_keys(report.unsure)} lies on:"
+            " taken as the model's"
+        )
     report.unexpected = [key for key in given if key not in wanted]
     counted = sum(wanted[key].numel() for key in wanted if key not in report.fresh)
     report.coverage = sum(wanted[key].numel() for key in report.loaded) / max(counted, 1)

@@ -26,6 +26,7 @@ class LoadReport:
         resized: keys whose shape was fitted.
         fresh: keys that keep their initial value, or zero, by a rule (a new head, a modifier's own
             parameters); not counted in the coverage.
+        unsure: keys taken as the model's grid of tokens, of which the file does not say.
         notes: conversions and rules that applied, one line each.
         shapes: of misfits, " (file ..., model ...)".
         coverage: loaded elements / (all elements - fresh ones), in [0, 1].
@@ -38,6 +39,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    unsure: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shapes: dict[str, str] = field(default_factory=dict)
     coverage: float = 0.0

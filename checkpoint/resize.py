@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import CheckpointError
-
 GEOMETRIC_RATIO = (1.01, 1.5)  # the ratio of the geometric grid is searched in here
 CUBIC_POINTS = 4  # a cubic spline needs as many
 
@@ -39,6 +37,13 @@ def resize_absolute(embedding: Tensor, source: tuple[int, int], target: tuple[in
         return embedding
     grid = embedding.detach().float()[0].T.unflatten(1, source)  # (C, S_h, S_w)
     return bicubic(grid, target).flatten(1).T[None].contiguous()
+
+
+def resize_map(embedding: Tensor, target: tuple[int, int]) -> Tensor:
+    """Position embedding (1, C, S_h, S_w) -> (1, C, T_h, T_w), bicubic."""
+    if tuple(embedding.shape[2:]) == tuple(target):
+        return embedding
+    return bicubic(embedding.detach().float()[0], tuple(target))[None]
 
 
 def bicubic(grid: Tensor, target: tuple[int, int]) -> Tensor:
@@ -117,23 +122,6 @@ def second_derivatives(nodes: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.solve(system, right)
 
 
-def table_extent(length: int, index: Tensor | None) -> tuple[int, int]:
-    """(2 M_h - 1, 2 M_w - 1) of a table with `length` rows, from the position index (N, N) stored
-    beside it, else taken as square.
-
-    Raises: CheckpointError if there is no index and `length` is not a square.
-    """
-    if index is not None and math.prod(extent := index_extent(index)) == length:
-        return extent
-    side = math.isqrt(length)
-    if side * side != length:
-        raise CheckpointError(
-            f"a position table of {length} rows is not square and no relative_position_index tells"
-            " its window"
-        )
-    return side, side
-
-
 def index_extent(index: Tensor) -> tuple[int, int]:
     """(2 M_h - 1, 2 M_w - 1) of a position index (N, N) or, as in torchvision, (N*N,).
 
@@ -145,18 +133,3 @@ def index_extent(index: Tensor) -> tuple[int, int]:
     row_ends = (first.diff() != -1).nonzero()
     width = int(row_ends[0]) + 1 if len(row_ends) else tokens
     return 2 * (tokens // width) - 1, 2 * width - 1
-
-
-def grid_extent(length: int, known: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Rows and columns of an absolute embedding of `length` positions: `known` if it fits, else a
-    square.
-    """
-    if known and known[0] * known[1] == length:
-        return known
-    side = math.isqrt(length)
-    if side * side != length:
-        raise CheckpointError(
-            f"an absolute_pos_embed of {length} positions is not square, so its image's shape is"
-            " unknown"
-        )
-    return side, side

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .grids import model_grids, stated_grids
 from .residual import model_residual
 from .sealed import sealed
 
 
 def weights_metadata(model: nn.Module) -> dict[str, str]:
     """What to store beside a model's weights so that the loader need not guess: whether the qkv
-    weights are residuals.
+    weights are residuals, and which grids of tokens have other rows than columns.
     """
-    return {"format": "pt", "qk_residual": model_residual(model)}
+    grids = stated_grids(model_grids(model))
+    return {"format": "pt", "qk_residual": model_residual(model), **grids}
 
 
 def save_weights(

@@ -23,6 +23,7 @@ from checkpoint import (
     stored_classes,
     to_reference,
 )
+from checkpoint.grids import FileGrids, stated_grids
 from checkpoint.residual import SOURCES, file_residual, match_residual, side_named
 
 
@@ -72,8 +73,9 @@ def convert(args: argparse.Namespace) -> str:
     source = source_side(args, weights, [name for name, _ in steps])
     goal = {"reference": source, "plain": "none", "qk_residual": args.which}[args.to]
     state, note = match_residual(state, source, goal)
-    names = names_as_metadata(stored_classes(weights) or ())
-    save_weights(args.target, state, {"format": "pt", "qk_residual": goal, **names})
+    said = names_as_metadata(stored_classes(weights) or ())
+    said |= stated_grids(FileGrids(weights, state).of_state())
+    save_weights(args.target, state, {"format": "pt", "qk_residual": goal, **said})
     done = [f"{name} names converted ({reason})" for name, reason in steps] + [note] * bool(note)
     return f"wrote {args.target}: {len(state)} tensors, qk_residual {goal}" + "".join(
         f"; {line}" for line in done

@@ -4,15 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import CheckpointError
 from checkpoint.resize import (
     geometric_nodes,
-    grid_extent,
     index_extent,
     resize_absolute,
     resize_bias_table,
     spline_matrix,
-    table_extent,
     whole_offsets,
 )
 
@@ -33,15 +30,6 @@ def test_a_position_index_tells_its_window(window):
         and index_extent(index.flatten()) == expected
         and index_extent(index + 1) == expected
     )
-
-
-def test_a_table_without_index_is_square_or_refused():
-    assert table_extent(169, None) == (13, 13)
-    with pytest.raises(CheckpointError, match="45 rows"):
-        table_extent(45, None)
-    assert grid_extent(200, (10, 20)) == (10, 20)
-    with pytest.raises(CheckpointError, match="200 positions"):
-        grid_extent(200)
 
 
 @pytest.mark.parametrize("method", ["bicubic", "geometric"])
