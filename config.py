@@ -454,6 +454,12 @@ KEYS: dict[str, Key] = {
     "TRAIN.SAVE_STEPS": Key(0, COUNT, "updates between two checkpoints inside an epoch; 0 = none"),
     "TRAIN.KEEP": Key(3, COUNT, "epoch checkpoints kept, besides last and best; 0 = all"),
     "TRAIN.MAX_STEPS": Key(0, COUNT, "stop after this many updates in all; 0 = no limit"),
+    "TRAIN.GROUP_TIMEOUT": Key(1800.0, number(1, 86400, "[]"),
+        "seconds that a process waits for the others in an exchange; not for one that begins "
+        "slowly, saves or downloads, as long as it lives"),
+    "TRAIN.CHECK_RANKS": Key(100, COUNT,
+        "updates between two comparisons of the weights of all processes, which also come before "
+        "each checkpoint; 0 = none"),
     "TRAIN.THREADS": Key(0, COUNT, "CPU threads of torch per process; 0 = torch's choice"),
     # augmentation, in training
     "AUG.COLOR_JITTER": Key(0.4, FROM_0,

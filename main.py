@@ -26,6 +26,7 @@ from checkpoint import (
 )
 from config import KEYS, dump_config, get_config, load_config, parse_args, to_dict
 from data import build_data
+from engine.agreement import agree, checksum, describe_code
 from engine.console import lasting_streams, print_all
 from engine.evaluate import EvalResult, evaluate, write_per_class
 from engine.lock import FolderLock
@@ -44,6 +45,7 @@ from models import build_model
 from models.attention.report import describe_attention
 from models.counting import count_macs
 from optimizer import build_optimizer
+from processes import PeerError
 from registry import UserError
 from settings import arguments
 from settings.checks import check_files, check_settings
@@ -51,12 +53,19 @@ from settings.continuing import Run, check_continuing
 from settings.rules import is_yaml
 from utils import World
 
+SAME_FILES = (
+    "give all of them the same files, in MODEL.PRETRAINED, MODEL.RESUME or the output folder"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
     with lasting_streams():
         try:
             return act(argv)
+        except PeerError as error:
+            utils.print_error(error)
+            return 1
         except (UserError, torch.OutOfMemoryError) as error:
             utils.print_error(error)
             return 2
@@ -72,7 +81,7 @@ def act(argv: list[str] | None) -> int:
     if args.print_config:
         print_all(dump_config(config))
         return 0
-    with World(config.DEVICE, config.LOCAL_RANK) as world:
+    with World(config.DEVICE, config.LOCAL_RANK, config.TRAIN.GROUP_TIMEOUT) as world:
         return Program(config, world).run()
 
 
@@ -90,6 +99,7 @@ class Program:
         utils.seed_everything(config.SEED)  # the same initial weights on all processes
 
     def run(self) -> int:
+        self.compare_programs()
         if self.config.THROUGHPUT_MODE:
             return self.time()
         self.data = build_data(
@@ -99,6 +109,7 @@ class Program:
             train=not self.config.EVAL_MODE,
         )
         try:
+            self.compare_data()
             return self.use_data()
         finally:
             self.data.close()
@@ -115,6 +126,16 @@ class Program:
             return self.evaluate()
         with FolderLock(self.folder) if self.world.is_main else nullcontext():
             return self.train()
+
+    def compare_programs(self) -> None:
+        settings = arguments.shared(self.config, KEYS) | {"precision": str(self.dtype)}
+        agree(self.world, "the settings", settings, "give all of them the same command")
+        agree(self.world, "the code", describe_code(), "install the same on all machines")
+
+    def compare_data(self) -> None:
+        images = {f"{split} images": text for split, text in self.data.fingerprints.items()}
+        facts = {**images, "classes": self.data.class_names}
+        agree(self.world, "the data", facts, "copy the same files to all machines")
 
     def build_model(self, num_classes: int | None = None) -> torch.nn.Module:
         order = utils.memory_format(self.config.MODEL.CHANNELS_LAST)
@@ -142,6 +163,7 @@ class Program:
             networks["ema"] = "averaged network"
         for entry, name in networks.items():
             self.load_weights(checkpoint, entry)
+            self.compare_weights()
             result = self.test(self.model)
             self.logger.info(
                 "Accuracy of the %s on the %d test images: %.1f%%", name, result.count, result.acc1
@@ -177,6 +199,11 @@ class Program:
         """The names that a file's classes must be; None where they go by position."""
         return self.data.classes if self.config.MODEL.MATCH_CLASSES else None
 
+    def compare_weights(self) -> None:
+        tensors = self.model.state_dict().items()
+        weights = {name: int(checksum(tensor)) for name, tensor in tensors}
+        agree(self.world, "the weights", weights, SAME_FILES, shown=False)
+
     def train(self) -> int:
         plain = to_dict(self.config)
         trainer, fresh, loaded = self.begin(plain)
@@ -208,6 +235,7 @@ class Program:
         if loaded:
             self.load_weights(checkpoint or read_checkpoint(model.PRETRAINED))
         changes = [] if fresh else self.changes_since(checkpoint, plain)
+        self.compare_weights()
         trainer = self.build_trainer()
         if checkpoint:
             resume(trainer, checkpoint, changes, len(self.data.train_loader))

@@ -9,7 +9,8 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +21,12 @@ import torch.distributed as dist
 from termcolor import colored
 from tqdm import tqdm
 
+from processes import Peers
 from registry import UserError
 
 LOGGER = logging.getLogger("run")
+# Seconds that a process waits for the others to start, at least: imports can be slow.
+START = 1800.0
 PACKAGES = (
     "run",
     "checkpoint",
@@ -33,6 +37,7 @@ PACKAGES = (
     "lr_scheduler",
     "models",
     "optimizer",
+    "processes",
     "settings",
 )
 
@@ -47,28 +52,57 @@ class World:
     """The processes of this run: one alone, or those that torchrun started, joined in a group.
 
     rank in 0 .. size - 1, local_rank on this machine, device. `control` is a CPU (gloo) group for
-    messages that must not wait for the device; it and the default group exist only where size > 1.
-    A context manager: leaving it ends the group.
+    messages that must not wait for the device; it, `peers` and the default group exist only where
+    size > 1. A context manager: leaving it ends the group.
+
+    Args:
+        timeout: seconds that an exchange waits for a process; where one process works for the
+            others, or takes longer to begin, they `meet` it, which takes as long as it lives.
     """
 
-    def __init__(self, device: str = "auto", local_rank: int = 0) -> None:
+    def __init__(self, device: str = "auto", local_rank: int = 0, timeout: float = 1800.0) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
         self.device = choose_device(device, self.local_rank)
+        self.timeout = timeout
         self.control = None
+        self.peers: Peers | None = None
         if self.size > 1:
             self._join()
 
     def _join(self) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        store, rank, size = next(dist.rendezvous("env://"))
+        start = timedelta(seconds=max(self.timeout, START))
+        store, rank, size = next(dist.rendezvous("env://", timeout=start))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # A prefix of its own for each restart, so that no process meets addresses that a killed one
         # left in the store.
         store = dist.PrefixStore(f"attempt_{attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        self.control = dist.new_group(backend="gloo")
+        self._compare_devices(store)
+        timeout = timedelta(seconds=self.timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        self.control = dist.new_group(backend="gloo", timeout=timeout)
+        self.peers = Peers(store.clone(), rank, size, self.timeout)
+
+    def _compare_devices(self, store: dist.Store) -> None:
+        """Before there is a group, which processes of several kinds could not form.
+
+        Raises: RunError.
+        """
+        store.set(f"device/{self.rank}", self.device.type)
+        if self.is_main:
+            kinds = [store.get(f"device/{rank}").decode() for rank in range(self.size)]
+            others = [rank for rank, kind in enumerate(kinds) if kind != kinds[0]]
+            verdict = f"{others[0]} {kinds[others[0]]} {kinds[0]}" if others else ""
+            store.set("device", verdict or "equal")
+        verdict = store.get("device").decode()
+        if verdict != "equal":
+            rank, other, first = verdict.split()
+            raise RunError(
+                f"process {rank} runs on {other}, process 0 on {first}: give all processes the"
+                " same DEVICE (--device), and machines that have it"
+            )
 
     @property
     def is_main(self) -> bool:
@@ -78,13 +112,30 @@ class World:
     def barrier(self) -> None:
         """Waits until every process is here."""
         if self.control is not None:
-            dist.barrier(group=self.control)
+            with self.waiting("a barrier"):
+                dist.barrier(group=self.control)
+
+    def meet(self, what: str) -> None:
+        """Waits until every process is here, however long that takes, while all of them live:
+        where one does something for all, or may be slow to begin.
+
+        Raises: PeerError.
+        """
+        if self.peers is not None:
+            self.peers.meet(what)
+
+    def waiting(self, what: str) -> AbstractContextManager:
+        """While it is open the process counts as waiting for others; after five minutes all stacks
+        are logged.
+        """
+        return nullcontext() if self.peers is None else self.peers.waiting(what)
 
     def broadcast(self, value: Any) -> Any:
         """The main process' value (anything that pickles), on every process."""
         box = [value]
         if self.control is not None:
-            dist.broadcast_object_list(box, src=0, group=self.control)
+            with self.waiting("a value of process 0"):
+                dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -92,7 +143,8 @@ class World:
         if self.control is None:
             return [value]
         values = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.control)
+        with self.waiting("the values of all processes"):
+            dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     def mean(self, value: float) -> float:
@@ -100,13 +152,19 @@ class World:
         if self.control is None:
             return value
         total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
+        with self.waiting("a mean over the processes"):
+            dist.all_reduce(total, group=self.control)
         return float(total) / self.size
 
     def __enter__(self) -> "World":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        if self.peers is not None:
+            lost = None if error is None else self.peers.explain(error)
+            self.peers.end(error)
+            if lost is not None:
+                raise lost from error
         # After an error the others may wait in a collective: leave without them.
         if self.control is not None and kind is None:
             dist.destroy_process_group()

@@ -14,7 +14,8 @@ SIZED = 256  # files whose sizes count, evenly spread: a stat of each would take
 
 def fingerprint(source: Source) -> str:
     """ "1433 images, digest 0123456789abcdef": of the labels in order, and of the files' names
-    below the root and some of their sizes, or of an archive's names and checksums.
+    below the root and some of their sizes, or of an archive's names and checksums, or of the
+    images where they are held in memory.
 
     The same for every process, and wherever the files lie.
     """
@@ -25,6 +26,9 @@ def fingerprint(source: Source) -> str:
         archive = getattr(source, "archive", None)
         known = _sizes(source) if archive is None else archive.checksums
         digest.update(np.asarray(known, dtype="<i8").tobytes())
+    images = getattr(source, "images", None)
+    if images is not None:
+        digest.update(np.ascontiguousarray(images).view(np.uint8).data)
     return f"{len(source)} images, digest {digest.hexdigest()}"
 
 

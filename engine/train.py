@@ -116,6 +116,7 @@ def validate(
     """Evaluates the weights, and their average if that leads; returns the accuracy, in percent,
     that decides which epoch is the best.
     """
+    trainer.share_statistics()
     # A signal waits until the evaluation is done, and does not end its data workers.
     with signals_blocked():
         result = evaluate(trainer.model)
@@ -186,6 +187,7 @@ def save(
     """
     payload = trainer.capture()
     if payload is None:
+        trainer.world.meet("the checkpoint that process 0 writes")
         return
     folder.save(payload | extra)
     if improved:
@@ -200,6 +202,7 @@ def save(
         )
     if finished is not None:
         folder.keep_epoch(finished, last=final)
+    trainer.world.meet("the end of the checkpoint")
 
 
 def refuse_divergence(trainer: Trainer, read: dict[str, float], limit: int) -> None:

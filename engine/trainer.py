@@ -8,10 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import CheckpointError
+from engine.agreement import DRIFTED, WeightCheck, agree, checksum
 from engine.clip import clip_gradients
 from engine.ema import ParameterEma
 from engine.guard import guarded_step
@@ -42,6 +45,7 @@ class Trainer:
         ema: `engine.ema.ParameterEma` or None.
         ema_leads: it is evaluated too, and the best checkpoint is chosen by it (`leader`: the model
             that decides).
+        check_ranks: updates between two comparisons of the processes' weights, 0 none.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Trainer:
         compile: bool = False,
         channels_last: bool = False,
         two_heads: bool = False,
+        check_ranks: int = 0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -87,6 +92,7 @@ class Trainer:
         self.parallel = parallel(self.network, world)
         self.statistics = UpdateStatistics(self.device)
         self.state = TrainState()
+        self.weight_check = WeightCheck(world, check_ranks)
         self.without_moments: list[tuple[str, nn.Parameter]] = []  # of a restored optimizer
 
     def update(self, batches: list[Batch]) -> None:
@@ -137,11 +143,69 @@ class Trainer:
         self.scheduler.step_update(
             (state.epoch * batches_per_epoch + state.batch - 1) // self.layout.accumulation
         )
+        self.weight_check.after_update(state.update, self.position(), self.replicated)
+
+    def position(self) -> dict[str, int]:
+        """Where the run stands, for a comparison of processes."""
+        state = self.state
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        bits = torch.tensor(rates, dtype=torch.float64).view(torch.int64).sum()
+        return {
+            "the number of updates": state.update,
+            "the epoch": state.epoch,
+            "the batch": state.batch,
+            "the learning rate": int(bits),
+        }
+
+    def replicated(self) -> dict[str, Tensor]:
+        """All tensors of the model and its average that every process must hold alike, by name: not
+        the running statistics of BatchNorm, which each forms of its own images.
+        """
+        found = replicated_tensors(self.model)
+        if self.ema is not None:
+            averages = replicated_tensors(self.ema.module)
+            found |= {f"{name} (average)": tensor for name, tensor in averages.items()}
+        return found
+
+    def compare_processes(self, what: str, remedy: str) -> None:
+        """Compares position, weights and the optimizer's state over the processes, and waits for
+        the device. Every process must call it.
+
+        Raises: RunError, on every process.
+        """
+        if self.world.control is None:
+            return
+        tensors = self.replicated()
+        names = {p: name for name, p in self.model.named_parameters()}
+        numbers = self.position()
+        for parameter, kept in self.optimizer.state.items():
+            for key, value in kept.items():
+                name = f"{names.get(parameter, 'a parameter')} (optimizer's {key})"
+                if isinstance(value, Tensor):
+                    tensors[name] = value
+                else:
+                    numbers[name] = value
+        sums = {name: int(checksum(tensor)) for name, tensor in tensors.items()}
+        agree(self.world, what, numbers | sums, remedy, shown=False)
+
+    def share_statistics(self) -> None:
+        """Gives all processes the main one's running statistics of BatchNorm, which are those that
+        are saved, so that all evaluate the same network. Every process must call it.
+        """
+        if self.world.control is None:
+            return
+        networks = [self.model] if self.ema is None else [self.model, self.ema.module]
+        for buffer in [b for network in networks for b in running_statistics(network).values()]:
+            dist.broadcast(buffer, src=0)
 
     def capture(self) -> dict[str, Any] | None:
         """All of it as tensors and plain data, on the main process; None elsewhere. Every process
         must call it.
+
+        Raises: RunError where the processes no longer hold the same.
         """
+        if self.weight_check.every:
+            self.compare_processes(f"what to save after update {self.state.update}", DRIFTED)
         ranks = self.world.gather(
             {"rng": capture_rng(self.device), "tally": self.statistics.values.cpu()}
         )
@@ -234,6 +298,23 @@ class BothHeads(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> (B, K) twice."""
         return self.model.forward_heads(images)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of BatchNorm layers, by name."""
+    return {
+        f"{prefix}.{name}": buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def replicated_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, but for running statistics, by name."""
+    own = running_statistics(model)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in own}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def parallel(network: nn.Module, world: World) -> nn.Module:

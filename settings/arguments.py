@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from engine.losses import describe_loss
 from engine.train import Plan
+from settings.reading import look_up
 from settings.rules import family
+
+# What may differ between the processes of a run: it describes a machine, not the run. Whether the
+# images are the same is asked of the data sets.
+OF_THE_MACHINE = (
+    "LOCAL_RANK",
+    "DATA.DATA_PATH",
+    "DATA.DOWNLOAD",
+    "DATA.CACHE_MODE",
+    "DATA.NUM_WORKERS",
+    "DATA.PIN_MEMORY",
+    "DATA.TIMEOUT",
+    "TRAIN.THREADS",
+)
+
+
+def shared(config: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """The settings, of these keys, that all processes of a run must have in common."""
+    return {key: look_up(config, key) for key in keys if key not in OF_THE_MACHINE}
 
 
 def trainer(config: Any) -> dict[str, Any]:
@@ -20,6 +40,7 @@ def trainer(config: Any) -> dict[str, Any]:
         start_epoch=config.TRAIN.START_EPOCH,
         compile=config.MODEL.COMPILE,
         channels_last=config.MODEL.CHANNELS_LAST,
+        check_ranks=config.TRAIN.CHECK_RANKS,
     )
 
 

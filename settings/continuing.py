@@ -44,6 +44,8 @@ FREE = (
     "TRAIN.KEEP",
     "TRAIN.MAX_NONFINITE",
     "TRAIN.THREADS",
+    "TRAIN.GROUP_TIMEOUT",
+    "TRAIN.CHECK_RANKS",
     # without effect
     "DATA.MASK_PATCH_SIZE",
     "DATA.MASK_RATIO",

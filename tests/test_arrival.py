@@ -16,6 +16,8 @@ from tests.wiring.runs import SETTINGS, differences, nested, run
 
 ELSEWHERE = {
     "MODEL.TIMM.PRETRAINED": "fetches weights; a test below answers for the network",
+    "TRAIN.GROUP_TIMEOUT": "acts between processes; tests/engine/test_distributed.py",
+    "TRAIN.CHECK_RANKS": "acts between processes; tests/engine/test_distributed.py",
     "LOCAL_RANK": "chooses among the GPUs of a machine; tests/test_config.py and test_utils.py",
 }
 

@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "checkpoint": {"registry"},
     "models": {"registry", "kernels", "checkpoint"},
     "data": {"registry"},
-    "engine": {"registry", "checkpoint", "kernels", "utils"},
+    "engine": {"registry", "checkpoint", "kernels", "processes", "utils"},
+    "processes": {"registry"},
     "optimizer": {"registry"},
     "lr_scheduler": {"registry"},
-    "utils": {"registry"},
+    "utils": {"registry", "processes"},
     "settings": {
         "registry",
         "checkpoint",

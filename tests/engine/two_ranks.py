@@ -16,6 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from engine.guard import DivergedError  # noqa: E402
 from engine.signals import StopSignal  # noqa: E402
 from tests.engine.small import Loader, make_trainer, run_fit, weights  # noqa: E402
+from tests.engine.two_programs import QUICK, run_cases  # noqa: E402
 from utils import World  # noqa: E402
 
 
@@ -105,8 +106,10 @@ def main() -> None:
             "broadcast": world.broadcast(f"from {world.rank}"),
         }
         gathered = world.gather(mine)
-        if world.is_main:
-            Path(sys.argv[1]).write_text(json.dumps(gathered))
+    out = Path(sys.argv[1])
+    if world.is_main:
+        out.write_text(json.dumps(gathered))
+    run_cases(out.parent, QUICK)
 
 
 if __name__ == "__main__":

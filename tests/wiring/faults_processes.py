@@ -29,8 +29,8 @@ PROCESS_MUTANTS = mutants(
     ("data_of_the_first_process", "rank=self.world.rank,\n", "rank=0,\n", SHARED),
     (
         "device_of_the_first_process",
-        "World(config.DEVICE, config.LOCAL_RANK)",
-        "World(config.DEVICE)",
+        "World(config.DEVICE, config.LOCAL_RANK, ",
+        "World(config.DEVICE, 0, ",
         "tests/wiring/test_processes.py::test_a_process_takes_the_device_of_its_local_rank",
     ),
     (
