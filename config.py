@@ -168,6 +168,9 @@ KEYS: dict[str, Key] = {
         "start the head anew with pretrained weights, even where its shape agrees"),
     "MODEL.PARTIAL_LOAD": Key(False, switch(),
         "accept MODEL.PRETRAINED weights that do not cover the whole model"),
+    "MODEL.ENTRY": Key("", text(),
+        "which weights of MODEL.PRETRAINED, or of MODEL.RESUME in an evaluation, where a file has "
+        "several: model_ema, teacher, state_dict.student; '' = the trained ones"),
     "MODEL.INIT_OVER_PRETRAINED": Key(False, switch(),
         "modifiers that only set initial values (init_identity) set them over pretrained weights, "
         "MODEL.PRETRAINED's or timm's; False refuses both together"),

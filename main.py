@@ -161,6 +161,8 @@ class Program:
         networks = {None: "network"}
         if model.EMA.ENABLE and model.EMA.EVAL and model.RESUME and checkpoint.has_average:
             networks["ema"] = "averaged network"
+        if model.ENTRY:
+            networks = {model.ENTRY: f"network '{model.ENTRY}'"}
         for entry, name in networks.items():
             self.load_weights(checkpoint, entry)
             self.compare_weights()
@@ -233,7 +235,8 @@ class Program:
         fresh = checkpoint is None or checkpoint.kind != TRAINING
         loaded = fresh and bool(checkpoint or model.PRETRAINED)
         if loaded:
-            self.load_weights(checkpoint or read_checkpoint(model.PRETRAINED))
+            entry = None if checkpoint else model.ENTRY or None
+            self.load_weights(checkpoint or read_checkpoint(model.PRETRAINED), entry)
         changes = [] if fresh else self.changes_since(checkpoint, plain)
         self.compare_weights()
         trainer = self.build_trainer()

@@ -19,8 +19,10 @@ from .convert import (
 from .errors import CheckpointError
 from .files import locate
 from .heads import map_22k_to_1k, synsets_22k
+from .huggingface import from_huggingface
 from .initial import check_initial
 from .load import LoadReport, load_weights
+from .openmmlab import from_openmmlab
 from .reader import SWIN, TRAINING, Checkpoint, peek_checkpoint, read_checkpoint, read_weights
 from .residual import from_qk_residual, loses_bias, model_residual, to_qk_residual
 from .save import save_weights, weights_metadata
@@ -38,7 +40,9 @@ __all__ = [
     "check_initial",
     "check_same_classes",
     "detect",
+    "from_huggingface",
     "from_identity",
+    "from_openmmlab",
     "from_qk_residual",
     "from_rpe_mlp",
     "from_simmim",

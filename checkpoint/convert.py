@@ -30,6 +30,9 @@ class Source(NamedTuple):
     convert: Callable[[State], dict[str, Tensor]]
 
 
+# Recognised before the others: Hugging Face's bare models have an encoder too, and an encoder's
+# weights may themselves carry old names, which are converted afterwards.
+FIRST = ("huggingface", "simmim")
 SOURCES = Registry("checkpoint source")
 
 
@@ -63,8 +66,7 @@ def detect(state: State) -> tuple[str, str]:
 
     Returns: (format, reason), format one of SOURCES, "reference" (Swin's names) or "unknown".
     """
-    # an encoder's weights may themselves carry old names, which are converted afterwards
-    for name in sorted(SOURCES, key=lambda name: name != "simmim"):
+    for name in sorted(SOURCES, key=lambda name: (name not in FIRST, name)):
         if reason := SOURCES[name].recognise(state):
             return name, reason
     if "patch_embed.proj.weight" in state and any(key.startswith("layers.0.") for key in state):

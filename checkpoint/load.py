@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .classes import match_classes
 from .convert import from_rpe_mlp, is_rebuilt, to_reference
 from .errors import CheckpointError, check_option, list_keys
-from .fit import fit, kept_heads
+from .fit import HEAD_NAMES, fit, kept_heads
 from .grids import FileGrids, compare_grids, model_grids
 from .initial import check_initial, overwrite
 from .report import LoadReport, describe, reasons
@@ -80,6 +80,8 @@ def load_weights(
     if rule == "finetune":
         state = fit(model, state, report, head, resize, grids)
     state = compare(model, state, report, rule, grids)
+    leave_outside(weights, report)
+    refuse_without_head(model, weights, report, head)
     if (report.missing or report.unexpected) and not (allow_partial and report.loaded):
         raise CheckpointError(
             f"{weights.source} does not fit the model: {'; '.join(reasons(model, report, rule))}"
@@ -111,8 +113,11 @@ def convert(
     report = LoadReport(format="+".join(name for name, _ in steps) or "reference")
     report.notes += [f"{name} names were converted ({reason})" for name, reason in steps]
     if weights.entry:
-        also = f" (it also has {list_keys(weights.others)})" if weights.others else ""
-        report.notes.append(f"taken from the file's entry '{weights.entry}'{also}")
+        report.notes.append(f"taken from the file's entry '{weights.entry}'")
+    if weights.others:
+        report.notes.append(
+            f"the file also has {list_keys(weights.others)}, to be chosen with MODEL.ENTRY"
+        )
     if not weights.checked:
         report.notes.append("the file carries no checksum, so damage to it may pass unnoticed")
     target = model_residual(model)
@@ -187,6 +192,27 @@ def compare(
     report.coverage = sum(wanted[key].numel() for key in report.loaded) / max(counted, 1)
     report.text = describe(wanted, report)
     return fits
+
+
+def leave_outside(weights: Weights, report: LoadReport) -> None:
+    """Keys beside the network that the model does not have are left out, and named."""
+    left = [key for key in report.unexpected if key in weights.outside]
+    if left and report.loaded:
+        report.unexpected = [key for key in report.unexpected if key not in left]
+        report.notes.append(f"left out, no part of the network: {list_keys(left)}")
+
+
+def refuse_without_head(model: nn.Module, weights: Weights, report: LoadReport, head: str) -> None:
+    """Raises CheckpointError where an evaluation would lack nothing but the classifier."""
+    names = getattr(model, "head_names", HEAD_NAMES)
+    heads = [key for key in report.missing if key.rpartition(".")[0] in names]
+    if head != "evaluate" or not heads or heads != report.missing or report.unexpected:
+        return
+    beside = f"; beside the network it has {list_keys(weights.outside)}" if weights.outside else ""
+    raise CheckpointError(
+        f"{weights.source}: the file has no classifier ({', '.join(heads)}), so there is nothing to"
+        f" evaluate; train one first{beside}"
+    )
 
 
 def is_fresh(key: str, given: Mapping[str, Tensor]) -> bool:

@@ -18,7 +18,7 @@ from .errors import CheckpointError
 from .files import locate, refuse_other_files
 from .schema import check_swin, check_training
 from .sealed import is_safetensors
-from .weights import Weights, read_safetensors, unwrap
+from .weights import Weights, read_safetensors, select
 
 TRAINING, SWIN, WEIGHTS = "training", "swin", "weights"
 # Entries that training states of this program alone have.
@@ -44,13 +44,14 @@ class Checkpoint:
         self._checked = False
 
     def weights(self, entry: str | None = None) -> Weights:
-        """The part called `entry` ("model", "ema", ...), by default the weights that were trained.
+        """The part called `entry` ("model", "ema", ...; see `weights.unwrap`), by default the
+        weights that were trained.
 
         Raises: CheckpointError where the file has none.
         """
         if entry is None and self.kind == TRAINING:
             entry = "model"  # never the average instead
-        weights = unwrap(self.content, self.source, entry)
+        weights = select(self.content, self.source, entry)
         weights.checked &= self.checked
         return weights
 
@@ -126,8 +127,7 @@ def peek_checkpoint(path: str | Path) -> Checkpoint:
 def read_weights(source: str | Path, entry: str | None = None) -> Weights:
     """The weights of a file: `read_checkpoint(source).weights(entry)`.
 
-    entry: which part of a wrapped file to take ('model', 'model_ema', ...); by default the first
-    found of `weights.ENTRIES`. Prefixes that wrappers add to every key are removed.
+    entry: which part of a wrapped file to take ('model', 'model_ema', ...); see `weights.unwrap`.
     Raises: CheckpointError, one line, for a file that cannot be read or has no weights.
     """
     return read_checkpoint(source).weights(entry)

@@ -11,7 +11,7 @@ first match first:
 3. `attn.qk_weight_residual` of the original identity-sharpened implementation: 'both'.
 4. The module names that torch records in a state dict: `attn.modifiers.qk_residual` is there or is
     not.
-5. Names of timm, torchvision or SimMIM: plain, these have no residual.
+5. Names of timm, torchvision, Hugging Face, OpenMMLab or SimMIM: plain, these have no residual.
 6. None of these, though the file holds other parameters of this project (crpw, pre_mlp): unknown,
     refused.
 7. Otherwise it is a file as released: plain when fine-tuning. When resuming or evaluating (rule
@@ -33,6 +33,8 @@ from .weights import Weights, decode
 SOURCES = ("auto", "plain", "qk_residual", "q", "k")
 SIDES = {"both": (0, 1), "q": (0,), "k": (1,), "none": ()}  # which thirds of the qkv weight
 SPELLINGS = {"qk": "both", True: "both", False: "none", "plain": "none", "qk_residual": "both"}
+# Implementations that have no residual.
+FOREIGN = {"timm", "torchvision", "simmim", "rpe_mlp", "huggingface", "openmmlab"}
 # Parameters that no released file has.
 OURS = re.compile(r"\.attn\.modifiers\.|(^|\.)pre_mlp\.|\.sw_mlp\.")
 
@@ -120,7 +122,7 @@ def file_residual(weights: Weights, formats: list[str], target: str) -> tuple[st
         # the names do not tell q from k; the model's side is the likely one
         side = "both" if target == "none" else target
         return (side if has else "none"), "the module names recorded in the file"
-    if foreign := set(formats) & {"timm", "torchvision", "simmim", "rpe_mlp"}:
+    if foreign := set(formats) & FOREIGN:
         return "none", f"{foreign.pop()} files have none"
     if any(OURS.search(key) for key in weights) or "identity" in formats:
         reason = "the file has parameters of this project but does not say whether it was saved"

@@ -7,31 +7,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from registry import did_you_mean
+
+from .errors import CheckpointError, list_keys
+from .layouts import (
+    find_network,
+    is_clear,
+    is_state_dict,
+    offered,
+    pick_entry,
+    prefixed,
+    without_wrappers,
+)
 from .sealed import read_sealed
 
-# Names that files use for the part with the weights, most usual first.
-ENTRIES = (
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "model_ema",
-    "state_dict_ema",
-    "ema",
-    "net",
-    "weights",
-)
-DESCRIPTIONS = (
-    "metadata",
-    "config",
-    "epoch",
-    "args",
-    "class_names",
-)  # plain data beside the weights
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, torch.compile, Lightning
+# Plain data beside the weights.
+DESCRIPTIONS = ("metadata", "config", "epoch", "args", "class_names")
 
 
 class Weights(dict):
@@ -44,7 +37,8 @@ class Weights(dict):
             `epoch` and `class_names` of a training checkpoint).
         modules: names of the modules that wrote the dict if torch recorded them
             (`state_dict()._metadata`), else None.
-        others: parts of the file that hold weights too.
+        others: parts of the file that hold weights too, by the name to choose them.
+        outside: keys that stood beside the network's prefix, or are no part of a network.
         checked: whether a checksum has vouched for the tensors.
     """
 
@@ -56,6 +50,7 @@ class Weights(dict):
         metadata: Mapping[str, Any] | None = None,
         modules: list[str] | None = None,
         others: Iterable[str] = (),
+        outside: Iterable[str] = (),
         checked: bool = True,
     ):
         super().__init__(tensors)
@@ -63,49 +58,83 @@ class Weights(dict):
         self.entry = entry
         self.metadata = dict(metadata or {})
         self.modules = modules
-        self.others = others
+        self.others = list(others)
+        self.outside = list(outside)
         self.checked = checked
 
 
 def read_safetensors(path: Path, source: str) -> Weights:
-    """All tensors and the header of a .safetensors file. Raises: CheckpointError."""
+    """All tensors and the header of a .safetensors file, under their names. Raises:
+    CheckpointError.
+    """
     tensors, metadata, checked = read_sealed(path)
-    return Weights(strip_wrappers(tensors, source), source, metadata=metadata, checked=checked)
+    return Weights(tensors, source, metadata=metadata, checked=checked)
 
 
 def unwrap(loaded: Any, source: str = "a state dict", entry: str | None = None) -> Weights:
-    """Bare or wrapped dict -> Weights: finds the state dict, keeps the plain data beside it, strips
-    wrappers' prefixes.
+    """Bare or wrapped dict -> Weights of one network: finds the state dict, keeps the plain data
+    beside it, strips wrappers' prefixes. `Weights` stay as they are.
 
-    entry: the part to take; by default the first found of ENTRIES.
-    Raises: CheckpointError where there are no weights.
+    entry: the part to take, a prefix of names or several in a row ("state_dict.teacher"); by
+        default the trained network (layouts.TRAINED).
+    Raises: CheckpointError where there are no weights, or several networks to choose from.
     """
-    if isinstance(loaded, Weights):
-        return loaded
-    outer, taken = loaded, []
+    return loaded if isinstance(loaded, Weights) else select(loaded, source, entry)
+
+
+def select(loaded: Any, source: str, entry: str | None = None) -> Weights:
+    """As `unwrap`, also from the raw tensors of a .safetensors file."""
+    outer, taken, others = loaded, [], []
+    wanted = entry.split(".") if entry else []
     while isinstance(loaded, Mapping) and not is_state_dict(loaded):
-        wanted = None if taken else entry
-        taken.append(pick_entry(loaded, source, wanted))
-        loaded = loaded[taken[-1]]
+        name = wanted[0] if wanted and isinstance(loaded.get(wanted[0]), Mapping) else None
+        wanted = wanted[1:] if name else wanted
+        if name is None and wanted and not is_clear(offered(loaded)):
+            raise no_entry(source, ".".join(wanted), offered(loaded))
+        name = name or pick_entry(loaded, source)
+        others += [".".join((*taken, other)) for other in offered(loaded) if other != name]
+        taken.append(name)
+        loaded = loaded[name]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
             f"{source} holds a {type(loaded).__name__}, expected a dict of tensors or {{'model':"
             " dict of tensors}"
         )
+    state = without_wrappers(loaded, source)
+    if wanted:
+        state = part_of(state, ".".join(wanted), source, [*taken, *others])
+        taken += wanted
+    network = find_network(state, source)
     modules = getattr(loaded, "_metadata", None)
+    stated = loaded.metadata if isinstance(loaded, Weights) else {}
     return Weights(
-        strip_wrappers(loaded, source),
+        network.tensors,
         source,
         entry=".".join(taken) or None,
-        metadata={key: plain(outer[key]) for key in DESCRIPTIONS if taken and key in outer},
+        metadata=stated
+        | {key: plain(outer[key]) for key in DESCRIPTIONS if taken and key in outer},
         modules=list(modules) if modules else None,
-        others=[key for key in offered(outer) if taken and key != taken[0]],
+        others=others + network.others,
+        outside=network.outside,
+        checked=getattr(loaded, "checked", True),
     )
 
 
-def is_state_dict(loaded: Mapping) -> bool:
-    """Whether most of the values are tensors."""
-    return sum(torch.is_tensor(value) for value in loaded.values()) > len(loaded) / 2
+def part_of(
+    state: dict[str, Tensor], prefix: str, source: str, others: list[str]
+) -> dict[str, Tensor]:
+    """What lies under the prefix that the user has chosen. Raises: CheckpointError."""
+    if inside := prefixed(state, prefix):
+        return inside
+    there = dict.fromkeys(key.partition(".")[0] for key in state if "." in key)
+    raise no_entry(source, prefix, [*others, *there])
+
+
+def no_entry(source: str, wanted: str, there: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{source} has no entry '{wanted}'; it has {list_keys(there, limit=8) or 'none'}"
+        + did_you_mean(wanted, there)
+    )
 
 
 def plain(value: Any) -> Any:
@@ -113,39 +142,6 @@ def plain(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     return {key: plain(inner) for key, inner in value.items()}
-
-
-def offered(loaded: Mapping) -> list[str]:
-    """The parts of a wrapped dict that may be weights."""
-    return [key for key in ENTRIES if isinstance(loaded.get(key), Mapping) and loaded[key]]
-
-
-def pick_entry(loaded: Mapping, source: str, entry: str | None) -> str:
-    """The part to take. Raises: CheckpointError that says what there is."""
-    if entry is None and (candidates := offered(loaded)):
-        return candidates[0]
-    if entry in loaded and isinstance(loaded[entry], Mapping):
-        return entry
-    holds = ", ".join(map(str, list(loaded)[:8])) or "nothing"
-    wanted = f"no entry '{entry}'" if entry else f"no weights under {', '.join(ENTRIES)}"
-    raise CheckpointError(f"{source} has {wanted}; it holds {holds}")
-
-
-def strip_wrappers(state: Mapping, source: str) -> dict[str, Tensor]:
-    """Removes the prefixes that every key carries, `_orig_mod.` wherever it stands, and values that
-    are not tensors.
-    """
-    state = {
-        key.replace("_orig_mod.", ""): value
-        for key, value in state.items()
-        if isinstance(key, str) and torch.is_tensor(value) and key != "n_averaged"
-    }
-    for prefix in WRAPPERS * 2:  # twice: compiled inside a wrapper, or the other way round
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if not state:
-        raise CheckpointError(f"{source} holds no tensors")
-    return state
 
 
 def decode(value: Any) -> Any:

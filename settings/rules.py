@@ -88,7 +88,17 @@ def check_teacher(cfg: Any) -> None:
         )
 
 
-ALWAYS = (check_data, check_stages)
+def check_entry(cfg: Any) -> None:
+    """An entry is of a file whose weights are taken; a run that goes on takes all of its own."""
+    model = cfg.MODEL
+    if model.ENTRY and not (model.PRETRAINED or (model.RESUME and cfg.EVAL_MODE)):
+        raise ConfigError(
+            f"MODEL.ENTRY {model.ENTRY!r} chooses among the weights of a file; give --pretrained"
+            " FILE, or --eval --resume FILE"
+        )
+
+
+ALWAYS = (check_data, check_entry, check_stages)
 TRAINING = (check_training, check_teacher)
 
 

@@ -233,7 +233,9 @@ def test_another_source_is_one_decorated_function(monkeypatch):
 
 def test_every_source_says_in_its_docstring_what_it_converts():
     assert SOURCES.names() == [
+        "huggingface",
         "identity",
+        "openmmlab",
         "rpe_mlp",
         "simmim",
         "swiftformer",

@@ -150,7 +150,7 @@ def test_almost_all_is_not_called_all():
 def test_other_weights_in_the_file_are_mentioned():
     state = stripped(build())
     assert (
-        "(it also has ema)"
+        "also has ema, to be chosen with MODEL.ENTRY"
         in load_weights(build(), {"model": state, "ema": state, "epoch": 1}).text
     )
 

@@ -64,7 +64,7 @@ def test_the_entry_can_be_chosen(tmp_path):
     assert torch.equal(
         read_weights(tmp_path / "weights.pth", "model_ema")["norm.bias"], torch.ones(5)
     )
-    with pytest.raises(CheckpointError, match="no entry 'ema'; it holds model, model_ema"):
+    with pytest.raises(CheckpointError, match="no entry 'ema'; it has model, model_ema"):
         read_weights(tmp_path / "weights.pth", "ema")
 
 

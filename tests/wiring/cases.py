@@ -98,6 +98,7 @@ CASES = (
     ),
     Case("MODEL.HEAD_RESET", True, {"MODEL.PRETRAINED": "{weights}"}),
     Case("MODEL.PARTIAL_LOAD", True, {"MODEL.PRETRAINED": "{partial}"}),
+    Case("MODEL.ENTRY", "ema", {"MODEL.PRETRAINED": "{average}"}),
     Case(
         "MODEL.INIT_OVER_PRETRAINED",
         True,
