@@ -23,7 +23,7 @@ from engine.losses import SMOOTHING, Distillation
 from lr_scheduler import SHAPES
 from models import BACKBONES
 from optimizer import OPTIMIZERS
-from settings.flags import FLAGS, add_flags, add_local_rank, build_parser
+from settings.flags import FLAGS, add_flags, add_local_rank, build_parser, refuse_empty
 from settings.kinds import (
     Choice,
     ConfigError,
@@ -71,8 +71,18 @@ FROM_0 = number(0)
 ABOVE_0 = number(0, ends="(]")
 COUNT = integer(0)
 AT_LEAST_1 = integer(1)
+# Numbers above a limit are slips: no run could be served.
+STEPS = integer(0, limit=10**12)
+PIXELS = size(limit=2**15)
+SIDE = integer(1, limit=2**15)
+CHANNELS = integer(1, limit=2**16)
+FEW = integer(1, limit=2**12)
+BLOCKS = integer(1, limit=1000)
+BLOCKS_OR_NONE = integer(0, limit=1000)
+EXPANSION = number(0, ends="(]", limit=1000)
+PROCESSES = integer(0, limit=1024)
 FOLDER = text(
-    r"(?!/)(?!.*(^|/)\.\.(/|$)).+", "text without a leading / and without ..", empty=None
+    r"(?!/)(?!.*(^|/)\.\.?(/|$)).+", "text without a leading / and without ..", empty=None
 )  # a part of the output path
 POLICY = text(
     r"none|cifar10|svhn|imagenet|3a|(rand|augmix|originalr?|v0r?)(-[\w.]+)*",
@@ -88,23 +98,23 @@ NO_MOE = {"swin_moe": "mixture-of-experts models (Tutel) are not part of this pr
 def _backbone(name: str, heads_note: str = "", **more: Key) -> dict[str, Key]:
     """The keys of one family's section; `more` holds those that only this family has."""
     keys = {
-        "PATCH_SIZE": Key(4, AT_LEAST_1, "side of a patch, pixels"),
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "PATCH_SIZE": Key(4, SIDE, "side of a patch, pixels"),
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
         "EMBED_DIM": Key(
-            96, AT_LEAST_1, "channels of the first stage; each later stage doubles them"
+            96, CHANNELS, "channels of the first stage; each later stage doubles them"
         ),
-        "DEPTHS": Key([2, 2, 6, 2], sequence(COUNT), "blocks per stage"),
+        "DEPTHS": Key([2, 2, 6, 2], sequence(BLOCKS_OR_NONE), "blocks per stage"),
         "NUM_HEADS": Key(
             [3, 6, 12, 24],
-            sequence(AT_LEAST_1),
+            sequence(FEW),
             "heads per stage; each divides its stage's channels" + heads_note,
         ),
         "WINDOW_SIZE": Key(
             7,
-            size(),
+            size(limit=2**10),
             "side of a window, tokens, or (height, width); a smaller map makes the window smaller",
         ),
-        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "MLP_RATIO": Key(4.0, EXPANSION, "hidden channels of a block's MLP per channel"),
         "APE": Key(
             False, switch(), "add a learned absolute position embedding after the patch embedding"
         ),
@@ -130,7 +140,7 @@ KEYS: dict[str, Key] = {
         "classes; imagenet22K: JSON lists; digits: part of scikit-learn; the others through "
         "torchvision or in their published layout"),
     "DATA.DOWNLOAD": Key(False, switch(), "let torchvision fetch its data sets into DATA_PATH"),
-    "DATA.IMG_SIZE": Key(224, size(), "side of the model's input, pixels, or (height, width)"),
+    "DATA.IMG_SIZE": Key(224, PIXELS, "side of the model's input, pixels, or (height, width)"),
     "DATA.INTERPOLATION": Key("bicubic",
         choice("random", "bilinear", "bicubic", "lanczos", "hamming"),
         "resampling of images; random: drawn per image in training, bilinear in validation"),
@@ -146,7 +156,7 @@ KEYS: dict[str, Key] = {
     "DATA.CACHE_MODE": Key("part", choice("no", "full", "part"),
         "zip mode, images in memory: none; all; this process' share"),
     "DATA.PIN_MEMORY": Key(True, switch(), "page-locked host memory, for faster copies to a GPU"),
-    "DATA.NUM_WORKERS": Key(8, COUNT,
+    "DATA.NUM_WORKERS": Key(8, PROCESSES,
         "loading processes per process; 0 = load in the training process"),
     "DATA.TIMEOUT": Key(0.0, FROM_0,
         "seconds to wait for a loading process before giving up; 0 = for ever"),
@@ -215,7 +225,7 @@ KEYS: dict[str, Key] = {
         "separable, local (models/attention/mixers)"),
     "MODEL.PRE_MLP.WHERE": Key("off", choice("off", "stem", "stage"),
         "an MLP before attention: after the embedding, or before each stage"),
-    "MODEL.PRE_MLP.RATIO": Key(4.0, ABOVE_0, "hidden channels of the pre-MLP per channel"),
+    "MODEL.PRE_MLP.RATIO": Key(4.0, EXPANSION, "hidden channels of the pre-MLP per channel"),
     "MODEL.PRE_MLP.DROP_PATH": Key(False, switch(),
         "stochastic depth on the pre-MLP, at the rate of the stage's first block"),
     "MODEL.SW_MLP": Key("off", choice("off", "token_mix", "shift"),
@@ -239,14 +249,14 @@ KEYS: dict[str, Key] = {
                     "coordinates are normalised; 0 = this model's own")),
     **_backbone("SWIN_MLP", heads_note="; here: groups of the spatial MLP"),
     **_section("VIT", **{
-        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIM": Key(384, AT_LEAST_1, "channels"),
-        "DEPTH": Key(12, AT_LEAST_1, "blocks"),
-        "NUM_HEADS": Key(6, AT_LEAST_1, "heads"),
-        "HEAD_DIM": Key(None, optional(AT_LEAST_1),
+        "PATCH_SIZE": Key(16, PIXELS, "side of a patch, pixels, or (height, width)"),
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
+        "EMBED_DIM": Key(384, CHANNELS, "channels"),
+        "DEPTH": Key(12, BLOCKS, "blocks"),
+        "NUM_HEADS": Key(6, FEW, "heads"),
+        "HEAD_DIM": Key(None, optional(CHANNELS),
             "channels of a head; None = EMBED_DIM / NUM_HEADS"),
-        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "MLP_RATIO": Key(4.0, EXPANSION, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
         "CLASS_TOKEN": Key(True, switch(), "a learned token in front of the patches"),
         "POOL": Key("token", choice("token", "mean"),
@@ -256,15 +266,15 @@ KEYS: dict[str, Key] = {
             "initial factor of both branches of every block; None = no factors"),
     }),
     **_section("CAIT", **{
-        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIM": Key(192, AT_LEAST_1, "channels"),
-        "DEPTH": Key(24, AT_LEAST_1, "blocks of talking heads over the patches"),
-        "CLASS_DEPTH": Key(2, AT_LEAST_1, "blocks in which the class token asks the patches"),
-        "NUM_HEADS": Key(4, AT_LEAST_1, "heads"),
-        "HEAD_DIM": Key(None, optional(AT_LEAST_1),
+        "PATCH_SIZE": Key(16, PIXELS, "side of a patch, pixels, or (height, width)"),
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
+        "EMBED_DIM": Key(192, CHANNELS, "channels"),
+        "DEPTH": Key(24, BLOCKS, "blocks of talking heads over the patches"),
+        "CLASS_DEPTH": Key(2, BLOCKS, "blocks in which the class token asks the patches"),
+        "NUM_HEADS": Key(4, FEW, "heads"),
+        "HEAD_DIM": Key(None, optional(CHANNELS),
             "channels of a head; None = EMBED_DIM / NUM_HEADS"),
-        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "MLP_RATIO": Key(4.0, EXPANSION, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
         "MIXING": Key("small", choice("small", "normal", "identity"),
             "initial head mixings: N(0, 0.02^2) as released, N(0, 1), identity"),
@@ -281,17 +291,17 @@ KEYS: dict[str, Key] = {
             "beyond"),
     }),
     **_section("PIT", **{
-        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
-        "STRIDE": Key(None, optional(AT_LEAST_1),
+        "PATCH_SIZE": Key(16, PIXELS, "side of a patch, pixels, or (height, width)"),
+        "STRIDE": Key(None, optional(SIDE),
             "pixels between two patches; None = PATCH_SIZE; the ImageNet models' is 8"),
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIM": Key(144, AT_LEAST_1,
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
+        "EMBED_DIM": Key(144, CHANNELS,
             "channels of the first stage; each later stage doubles them"),
-        "DEPTHS": Key([2, 6, 4], sequence(COUNT), "blocks per stage"),
-        "NUM_HEADS": Key([3, 6, 12], sequence(AT_LEAST_1), "heads per stage"),
-        "HEAD_DIM": Key(None, optional(AT_LEAST_1),
+        "DEPTHS": Key([2, 6, 4], sequence(BLOCKS_OR_NONE), "blocks per stage"),
+        "NUM_HEADS": Key([3, 6, 12], sequence(FEW), "heads per stage"),
+        "HEAD_DIM": Key(None, optional(CHANNELS),
             "channels of a head; None = a stage's channels / its heads"),
-        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "MLP_RATIO": Key(4.0, EXPANSION, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
         "POINTWISE": Key(False, switch(),
             "a 1 x 1 convolution after the pooling's depthwise one, as in the small-image form"),
@@ -302,14 +312,14 @@ KEYS: dict[str, Key] = {
         "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
     }),
     **_section("T2T", **{
-        "TOKEN_TRANSFORMERS": Key(1, COUNT,
+        "TOKEN_TRANSFORMERS": Key(1, BLOCKS_OR_NONE,
             "attention between soft splits; the tokens' grid is 2^-(1 + this) of the image"),
-        "TOKEN_DIM": Key(64, AT_LEAST_1, "channels of the token transformers"),
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIM": Key(256, AT_LEAST_1, "channels of the blocks"),
-        "DEPTH": Key(12, AT_LEAST_1, "blocks"),
-        "NUM_HEADS": Key(4, AT_LEAST_1, "heads of a block; a token transformer has one"),
-        "MLP_RATIO": Key(2.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "TOKEN_DIM": Key(64, CHANNELS, "channels of the token transformers"),
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
+        "EMBED_DIM": Key(256, CHANNELS, "channels of the blocks"),
+        "DEPTH": Key(12, BLOCKS, "blocks"),
+        "NUM_HEADS": Key(4, FEW, "heads of a block; a token transformer has one"),
+        "MLP_RATIO": Key(2.0, EXPANSION, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(False, switch(), "bias of the query, key and value projection"),
         "PRESET": Key("paper", choice("paper", "release"),
             "release: with the oddities of the published small-image code (models/t2t.py)"),
@@ -318,12 +328,12 @@ KEYS: dict[str, Key] = {
         "NORM_EPS": Key(1e-5, ABOVE_0, "added to the variance in every LayerNorm"),
     }),
     **_section("REFINED_VIT", **{
-        "PATCH_SIZE": Key(16, size(), "side of a patch, pixels, or (height, width)"),
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIM": Key(384, AT_LEAST_1, "channels"),
-        "DEPTH": Key(16, AT_LEAST_1, "blocks"),
-        "NUM_HEADS": Key(12, AT_LEAST_1, "heads"),
-        "MLP_RATIO": Key(3.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
+        "PATCH_SIZE": Key(16, PIXELS, "side of a patch, pixels, or (height, width)"),
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
+        "EMBED_DIM": Key(384, CHANNELS, "channels"),
+        "DEPTH": Key(16, BLOCKS, "blocks"),
+        "NUM_HEADS": Key(12, FEW, "heads"),
+        "MLP_RATIO": Key(3.0, EXPANSION, "hidden channels of a block's MLP per channel"),
         "QKV_BIAS": Key(True, switch(), "bias of the query, key and value projection"),
         "STEM": Key("conv", choice("conv", "linear"),
             "three convolutions in front of the patches, or none"),
@@ -345,13 +355,13 @@ KEYS: dict[str, Key] = {
         "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
     }),
     **_section("SWIFTFORMER", **{
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "EMBED_DIMS": Key([48, 56, 112, 220], sequence(AT_LEAST_1), "channels per stage"),
-        "DEPTHS": Key([3, 3, 6, 4], sequence(AT_LEAST_1), "blocks per stage"),
-        "MLP_RATIO": Key(4.0, ABOVE_0, "hidden channels of a block's MLP per channel"),
-        "VIT_NUM": Key(1, COUNT,
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
+        "EMBED_DIMS": Key([48, 56, 112, 220], sequence(CHANNELS), "channels per stage"),
+        "DEPTHS": Key([3, 3, 6, 4], sequence(BLOCKS), "blocks per stage"),
+        "MLP_RATIO": Key(4.0, EXPANSION, "hidden channels of a block's MLP per channel"),
+        "VIT_NUM": Key(1, BLOCKS_OR_NONE,
             "blocks with attention, at the end of each stage; the others are convolution encoders"),
-        "NUM_HEADS": Key([], sequence(AT_LEAST_1),
+        "NUM_HEADS": Key([], sequence(FEW),
             "heads per stage, for MODEL.ATTENTION.MIXER local; [] = one each"),
         "LAYER_SCALE": Key(1e-5, optional(ABOVE_0),
             "initial factor of attention and MLP; None = no factors anywhere"),
@@ -360,19 +370,19 @@ KEYS: dict[str, Key] = {
             "both"),
     }),
     **_section("SASA_RESNET", **{
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
-        "WIDTH": Key(64, AT_LEAST_1,
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
+        "WIDTH": Key(64, CHANNELS,
             "channels of the 3 x 3 layers, or of attention, in the first group; each later group "
             "doubles them"),
-        "DEPTHS": Key([3, 4, 6, 3], sequence(AT_LEAST_1),
+        "DEPTHS": Key([3, 4, 6, 3], sequence(BLOCKS),
             "blocks per group; ResNet-26: [1, 2, 4, 1], ResNet-38: [2, 3, 5, 2]"),
         "STEM": Key("conv", choice("conv", "attention", "small"),
             "7 x 7 convolution and pooling; attention in blocks of 4 x 4 pixels; 3 x 3 "
             "convolution without pooling, for small images"),
         "CONV_GROUPS": Key([], sequence(AT_LEAST_1),
             "groups, from 1, that keep convolutions; [1, 2, 3, 4] = ResNet itself"),
-        "NUM_HEADS": Key(8, AT_LEAST_1, "heads of local attention"),
-        "KERNEL_SIZE": Key(7, AT_LEAST_1, "side of the neighbourhood, pixels, odd"),
+        "NUM_HEADS": Key(8, FEW, "heads of local attention"),
+        "KERNEL_SIZE": Key(7, integer(1, limit=2**10), "side of the neighbourhood, pixels, odd"),
         "REL": Key("shared", choice("shared", "per_head", "none"),
             "position embeddings: the same for all heads, each its own, none"),
         "PAD": Key("mask", choice("mask", "zero"),
@@ -382,8 +392,8 @@ KEYS: dict[str, Key] = {
         "GROUPED": Key(False, switch(), "each head projects its own channels alone"),
         "CONTENT": Key(True, switch(),
             "False: no keys, the logits are those of query and position alone"),
-        "STEM_HEADS": Key(4, AT_LEAST_1, "heads of the attention stem"),
-        "STEM_MIXTURES": Key(4, AT_LEAST_1,
+        "STEM_HEADS": Key(4, FEW, "heads of the attention stem"),
+        "STEM_MIXTURES": Key(4, FEW,
             "value matrices of the attention stem, mixed by the place; the paper does not say how "
             "many"),
     }),
@@ -391,7 +401,7 @@ KEYS: dict[str, Key] = {
         "MODEL": Key("",
             text(r"[\w.]+(\(.*\))?", "'name' or 'name(option=value, ...)', a model of timm, or ''"),
             "timm's name of the model, with options of its constructor; '' = MODEL.NAME"),
-        "IN_CHANS": Key(3, AT_LEAST_1, "channels of an image"),
+        "IN_CHANS": Key(3, FEW, "channels of an image"),
         "PRETRAINED": Key(False, switch(),
             "start from the weights that timm has released for the name; they are fetched from "
             "the network"),
@@ -454,16 +464,16 @@ KEYS: dict[str, Key] = {
         "deterministic kernels only, slower; errors where there is none"),
     "TRAIN.MAX_NONFINITE": Key(20, AT_LEAST_1,
         "consecutive updates skipped for non-finite gradients before the run stops"),
-    "TRAIN.SAVE_STEPS": Key(0, COUNT, "updates between two checkpoints inside an epoch; 0 = none"),
+    "TRAIN.SAVE_STEPS": Key(0, STEPS, "updates between two checkpoints inside an epoch; 0 = none"),
     "TRAIN.KEEP": Key(3, COUNT, "epoch checkpoints kept, besides last and best; 0 = all"),
-    "TRAIN.MAX_STEPS": Key(0, COUNT, "stop after this many updates in all; 0 = no limit"),
+    "TRAIN.MAX_STEPS": Key(0, STEPS, "stop after this many updates in all; 0 = no limit"),
     "TRAIN.GROUP_TIMEOUT": Key(1800.0, number(1, 86400, "[]"),
         "seconds that a process waits for the others in an exchange; not for one that begins "
         "slowly, saves or downloads, as long as it lives"),
-    "TRAIN.CHECK_RANKS": Key(100, COUNT,
+    "TRAIN.CHECK_RANKS": Key(100, STEPS,
         "updates between two comparisons of the weights of all processes, which also come before "
         "each checkpoint; 0 = none"),
-    "TRAIN.THREADS": Key(0, COUNT, "CPU threads of torch per process; 0 = torch's choice"),
+    "TRAIN.THREADS": Key(0, PROCESSES, "CPU threads of torch per process; 0 = torch's choice"),
     # augmentation, in training
     "AUG.COLOR_JITTER": Key(0.4, FROM_0,
         "strength of brightness, contrast and saturation jitter; acts only where AUTO_AUGMENT is "
@@ -475,7 +485,7 @@ KEYS: dict[str, Key] = {
         "share of the image's area that a random crop takes"),
     "AUG.RATIO": Key((0.75, 1.3333), pair(ABOVE_0, ascending=True),
         "width / height of a random crop"),
-    "AUG.RANDOM_CROP_PADDING": Key(-1, integer(-1),
+    "AUG.RANDOM_CROP_PADDING": Key(-1, integer(-1, limit=2**10),
         "pixels of padding around a same-size random crop, instead of the resized crop; -1 = 4 "
         "for images of at most 32 pixels, else resized crop"),
     "AUG.HFLIP": Key(0.5, SHARE, "probability of a horizontal flip"),
@@ -572,7 +582,8 @@ def get_config(args: Any) -> CfgNode:
     Raises: ConfigError, one line, for anything that cannot be used.
     """
     given = Given(KEYS, DROPPED)
-    if getattr(args, "cfg", None):
+    if getattr(args, "cfg", None) is not None:
+        refuse_empty("--cfg", args.cfg)
         given.add_file(Path(args.cfg), "--cfg")
     given.add_options(getattr(args, "opts", None) or [])
     add_flags(given, args)

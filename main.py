@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         except PeerError as error:
             utils.print_error(error)
             return 1
-        except (UserError, torch.OutOfMemoryError) as error:
+        except (UserError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, UserError) and not utils.out_of_memory(error):
+                raise
             utils.print_error(error)
             return 2
 

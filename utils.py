@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from processes import Peers
 from registry import UserError
 
 LOGGER = logging.getLogger("run")
+# What torch says, in errors of no class of their own, where there is no memory left.
+EXHAUSTED = re.compile(r"out of memory|annot allocate memory|can't allocate memory|ALLOC_FAILED")
 # Seconds that a process waits for the others to start, at least: imports can be slow.
 START = 1800.0
 PACKAGES = (
@@ -61,15 +64,15 @@ class World:
     """
 
     def __init__(self, device: str = "auto", local_rank: int = 0, timeout: float = 1800.0) -> None:
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
+        self.rank, self.size = launched()
+        self.local_rank = launcher_says("LOCAL_RANK", local_rank)
         self.device = choose_device(device, self.local_rank)
         self.timeout = timeout
         self.control = None
         self.peers: Peers | None = None
         if self.size > 1:
-            self._join()
+            with meeting():
+                self._join()
 
     def _join(self) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -168,6 +171,50 @@ class World:
         # After an error the others may wait in a collective: leave without them.
         if self.control is not None and kind is None:
             dist.destroy_process_group()
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of processes, as the launcher's RANK and WORLD_SIZE say; (0, 1) without.
+
+    Raises: RunError where they are no such numbers: as the process that it is not, this one would
+        save nothing, or wait for others that are not there.
+    """
+    rank, size = launcher_says("RANK", 0), launcher_says("WORLD_SIZE", 1)
+    if size > 1 and not os.environ.get("RANK"):
+        raise RunError(
+            f"environment: WORLD_SIZE is {size} and RANK is not set: start with torchrun"
+        )
+    if rank >= size:
+        raise RunError(
+            f"environment: RANK is {rank} of {size} processes (WORLD_SIZE); start with torchrun, or"
+            " unset RANK for one process"
+        )
+    return rank, size
+
+
+def launcher_says(name: str, default: int) -> int:
+    """A number from the environment. Raises: RunError for anything else."""
+    text = os.environ.get(name) or str(default)
+    low = 1 if name == "WORLD_SIZE" else 0
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= low):
+        raise RunError(f"environment: {name} is {text[:80]!r}; allowed: a whole number >= {low}")
+    return int(text)
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Turns what goes wrong while the processes look for each other into a RunError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"the {os.environ['WORLD_SIZE']} processes cannot meet at {place} ({reason}): start"
+            " them with torchrun, which chooses a free port, or set MASTER_PORT to one"
+        ) from error
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -338,7 +385,10 @@ def _sync_folder(folder: Path) -> None:
 
 def free_space(folder: Path) -> str:
     """Free bytes of the disk that holds this folder, for people."""
-    return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"
+    except OSError:  # the folder is gone
+        return "unknown"
 
 
 def prepare_folder(folder: str | Path) -> Path:
@@ -402,7 +452,7 @@ def create_logger(folder: Path | None, name: str, rank: int = 0) -> logging.Logg
     for handler in [h for h in root.handlers if getattr(h, "of_run", False)]:
         root.removeHandler(handler)
         handler.close()
-    when = f"[%(asctime)s {name}]"
+    when = f"[%(asctime)s {name.replace('%', '%%')}]"
     where = "(%(filename)s %(lineno)d)"
     what = "%(levelname)s %(message)s"
     plain = f"{when} {where}: {what}"
@@ -435,12 +485,23 @@ def _attach_file(root: logging.Logger, path: Path, pattern: str) -> None:
         LOGGER.warning("%s is not written, the run goes on: %s", path, error)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device or of this machine is full."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and EXHAUSTED.search(str(error)) is not None
+
+
 def print_error(error: BaseException) -> None:
     """One line on stderr; processes other than the first say which they are."""
     message = one_line(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
+        wanted = re.search(r"you tried to allocate (\d+) bytes", message)
+        said = message.partition(" GPU ")[0][:300].rstrip(".")
+        if wanted:
+            said = f"this machine has no {int(wanted[1]) / 2**30:.2f} GiB of memory left"
         message = (
-            f"{message.partition(' GPU ')[0]} The device is full: lower DATA.BATCH_SIZE"
+            f"{said}. The device is full: lower DATA.BATCH_SIZE"
             " (--batch-size; raise --accumulation-steps by the same factor to keep the result), or"
             " add --use-checkpoint"
         )
@@ -457,5 +518,13 @@ def one_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     if "in DataLoader worker" in lines[0]:
-        return lines[-1].partition(": ")[2] or lines[-1]
-    return " ".join(lines)
+        return printable(lines[-1].partition(": ")[2] or lines[-1])
+    return printable(" ".join(lines))
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would act on, or cannot show."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

@@ -1,6 +1,7 @@
 """Paths and URLs -> files on this machine."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlparse
@@ -19,7 +20,7 @@ def locate(source: str | Path) -> Path:
 
     Raises: CheckpointError, one line, where there is no such file or it is empty.
     """
-    path = download(source) if "://" in str(source) else Path(source).expanduser()
+    path = download(source) if "://" in str(source) else Path(os.path.expanduser(source))
     try:
         check_exists(path)
     except OSError as error:  # too long a name, no permission
@@ -77,7 +78,10 @@ def download(url: str) -> Path:
     """
     if not url.startswith("https://"):
         raise CheckpointError(f"{url}: only https:// URLs and paths are read")
-    name = Path(urlparse(url).path).name
+    try:
+        name = Path(urlparse(url).path).name
+    except ValueError as error:  # https://[::1
+        raise CheckpointError(f"{url[:200]} is no URL: {error}") from None
     if not name:
         raise CheckpointError(f"{url} names no file")
     found = HASHED_NAME.search(name)

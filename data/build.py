@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def find_sources(config: Any, rank: int = 0, world_size: int = 1, train: bool = 
         )
     request = Request(
         dataset=entry.name,
-        root=Path(path).expanduser(),
+        root=Path(os.path.expanduser(path)),  # leaves ~nobody as it is
         train=train,
         size=_size(config),
         interpolation=config.DATA.INTERPOLATION,

@@ -16,6 +16,7 @@ from lr_scheduler import build_schedule, scaled_rates
 from models import build_model
 from models.attention.report import check_backends
 from optimizer import build_optimizer
+from registry import UserError
 from settings.kinds import ConfigError
 from settings.rules import is_yaml
 
@@ -51,9 +52,19 @@ def check_settings(config: Any) -> None:
 def draft_model(config: Any) -> nn.Module:
     """The configured model on the meta device, in the mode of the run: shapes and names, without
     numbers. Where the classes are counted in the data it has two.
+
+    Raises: UserError, also where sizes go beyond what torch can count.
     """
-    with torch.device("meta"):
-        model = build_model(config, config.MODEL.NUM_CLASSES or 2)
+    try:
+        with torch.device("meta"):
+            model = build_model(config, config.MODEL.NUM_CLASSES or 2)
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ConfigError(
+            f"MODEL.TYPE {config.MODEL.TYPE}: a model with these settings cannot be built"
+            f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
     return model.train(not (config.EVAL_MODE or config.THROUGHPUT_MODE))
 
 

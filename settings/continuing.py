@@ -46,6 +46,8 @@ FREE = (
     "TRAIN.THREADS",
     "TRAIN.GROUP_TIMEOUT",
     "TRAIN.CHECK_RANKS",
+    "TRAIN.GROUP_TIMEOUT",
+    "TRAIN.CHECK_RANKS",
     # without effect
     "DATA.MASK_PATCH_SIZE",
     "DATA.MASK_RATIO",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from registry import nearest
-from settings.kinds import Key, Kind
+from settings.kinds import ConfigError, Key, Kind, show, show_name
 from settings.reading import Given, log_note
 
 
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if not unknown:
             return known
-        given = unknown[0].split("=")[0]
+        given = show_name(unknown[0].split("=")[0])
         if not given.startswith("-"):
             self.error(
                 f"unknown argument {given}; the YAML is given as --cfg FILE, keys as --opts KEY"
@@ -85,7 +85,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2 and one line."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+        shown = message if message.isprintable() and len(message) < 500 else show(message)
+        self.exit(2, f"{self.prog}: error: {shown} (--help lists every flag)\n")
 
 
 def build_parser(keys: dict[str, Key]) -> Parser:
@@ -155,6 +156,8 @@ def add_flags(given: Given, args: Any) -> None:
         if flag.sets is not None:
             value = flag.sets if value else None
         if value is not None:
+            if flag.key != "OUTPUT":  # '' is the present folder
+                refuse_empty(flag.names[0], value)
             given.values[flag.key] = given.convert(flag.names[0], flag.key, value)
     level = getattr(args, "amp_opt_level", None)
     if level == "O0":
@@ -162,6 +165,17 @@ def add_flags(given: Given, args: Any) -> None:
         given.values["AMP_ENABLE"] = False
     elif level:
         log_note(f"--amp-opt-level {level} is deprecated: it has no effect, use AMP_DTYPE")
+
+
+def refuse_empty(where: str, value: Any) -> None:
+    """Raises ConfigError for '', which is what a shell makes of a variable that is not set: a
+    checkpoint named so would be silently left out.
+    """
+    if isinstance(value, str) and not value.strip():
+        raise ConfigError(
+            f"{where}: {value!r} is empty, perhaps a shell variable that is not set; leave it out"
+            " where none is meant"
+        )
 
 
 def add_local_rank(given: Given, args: Any) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import re
 import reprlib
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +59,16 @@ _SHOW.maxlevel = 3
 
 def show(value: Any) -> str:
     """The value as Python writes it, on one line and of bounded length."""
-    return _SHOW.repr(value)
+    try:
+        return _SHOW.repr(value)
+    except ValueError:  # Python writes no whole numbers of thousands of digits
+        return f"a {type(value).__name__} of too many digits"
+
+
+def show_name(name: Any) -> str:
+    """A key or file name bare, where it is short and printable."""
+    text = str(name)
+    return text if text.isprintable() and len(text) <= 200 else show(text)
 
 
 def literal(value: Any) -> Any:
@@ -67,8 +78,10 @@ def literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in a string that is no literal
+            return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return value
 
 
@@ -96,31 +109,49 @@ def _interval(interval: Interval) -> str:
     return f" in {interval}"
 
 
-def number(low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> Kind:
-    """A finite float of this `registry.Interval`."""
+def number(
+    low: float = -math.inf, high: float = math.inf, ends: str = "[]", limit: float = math.inf
+) -> Kind:
+    """A finite float of this `registry.Interval`; above `limit` no run can use it."""
     interval = Interval(low, high, ends)
 
     def convert(value: Any) -> float:
         value = literal(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError
+        try:
+            value = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            raise ValueError from None
         if not (math.isfinite(value) and interval.holds(value)):
             raise ValueError
-        return float(value)
+        refuse_above(limit, value)
+        return value
 
     return Kind("a number" + _interval(interval), convert)
 
 
-def integer(low: float = -math.inf, high: float = math.inf) -> Kind:
-    """A whole number, `low` and `high` included."""
+def refuse_above(limit: float, value: float) -> None:
+    """Raises ValueError for a number that is allowed in itself and that no machine can serve."""
+    if value > limit:
+        raise ValueError(f"more than {limit} cannot be used")
+
+
+def integer(low: float = -math.inf, high: float = math.inf, limit: int = 10**6) -> Kind:
+    """A whole number, `low` and `high` included; above `limit` no run can use it, where there is no
+    `high`.
+    """
 
     def convert(value: Any) -> int:
         value = literal(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError
+        if high == math.inf:
+            refuse_above(limit, value)
         return value
 
-    return Kind("a whole number" + _interval(Interval(low, high)), convert)
+    words = f" from {low} to {high}" if high < math.inf else _interval(Interval(low))
+    return Kind("a whole number" + words, convert)
 
 
 def text(pattern: str = "", allowed: str = "text", empty: str | None = "") -> Kind:
@@ -137,11 +168,26 @@ def text(pattern: str = "", allowed: str = "text", empty: str | None = "") -> Ki
             return empty
         if isinstance(value, (int, float)):
             raise ValueError("quote it, so that YAML reads text")
-        if not isinstance(value, str) or (pattern and not re.fullmatch(pattern, value)):
+        if not isinstance(value, str):
+            raise ValueError
+        refuse_unusable(value)
+        if pattern and not re.fullmatch(pattern, value):
             raise ValueError
         return value
 
     return Kind(allowed, convert)
+
+
+def refuse_unusable(value: str) -> None:
+    """Raises ValueError for text that no file can be named and no log line hold: line breaks and
+    other control characters, and what is no Unicode text nor bytes of a file name.
+    """
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise ValueError("it holds a control character, such as a line break")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError("it is no Unicode text") from None
 
 
 class Choice(Kind):
@@ -213,8 +259,12 @@ def either(first: Kind, second: Kind) -> Kind:
     def convert(value: Any) -> Any:
         try:
             return first.convert(value)
-        except ValueError:
+        except ValueError as error:
+            reason = str(error)
+        try:
             return second.convert(value)
+        except ValueError as error:
+            raise ValueError(reason or str(error)) from None
 
     return Kind(f"{first.allowed}, or {second.allowed}", convert, first.choices + second.choices)
 
@@ -246,9 +296,9 @@ def pair(kind: Kind, ascending: bool = False) -> Kind:
     return sequence(kind, tuple, lengths=(2,), ascending=ascending)
 
 
-def size() -> Kind:
+def size(limit: int) -> Kind:
     """A side, or (height, width)."""
-    side = integer(1)
+    side = integer(1, limit=limit)
     return Kind("a whole number >= 1, or (height, width)", either(side, pair(side)).convert)
 
 

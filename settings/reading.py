@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import yaml
 from yacs.config import CfgNode
 
 from registry import nearest
-from settings.kinds import ConfigError, Key, show
+from settings.kinds import ConfigError, Key, show, show_name
 
 logger = logging.getLogger(__name__)
+WEIGHTS = ("MODEL.RESUME", "MODEL.PRETRAINED")  # a run without them is another one
+FILES = 500  # that one configuration may read
+REPLACED = ("int", "float", "timestamp")  # of what YAML 1.1 reads without being told
+ENTRIES = 10_000  # that one mapping of a YAML may have, merged ones included
 
 
 class Given:
@@ -32,11 +37,15 @@ class Given:
         self.sections = sections_of(keys)
         self.dropped = dropped
         self.values: dict[str, Any] = {}
+        self.files = 0
 
     def add_file(self, path: Path, named_by: str, above: tuple[Path, ...] = ()) -> None:
         """A YAML's settings, those of its BASE files first. `named_by` says where the path stands,
         `above` are the files that include this one.
         """
+        self.files += 1
+        if self.files > FILES:
+            raise ConfigError(f"{path}: BASE: more than {FILES} files are read; name each once")
         content = read_yaml(path, named_by)
         here = path.resolve()
         if here in above:
@@ -54,7 +63,14 @@ class Given:
                 f"--opts: {show(words[-1])} has no value; write pairs KEY VALUE,"
                 " with lists in quotes: '[2, 2]'"
             )
-        self.add("--opts", zip(map(str, words[::2]), words[1::2], strict=True))
+        pairs = list(zip(map(str, words[::2]), words[1::2], strict=True))
+        for key, value in pairs:
+            if key in WEIGHTS and value == "":
+                raise ConfigError(
+                    f"--opts: {key}: '' is empty, perhaps a shell variable that is not set; write"
+                    " None where none is meant"
+                )
+        self.add("--opts", pairs)
 
     def add(self, where: str, pairs: Iterable[tuple[str, Any]]) -> None:
         """Pairs (key, value); those of dropped sections are left out with a note."""
@@ -118,7 +134,7 @@ class Given:
         inside = {name[len(start) :].split(".")[0] for name in self.keys if name.startswith(start)}
         place = f" in {home}" if home else ""
         return ConfigError(
-            f"{where}: unknown key {key} (value {show(value)}); {hint}"
+            f"{where}: unknown key {show_name(key)} (value {show(value)}); {hint}"
             f"allowed{place}: {', '.join(sorted(inside))}"
         )
 
@@ -162,44 +178,98 @@ def log_note(message: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that builds no objects and refuses a key given twice, instead of taking the last."""
+    """YAML that builds no objects, refuses a key given twice instead of taking the last, and takes
+    as text what only YAML 1.1 reads as a number or a date: 010 (8), 1:30 (90), 2020-12-24.
+    """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names: list = []
-        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
-            name = self.construct_object(key, deep=True)
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value; one that is not of its tag's type (!!int foo) is refused with its line."""
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{show(node.value)} is no {node.tag.split(':')[-1]}", node.start_mark
+            ) from None
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping as it stands in the file, before others are merged into it."""
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name = (key.tag, key.value)
             if name in names:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name} is given twice", key.start_mark
+                raise yaml.composer.ComposerError(
+                    None, None, f"{show_name(key.value)} is given twice", key.start_mark
                 )
-            names.append(name)
-        return super().construct_mapping(node, deep)
+            names.add(name)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts merged mappings (<<) in place; nests of them may grow without bound."""
+        super().flatten_mapping(node)
+        if len(node.value) > ENTRIES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"merged mappings have more than {ENTRIES} entries", node.start_mark
+            )
+
+
+# A part of what YAML 1.1 reads as numbers, so that what is written by `dump_config` reads back.
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+|0b[01]+",
+    "float": r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?|\.[0-9]+([eE][-+][0-9]+)?|[-+]?\.inf|\.nan",
+}
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in known if tag.split(":")[-1] not in REPLACED]
+    for letter, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _type, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_type}", re.compile(f"^({_pattern})$"), list("-+.0123456789")
+    )
 
 
 def read_yaml(path: Path, named_by: str) -> dict:
     """The mapping in a YAML file; {} if it is empty. Raises: ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"{named_by}: {str(path)!r} is not a file{_similar_file(path)}")
+    if not _is_file(path):
+        raise ConfigError(f"{named_by}: {show(str(path))} is not a file{_similar_file(path)}")
+    where = show_name(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not valid YAML: no UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{where}: not valid YAML: lists or mappings are nested too deep"
+        ) from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         reason = " ".join((getattr(error, "problem", None) or str(error)).split())
-        raise ConfigError(f"{path}: not valid YAML{line}: {reason}") from error
+        raise ConfigError(f"{where}: not valid YAML{line}: {show_name(reason)}") from error
     if content is not None and not isinstance(content, dict):
         raise ConfigError(
-            f"{path}: holds a {type(content).__name__}; allowed: a mapping, such as TRAIN:"
+            f"{where}: holds a {type(content).__name__}; allowed: a mapping, such as TRAIN:"
             " {EPOCHS: 100}"
         )
     return content or {}
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name
+        return False
+
+
 def _similar_file(path: Path) -> str:
     """The end of an error about a missing file: a file of the same folder with a similar name."""
-    if not path.parent.is_dir():
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    except (OSError, ValueError):
         return ""
-    guess = nearest(path.name, [entry.name for entry in path.parent.iterdir() if entry.is_file()])
+    guess = nearest(path.name, [name for name in names if name != path.name])
     return f"; did you mean {str(path.parent / guess)!r}?" if guess else ""
 
 

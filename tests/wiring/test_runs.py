@@ -110,7 +110,7 @@ def first_weights(left: dict) -> str:
 def test_processes_begin_with_the_same_weights_and_draw_numbers_of_their_own(tmp_path):
     settings = {"SEED": 7, "MODEL.DROP_RATE": 0.5, "TEST.PER_CLASS": True}
     alone = run(tmp_path / "alone", settings)
-    with patch.dict(os.environ, {"RANK": "1", "WORLD_SIZE": "1"}):
+    with patch("utils.launched", return_value=(1, 1)):
         second = run(tmp_path / "second", settings)
     for left, seed in ((alone, 7), (second, 8)):
         assert {call[1] for call in left["asked"] if call[0] == "seed"} == {seed}
