@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from kernels.modes import without_autocast
 from models.attention.modifiers import Modifier
 from models.attention.softmax import SoftmaxAttention
 
@@ -77,7 +78,7 @@ def count_macs(model: nn.Module, images: Tensor) -> Macs:
     try:
         with (
             torch.no_grad(),
-            torch.autocast(images.device.type, enabled=False),
+            without_autocast(images.device.type),
             _plain_attention(model),
         ):
             # Evaluation keeps what follows from the parameters alone; it must be there in both

@@ -39,20 +39,22 @@ def after_loading(register: Callable[[], None]) -> Callable[[], None]:
 
 
 def missing(device: str) -> str | None:
-    """Why there is no kernel for tensors on `device` ("cpu", "cuda"), or None if there is one,
-    which is then loaded.
+    """Why there is no kernel for tensors on `device` ("cpu", "cuda", "cuda:1"), or None if there is
+    one, which is then loaded.
 
     The first call may compile (see build.py): one line on stderr says so, and one line says so if
     that fails; nothing is raised.
     """
-    if device not in ("cpu", "cuda"):
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda"):
         return f"there is no kernel for {device}"
-    if device == "cuda" and device_reason():
-        return device_reason()
+    number = int(index) if index else None
+    if kind == "cuda" and device_reason(number):
+        return device_reason(number)
     path, reason = load()
     if path is None:
         return reason
-    if device == "cuda" and "-cuda" not in path.name:
+    if kind == "cuda" and "-cuda" not in path.name:
         return "the library was built without CUDA (no nvcc)"
     return None
 
@@ -103,11 +105,13 @@ def find(csrc: Path = build.CSRC) -> tuple[Path | None, str | None]:
     return path, reason
 
 
-def device_reason() -> str | None:
-    """Why the CUDA kernel cannot run on the current device, or None."""
+def device_reason(index: int | None = None) -> str | None:
+    """Why the CUDA kernel cannot run on the device of this number (by default the current one), or
+    None.
+    """
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "there is no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST:
         return "the device has compute capability {}.{}, and {}.{} is needed".format(
             *capability, *OLDEST

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.modes import autocast_dtype
+
 # What is converted from or to 16 bits is worked on in chunks of this size, which stay in the cache;
 # from 32 MiB on the C library would map and clear fresh pages for every such matrix.
 CHUNK_BYTES = 4 << 20
@@ -41,11 +43,15 @@ WIDENED = _slow_dtypes()  # what is multiplied in float32 on the CPU
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
-    """Of a product with x: autocast's where it is on (it leaves float64 alone), else that of x."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    """Of a product with x: autocast's where it is on (it leaves float64 alone), else that of x.
+
+    Raises: TypeError for integers, which a product would round the weights to.
+    """
+    if not x.is_floating_point():
+        given = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"a linear layer got {given}; its input must be floating point")
+    autocast = autocast_dtype(x.device.type)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
 def computed_in(dtype: torch.dtype, kind: str) -> torch.dtype:

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.derivatives import is_differentiated_again, is_transformed, plain_gradients
+from kernels.modes import without_autocast
 
+from .arguments import check_arguments
 from .layout import WindowLayout, crop_grid, pad_grid
 from .reference import window_attention_reference
 from .terms import OffsetTerms
@@ -51,6 +53,7 @@ def window_attention_eager(
     """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. No dropout, no `post`
     term.
     """
+    check_arguments(qkv, terms, layout, num_heads, dropout)
     reason = eager_cannot(terms, dropout)
     if reason:
         raise ValueError(f"window_attention: {reason}")
@@ -58,7 +61,7 @@ def window_attention_eager(
         return window_attention_reference(qkv, terms, layout, num_heads, cosine)
     scale, bias = terms.dense("scale"), terms.dense("bias")
     padded = pad_grid(qkv, layout)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device.type):
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (qkv, scale, bias)
         ):
@@ -246,7 +249,7 @@ def _plain(
     """What `_Attention` computes, as the specification does."""
     terms = OffsetTerms(layout.window, scale, bias)
     whole = replace(layout, grid=layout.padded)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device.type):
         return window_attention_reference(qkv, terms, whole, heads, cosine)
 
 

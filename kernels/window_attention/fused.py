@@ -6,8 +6,10 @@ from torch import Tensor
 from kernels.derivatives import is_transformed
 from kernels.library import loader
 from kernels.library.loader import DTYPES
+from kernels.modes import autocast_dtype
 
 from . import operations, selfcheck
+from .arguments import check_arguments
 from .layout import WindowLayout
 from .reference import window_attention_reference
 from .terms import OffsetTerms
@@ -16,10 +18,6 @@ from .terms import OffsetTerms
 # of it. Other devices have no kernel.
 HEAD_DIMS = {"cuda": (16, 32, 64), "cpu": tuple(range(8, 257, 8))}
 MOST_TOKENS = {"cuda": (576, 576), "cpu": (32, 1024)}
-# Devices with autocast; asked once, since PyTorch 2.11 cannot trace the question.
-AUTOCAST = frozenset(
-    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
-)
 
 
 def cannot(qkv: Tensor, terms: OffsetTerms, kind: str = "") -> str | None:
@@ -59,36 +57,55 @@ def cannot(qkv: Tensor, terms: OffsetTerms, kind: str = "") -> str | None:
     return None
 
 
+def never(qkv: Tensor, terms: OffsetTerms) -> str | None:
+    """Why the kernel of no kind of device can do this, or None."""
+    reasons = [cannot(qkv, terms, kind) for kind in HEAD_DIMS]
+    return reasons[0] if all(reasons) else None
+
+
 def _dtype(qkv: Tensor) -> torch.dtype:
     """What the operation computes in."""
-    device = qkv.device.type
-    if qkv.dtype != torch.float64 and device in AUTOCAST and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return qkv.dtype
+    autocast = autocast_dtype(qkv.device.type)
+    return qkv.dtype if autocast is None or qkv.dtype == torch.float64 else autocast
 
 
-@torch.compiler.assume_constant_result
-def missing(device: str) -> str | None:
+def missing(device: torch.device | str) -> str | None:
     """Why there is no compiled kernel for tensors on `device` on this machine, or None; the first
     call may compile it.
 
-    On a GPU the first call also compares it with the specification, so that a driver or compiler it
-    does not fit costs speed, not results.
+    On a GPU the first call also compares it with the specification, for each card of its own, so
+    that a card, driver or compiler it does not fit costs speed, not results.
     """
-    if device not in _missing:
-        _missing[device] = loader.missing(device)
-        if device == "cuda" and _missing[device] is None:
-            fault = selfcheck.find_fault(window_attention_fused, device)
-            if fault:
-                _missing[device] = f"it failed its check on this device: {fault}; report it"
-                loader.say(
-                    f"window_attention: no fused kernel, since {_missing[device]}; PyTorch's own"
-                    " operations are used"
-                )
-    return _missing[device]
+    device = torch.device(device)
+    return _missing(device.type, device.index)
 
 
-_missing: dict[str, str | None] = {}
+@torch.compiler.assume_constant_result
+def _missing(kind: str, index: int | None) -> str | None:
+    if kind != "cuda":
+        return loader.missing(kind)
+    if index is None:
+        index = torch.cuda.current_device() if loader.device_reason() is None else 0
+    if index not in _cards:
+        _cards[index] = _look_at_card(f"cuda:{index}")
+    return _cards[index]
+
+
+_cards: dict[int, str | None] = {}  # why no kernel runs there, by number
+
+
+def _look_at_card(device: str) -> str | None:
+    reason = loader.missing(device)
+    if reason:
+        return reason
+    fault = selfcheck.find_fault(window_attention_fused, device)
+    if fault is None:
+        return None
+    reason = f"it failed its check on {device}: {fault}; report it"
+    loader.say(
+        f"window_attention: no fused kernel, since {reason}; PyTorch's own operations are used"
+    )
+    return reason
 
 
 def window_attention_fused(
@@ -107,10 +124,12 @@ def window_attention_fused(
     Second derivatives, forward mode and transforms of torch.func go through the plain formula.
     Raises: ValueError where the kernel cannot do this, or there is none on this machine.
     """
-    reason = cannot(qkv, terms) or missing(qkv.device.type)
+    check_arguments(qkv, terms, layout, num_heads, dropout)
+    plain = qkv.is_meta or is_transformed()
+    reason = never(qkv, terms) if plain else cannot(qkv, terms) or missing(qkv.device)
     if reason:
         raise ValueError(f"window_attention: the fused backend does not apply: {reason}")
-    if is_transformed():
+    if plain:
         return window_attention_reference(qkv, terms, layout, num_heads, cosine, dropout)
     tables = (terms.scale, terms.bias, terms.post)
     scale, bias, post = (

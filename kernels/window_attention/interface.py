@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.derivatives import is_transformed
 
 from .eager import eager_cannot, window_attention_eager
-from .fused import HEAD_DIMS, cannot, missing, window_attention_fused
+from .fused import cannot, missing, never, window_attention_fused
 from .layout import WindowLayout
 from .reference import window_attention_reference
 from .sdpa import sdpa_cannot, window_attention_sdpa
@@ -60,15 +60,14 @@ def why_never(backend: str, qkv: Tensor, terms: OffsetTerms, dropout: float = 0.
     if backend == "eager":
         return eager_cannot(terms, dropout)
     if backend == "fused":
-        reasons = [cannot(qkv, terms, kind) for kind in HEAD_DIMS]
-        if all(reasons):
-            return f"the fused backend does not apply: {reasons[0]}"
+        reason = never(qkv, terms)
+        return reason and f"the fused backend does not apply: {reason}"
     return None
 
 
 def why_not_fused(qkv: Tensor, terms: OffsetTerms) -> str | None:
     """Why the fused kernel is not taken for these arguments on this machine, or None."""
-    return cannot(qkv, terms) or missing(qkv.device.type)
+    return cannot(qkv, terms) or missing(qkv.device)
 
 
 def window_attention(

@@ -19,7 +19,7 @@ MAX_CACHED_BATCHES = 6  # training, evaluation and their last batches, forward a
 
 def cache_tensors(function: Callable) -> Callable:
     """lru_cache for functions that make small constant tensors; under torch.compile the compiler
-    traces the function itself.
+    traces the function itself, and what is made in a dispatch mode (fake tensors) stays in it.
     """
 
     @functools.lru_cache(maxsize=256)
@@ -30,7 +30,7 @@ def cache_tensors(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return function(*args, **kwargs)
         return cached(*args, **kwargs)
 
@@ -173,7 +173,14 @@ def window_layout(
     Pairs that the roll brought together are masked by `mask_value` (Swin uses -100, not -inf);
     padding and image tokens never see each other. It is worked out on the CPU, whatever the default
     device, and then moved to `device`.
+    Raises: ValueError for sides below 1 and for a shift that is not in 0 .. side - 1.
     """
+    for side, window_side, by in zip(grid, window, shift, strict=True):
+        if side < 1 or window_side < 1 or not 0 <= by < window_side:
+            raise ValueError(
+                f"window_layout: grid {tuple(grid)}, window {tuple(window)}, shift {tuple(shift)};"
+                " sides are at least 1 and 0 <= shift < window"
+            )
     padded = tuple(-(-length // side) * side for length, side in zip(grid, window, strict=True))
     tokens = (
         torch.arange(padded[0] * padded[1], device="cpu")

@@ -5,6 +5,8 @@ and as the truth for its dropout.
 import torch
 from torch import Tensor
 
+from kernels.modes import without_autocast
+
 from .layout import window_layout
 from .reference import merge_windows, softmax_attention, split_windows
 from .terms import OffsetTerms
@@ -27,7 +29,7 @@ def plain_attention(
     window, shift = tuple(window), tuple(shift)
     layout = window_layout(tuple(qkv.shape[1:3]), window, shift, mask_value, qkv.device)
     terms = OffsetTerms(window, scale, bias, post)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device.type):
         wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
         q, k, v = split_windows(wide, layout, num_heads)
         if dropout:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_arguments, check_grid
 from .layout import WindowLayout, crop_grid, pad_grid, window_partition, window_reverse
 from .terms import OffsetTerms
 
@@ -14,6 +15,7 @@ def split_windows(
     qkv: Tensor, layout: WindowLayout, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, H, W, 3C) -> q, k and v, each (B*nW, heads, N, D), of the padded and rolled grid."""
+    check_grid(qkv, layout)
     x = pad_grid(qkv, layout)
     x = x.roll((-layout.shift[0], -layout.shift[1]), (1, 2)) if any(layout.shift) else x
     x = window_partition(x, layout.window).flatten(1, 2)
@@ -75,6 +77,9 @@ def window_attention_reference(
 
     The channels of `qkv` are q, then k, then v, each split into heads. Scaling is part of
     `terms.scale`.
+    Raises: ValueError for arguments that do not fit together (see `check_arguments`); so does every
+        backend.
     """
+    check_arguments(qkv, terms, layout, num_heads, dropout)
     q, k, v = split_windows(qkv, layout, num_heads)
     return merge_windows(softmax_attention(q, k, v, terms, layout.mask, cosine, dropout), layout)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.derivatives import is_transformed
 
+from .arguments import check_arguments
 from .layout import WindowLayout
 from .reference import merge_windows, split_windows, window_attention_reference
 from .terms import OffsetTerms
@@ -33,6 +34,7 @@ def window_attention_sdpa(
     """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. The scale is folded into
     q.
     """
+    check_arguments(qkv, terms, layout, num_heads, dropout)
     reason = sdpa_cannot(terms)
     if reason:
         raise ValueError(f"window_attention: {reason}")

@@ -1,9 +1,11 @@
-"""A look at the compiled kernel before it is trusted on a GPU: once a process, small windows,
-against the specification.
+"""A look at the compiled kernel before it is trusted on a GPU: once a card in each process, small
+windows, against the specification.
 """
 
 import torch
 from torch import Tensor
+
+from kernels.modes import real_tensors
 
 from .layout import window_layout
 from .reference import window_attention_reference
@@ -27,6 +29,11 @@ def find_fault(kernel, device: str) -> str | None:
     Output and gradients of a shifted, padded grid with a scale and a bias per offset are compared.
     Waits for the device.
     """
+    with real_tensors():
+        return _find_fault(kernel, device)
+
+
+def _find_fault(kernel, device: str) -> str | None:
     for window, shift, dtype in CASES:
         generator = torch.Generator().manual_seed(0)
         grid = (window[0] + 3, 2 * window[1])
@@ -50,7 +57,8 @@ def _outcome(
     function, drawn: list[Tensor], layout, device: str, dtype: torch.dtype
 ) -> list[Tensor]:
     qkv, scale, bias, grad = (tensor.to(device) for tensor in drawn)
-    with torch.enable_grad(), torch.inference_mode(False), torch.autocast(device, enabled=False):
+    kind = torch.device(device).type
+    with torch.enable_grad(), torch.inference_mode(False), torch.autocast(kind, enabled=False):
         leaves = [
             qkv.to(dtype).requires_grad_(),
             (0.2 * scale).requires_grad_(),

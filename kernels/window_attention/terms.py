@@ -124,11 +124,19 @@ class OffsetTerms:
 
 
 def gather_offsets(table: Tensor | None, window: Size) -> Tensor | None:
-    """(T, heads) -> (heads, N, N); (1, heads) -> (heads, 1, 1); dense terms and None pass."""
+    """(T, heads) -> (heads, N, N); (1, heads) -> (heads, 1, 1); dense terms and None pass.
+
+    Raises: ValueError for a table with another number of rows.
+    """
     if table is None or table.dim() == 3:
         return table
     if table.shape[0] == 1 and window != (1, 1):
         return table.t()[:, :, None]
-    area = window[0] * window[1]
+    area, offsets = window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1)
+    if table.shape[0] != offsets:
+        raise ValueError(
+            f"OffsetTerms: a table of {table.shape[0]} rows; a window of {window[0]}x{window[1]}"
+            f" tokens has {offsets} offsets"
+        )
     index = relative_position_index(window, table.device).flatten()
     return table.t().contiguous().gather(1, index.expand(table.shape[1], -1)).view(-1, area, area)

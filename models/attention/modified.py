@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from kernels.modes import is_fake
 from models.layers.init import own_random_numbers
 
 from .geometry import Geometry
@@ -85,4 +86,6 @@ def _changed(parameter: Tensor, before: tuple[int, Tensor]) -> bool:
     version, values = before
     if _version(parameter) != version:
         return True
-    return not parameter.is_meta and not torch.equal(parameter, values)
+    if parameter.is_meta or is_fake(parameter):
+        return False
+    return not torch.equal(parameter, values)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.derivatives import is_differentiated_again, is_transformed, plain_gradients
+from kernels.modes import AUTOCAST
 
 TILE = 4  # queries of a TILE x TILE square share their keys, the (TILE + k - 1)² pixels around
 # Planes (one head of one image each) are worked on together as long as their logits stay below
@@ -77,7 +78,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, row, col)
         ctx.step = step
         ctx.options = (size, mask_padding)
-        kind = q.device.type if torch.amp.is_autocast_available(q.device.type) else "cpu"
+        kind = q.device.type if q.device.type in AUTOCAST else "cpu"
         ctx.autocast = dict(
             device_type=kind,
             enabled=torch.is_autocast_enabled(kind),

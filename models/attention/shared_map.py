@@ -1,9 +1,9 @@
 """Attention that hands its map to the next block, and attention that takes the map it is handed."""
 
-import torch
 from torch import Tensor, nn
 
 from kernels.linear import run_linear
+from kernels.modes import without_autocast
 
 from .geometry import Geometry
 from .global_attention import GlobalAttention
@@ -110,7 +110,7 @@ class SharedMapAttention(Modified):
     def forward(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, C), previous (B, H, N, N) -> the result (B, N, C) and `previous`."""
         v = run_linear(self.v, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             attn = previous
             for modifier in self.modifiers.values():
                 attn = modifier.after_mask(modifier(attn))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear import is_untouched, kept_for, run_linear
+from kernels.modes import without_autocast
 from kernels.window_attention import (
     OffsetTerms,
     WindowLayout,
@@ -92,7 +93,7 @@ class SoftmaxAttention(Projection):
         return cache.get("terms", sources, self._modified_terms)
 
     def _modified_terms(self) -> OffsetTerms:
-        with torch.autocast(next(self.buffers()).device.type, enabled=False):
+        with without_autocast(next(self.buffers()).device.type):
             terms = self.base_terms()
             for modifier in self._stage(TermModifier):
                 terms = modifier(terms)
@@ -165,7 +166,7 @@ class SoftmaxAttention(Projection):
         logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
         if terms.bias is not None:
             logits = logits + terms.dense("bias")
-        with torch.autocast(qkv.device.type, enabled=False):
+        with without_autocast(qkv.device.type):
             attn = self.map_tap(self._map(logits, terms, layout, carried))
         return merge_windows(weigh(attn, v, dropout), layout), attn
 

@@ -5,6 +5,7 @@ in layers of its own.
 import torch
 from torch import Tensor, nn
 
+from kernels.modes import without_autocast
 from registry import check_choice
 
 from .geometry import Geometry
@@ -115,7 +116,7 @@ class ClassAttention(nn.Module):
         v = self._heads(self.v(context))
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = (q @ k.mT).to(wide) * self.scale  # (B, H, 1, N)
-        with torch.autocast(token.device.type, enabled=False):
+        with without_autocast(token.device.type):
             attn = self.proj_w(self.logit_tap(self.proj_l(logits)).softmax(-1))
         y = self.attn_drop(self.map_tap(attn)).to(v.dtype) @ v
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))

@@ -4,6 +4,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from kernels.modes import real_tensors
 from registry import check_choice
 
 PROFILES = ("linear", "constant")
@@ -15,7 +16,8 @@ def drop_path_rates(rate: float, depth: int, profile: str = "linear") -> list[fl
     """
     if check_choice("drop path profile", profile, PROFILES) == "constant":
         return [rate] * depth
-    return torch.linspace(0, rate, depth, device="cpu").tolist()
+    with real_tensors():
+        return torch.linspace(0, rate, depth, device="cpu").tolist()
 
 
 def stochastic_depth(rate: float) -> nn.Module:

@@ -7,10 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from kernels.modes import is_fake
+
 
 def trunc_normal(tensor: Tensor, std: float) -> Tensor:
-    """Normal(0, std) cut at +-2 (not at 2 std: Swin's rule); exactly 0 where std is 0."""
-    return nn.init.trunc_normal_(tensor, std=std) if std else nn.init.zeros_(tensor)
+    """Normal(0, std) cut at +-2 (not at 2 std: Swin's rule); exactly 0 where std is 0. Fake
+    tensors have no values to draw.
+    """
+    if not std:
+        return nn.init.zeros_(tensor)
+    return tensor if is_fake(tensor) else nn.init.trunc_normal_(tensor, std=std)
 
 
 def init_linear_and_norm(module: nn.Module) -> None:

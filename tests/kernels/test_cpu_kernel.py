@@ -2,8 +2,10 @@
 rule of testing_accuracy.problems.
 """
 
+import ctypes
 import itertools
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +211,35 @@ def test_what_is_not_supported_is_refused_with_a_reason(changes, words):
 
 def test_an_instruction_set_that_does_not_exist_is_refused_with_a_reason():
     assert "WINDOW_ATTENTION_CPU_ISA" in cpu_kernel("quantum").why_not(Case())
+
+
+AVX2, AVX512, AVX512_BF16, TILES, INTEL = 1, 2, 4, 8, 16  # csrc/cpu/processor.h
+
+
+@pytest.mark.parametrize(
+    ("has", "best"),
+    [
+        (0, "scalar"),
+        (INTEL, "scalar"),
+        (AVX2, "avx2"),
+        (AVX2 | AVX512, "avx512"),
+        (AVX2 | AVX512 | AVX512_BF16, "avx512bf16"),
+        (AVX2 | AVX512 | AVX512_BF16 | INTEL, "avx512"),  # AMX is there but not permitted, or not
+        (AVX2 | AVX512 | AVX512_BF16 | TILES | INTEL, "amx"),
+        (AVX2 | AVX512 | AVX512_BF16 | TILES, "amx"),
+    ],
+)
+def test_the_fastest_instructions_of_a_processor_are_chosen(has, best):
+    if "this build" in (cpu_kernel(best).why_not(Case()) or ""):
+        pytest.skip(f"the compiler has no {best}")
+    choose = cpu_kernel().library.wa_cpu_best
+    choose.restype = ctypes.c_char_p
+    assert choose(has).decode() == best
+
+
+def test_what_this_processor_has_decides_unless_one_is_forced():
+    said = {name: cpu_kernel(name).library.wa_cpu_instructions() for name in ("", "scalar")}
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    assert said["scalar"] == b"scalar"
+    if "AuthenticAMD" in flags and "avx512_bf16" in flags:
+        assert said[""] == b"avx512bf16"

@@ -3,8 +3,10 @@ wrong.
 """
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.window_attention import fused, selfcheck
+from kernels.window_attention import OffsetTerms, explain, fused, selfcheck
 from kernels.window_attention.eager import window_attention_eager
 from kernels.window_attention.reference import window_attention_reference
 
@@ -31,11 +33,30 @@ def test_a_wrong_kernel_is_named_with_what_is_off(wrong):
     assert "off by" in selfcheck.find_fault(kernel, "cpu")
 
 
-def test_a_kernel_that_fails_its_check_is_not_taken_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(fused, "_missing", {})
+def test_a_card_whose_kernel_fails_its_check_does_without_and_the_others_keep_theirs(
+    monkeypatch, capsys
+):
+    looked_at = []
+
+    def find_fault(kernel, device):
+        looked_at.append(device)
+        return "output is off by 0.5" if device == "cuda:1" else None
+
+    monkeypatch.setattr(fused, "_cards", {})
     monkeypatch.setattr(fused.loader, "missing", lambda device: None)
-    monkeypatch.setattr(
-        fused.selfcheck, "find_fault", lambda kernel, device: "output is off by 0.5"
-    )
-    assert "output is off by 0.5" in fused.missing("cuda")
-    assert "PyTorch's own operations are used" in capsys.readouterr().err
+    monkeypatch.setattr(fused.selfcheck, "find_fault", find_fault)
+    with FakeTensorMode():
+        found = [explain(*tensors_on(device)) for device in ("cuda:0", "cuda:1", "cuda:1")]
+    assert [backend for backend, _ in found] == ["fused", "sdpa", "sdpa"]
+    assert "output is off by 0.5" in found[1][1] and looked_at == ["cuda:0", "cuda:1"]
+    assert capsys.readouterr().err.count("PyTorch's own operations are used") == 1
+
+
+def tensors_on(device):
+    scale = torch.ones(1, 2, device=device)
+    return torch.empty(1, 4, 4, 3 * 32, device=device), OffsetTerms((4, 4), scale)
+
+
+def test_the_check_looks_at_values_where_fake_tensors_are_asked_for():
+    with FakeTensorMode():
+        assert selfcheck.find_fault(window_attention_eager, "cpu") is None

@@ -45,14 +45,20 @@ int dtype_of(const Tensor& x) {
     return -1;
 }
 
+// Devices without an index of their own have -1 or 0.
+bool together(const Tensor& x, const Tensor& y) {
+    return x.is_cpu() ? y.is_cpu()
+                      : x.is_cuda() == y.is_cuda() && x.is_cpu() == y.is_cpu() &&
+                            x.get_device_index() == y.get_device_index();
+}
+
 void check_table(const Table& table, const char* name, const Tensor& qkv, const Options& o,
                  bool one_row_allowed) {
     if (!table) return;
     STD_TORCH_CHECK(table->scalar_type() == ScalarType::Float, "window_attention: ", name,
                     " must be float32");
     STD_TORCH_CHECK(
-        table->is_cuda() == qkv.is_cuda() && table->get_device_index() == qkv.get_device_index(),
-        "window_attention: ", name, " and qkv are on different devices");
+        together(*table, qkv), "window_attention: ", name, " and qkv are on different devices");
     STD_TORCH_CHECK(
         table->dim() == 2 && table->size(1) == o.heads &&
             (table->size(0) == rows_of(o) || (one_row_allowed && table->size(0) == 1)),
@@ -74,7 +80,7 @@ WindowAttentionArgs describe(const Tensor& qkv, const Tensor& scale, const Table
     STD_TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "window_attention: dropout ", o.dropout,
                     " is not in [0, 1)");
     STD_TORCH_CHECK(o.dropout == 0 || (seed && seed->scalar_type() == ScalarType::Long &&
-                                       seed->numel() == 1 && seed->is_cuda() == qkv.is_cuda()),
+                                       seed->numel() == 1 && together(*seed, qkv)),
                     "window_attention: dropout needs a seed, one int64 on the device of qkv");
     check_table(scale, "scale", qkv, o, true);
     check_table(bias, "bias", qkv, o, false);
@@ -183,13 +189,19 @@ void call(const Device& device, WindowAttentionArgs& a, const Tensor& like, int 
 
 Table contiguous(const Table& x) { return x ? Table(torch::stable::contiguous(*x)) : x; }
 
+// Kernels read by vectors: contiguous, from a multiple of 16 bytes on; a copy where x is not.
+Tensor whole(const Tensor& x) {
+    const Tensor y = torch::stable::contiguous(x);
+    return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? torch::stable::clone(y) : y;
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor> forward(Tensor qkv, Tensor scale, Table bias, Table post, Table seed,
                                    std::vector<int64_t> window, std::vector<int64_t> shift,
                                    int64_t num_heads, bool cosine, double mask_value,
                                    double dropout, bool need_lse) {
     const Options o{window, shift, num_heads, cosine, mask_value, dropout};
-    qkv = torch::stable::contiguous(qkv);
+    qkv = whole(qkv);
     scale = torch::stable::contiguous(scale);
     bias = contiguous(bias);
     post = contiguous(post);
@@ -216,17 +228,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     std::vector<int64_t> window, std::vector<int64_t> shift, int64_t num_heads, bool cosine,
     double mask_value, double dropout, bool need_scale, bool need_bias, bool need_post) {
     const Options o{window, shift, num_heads, cosine, mask_value, dropout};
-    qkv = torch::stable::contiguous(qkv);
+    qkv = whole(qkv);
     scale = torch::stable::contiguous(scale);
     bias = contiguous(bias);
     post = contiguous(post);
-    grad_out = torch::stable::contiguous(grad_out), lse = torch::stable::contiguous(lse);
+    grad_out = whole(grad_out), lse = torch::stable::contiguous(lse);
     WindowAttentionArgs a = describe(qkv, scale, bias, post, seed, o);
+    bool fits = grad_out.scalar_type() == qkv.scalar_type() && together(grad_out, qkv) &&
+                grad_out.dim() == 4;
+    for (int axis = 0; fits && axis < 4; ++axis)
+        fits = grad_out.size(axis) * (axis == 3 ? 3 : 1) == qkv.size(axis);
+    STD_TORCH_CHECK(fits, "window_attention: grad_out must be like the output: (B, H, W, C), of the "
+                          "dtype and on the device of qkv");
     STD_TORCH_CHECK(
-        grad_out.scalar_type() == qkv.scalar_type() && grad_out.numel() * 3 == qkv.numel(),
-        "window_attention: grad_out must have the dtype of qkv and a third of its elements");
-    STD_TORCH_CHECK(
-        lse.scalar_type() == ScalarType::Float &&
+        lse.scalar_type() == ScalarType::Float && together(lse, qkv) &&
             lse.numel() == a.batch * windows_of(a) * a.heads * a.window[0] * a.window[1],
         "window_attention: lse is not what the forward returns with need_lse");
     const Device device(qkv);

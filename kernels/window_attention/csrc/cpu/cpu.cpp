@@ -158,5 +158,6 @@ int wa_cpu_gelu(const GeluArgs* a, int backward) {
 }
 
 const char* wa_cpu_instructions(void) { return wa::chosen().kernels->name; }
+const char* wa_cpu_best(unsigned features) { return wa::best(features); }
 
 }  // extern "C"
