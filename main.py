@@ -6,11 +6,14 @@
     python main.py --cfg ... --throughput                              images/s; needs no data
 
 The same command, run again, resumes a training. Exit status: 0 done; 2 something the user can fix,
-reported in one line on stderr; 143 stopped by SIGTERM (130: by Ctrl-C) with the state saved.
+reported in one line on stderr; 143 stopped by SIGTERM (130: by Ctrl-C, 138: SIGUSR1, 129: SIGHUP)
+with the state saved.
 """
 
+import signal
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -31,10 +34,12 @@ from engine.console import lasting_streams, print_all
 from engine.evaluate import EvalResult, evaluate, write_per_class
 from engine.lock import FolderLock
 from engine.losses import Distillation, make_criterion
+from engine.repair import repair
 from engine.report import describe_model
 from engine.resume import choose, resume
 from engine.session import make_trainer, train
-from engine.state import Layout, TrainState
+from engine.signals import Stopped, StopSignal, exit_status, stopped_at_once
+from engine.state import CheckpointFolder, Layout, TrainState
 from engine.teacher import timm_teacher
 from engine.throughput import describe, throughput
 from engine.train import updates_follow
@@ -62,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     """Does what the command line asks for; returns the exit status."""
     with lasting_streams():
         try:
-            return act(argv)
+            with stopped_at_once():
+                return act(argv)
         except PeerError as error:
             utils.print_error(error)
             return 1
@@ -71,6 +77,12 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             utils.print_error(error)
             return 2
+        except Stopped as stop:
+            utils.LOGGER.warning("stopped by signal %d: nothing had to be saved", stop.number)
+            return exit_status(stop.number)
+        except KeyboardInterrupt:
+            utils.LOGGER.warning("interrupted: what came after the last checkpoint is lost")
+            return exit_status(signal.SIGINT)
 
 
 def act(argv: list[str] | None) -> int:
@@ -93,12 +105,26 @@ class Program:
     def __init__(self, config, world: World) -> None:
         self.config = config
         self.world = world
-        self.folder = utils.prepare_folder(config.OUTPUT)
+        self.folder = self.open_folder()
         self.logger = utils.create_logger(self.folder, config.MODEL.NAME, world.rank)
+        if self.folder is None:
+            self.logger.warning("no log file: %s cannot be written to", config.OUTPUT)
         self.dtype = utils.choose_precision(world.device, config.AMP_DTYPE, config.AMP_ENABLE)
         self.autocast = utils.autocast_factory(world.device, self.dtype)
         utils.prepare_device(world.device, config.TRAIN.THREADS, config.TRAIN.DETERMINISTIC)
         utils.seed_everything(config.SEED)  # the same initial weights on all processes
+
+    def open_folder(self) -> Path | None:
+        """The output folder; None where it cannot be written to and nothing but the log would be
+        there.
+        """
+        config = self.config
+        try:
+            return utils.prepare_folder(config.OUTPUT)
+        except UserError:
+            if config.THROUGHPUT_MODE or (config.EVAL_MODE and not config.TEST.PER_CLASS):
+                return None
+            raise
 
     def run(self) -> int:
         self.compare_programs()
@@ -168,13 +194,15 @@ class Program:
         for entry, name in networks.items():
             self.load_weights(checkpoint, entry)
             self.compare_weights()
-            result = self.test(self.model)
+            result = self.test(self.model, averaged=entry == "ema")
             self.logger.info(
                 "Accuracy of the %s on the %d test images: %.1f%%", name, result.count, result.acc1
             )
         return 0
 
-    def test(self, network: torch.nn.Module) -> EvalResult:
+    def test(
+        self, network: torch.nn.Module, averaged: bool = False, stop: StopSignal | None = None
+    ) -> EvalResult | None:
         test, data = self.config.TEST, self.data
         logger = self.logger if self.config.EVAL_MODE else utils.behind_bar(self.logger)
         result = evaluate(
@@ -187,9 +215,10 @@ class Program:
             per_class=test.PER_CLASS,
             print_freq=self.config.PRINT_FREQ,
             logger=logger,
+            stop=stop,
         )
-        if test.PER_CLASS and self.world.is_main:
-            files = write_per_class(result, self.folder, data.class_names)
+        if result and test.PER_CLASS and self.world.is_main:
+            files = write_per_class(result, self.folder, data.class_names, averaged)
             logger.info("per class: %s", ", ".join(map(str, files)))
         return result
 
@@ -212,7 +241,8 @@ class Program:
         plain = to_dict(self.config)
         trainer, fresh, loaded = self.begin(plain)
         plan = arguments.training(self.config)
-        if self.world.is_main and updates_follow(plan["plan"], trainer.state):
+        written = utils.has_config(self.folder) and not updates_follow(plan["plan"], trainer.state)
+        if self.world.is_main and not written:
             utils.write_config(self.folder, plain, dump_config(self.config), self.data.class_names)
         return train(
             trainer,
@@ -244,7 +274,17 @@ class Program:
         trainer = self.build_trainer()
         if checkpoint:
             resume(trainer, checkpoint, changes, len(self.data.train_loader))
+            self.repair(trainer, checkpoint)
         return trainer, fresh, loaded
+
+    def repair(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
+        """Writes files of the run again that are missing."""
+        if not self.world.is_main:
+            return
+        options = arguments.training(self.config)
+        folder = CheckpointFolder(self.folder, options["save_freq"], options["keep"])
+        averaged = trainer.leader is not trainer.model
+        repair(folder, checkpoint, trainer.state, options["plan"].epochs, averaged)
 
     def changes_since(self, checkpoint: Checkpoint, plain: dict) -> list[str]:
         """What the run of a training state had otherwise, in words; refuses what was not meant."""

@@ -373,6 +373,11 @@ def write_config(
     write_text(folder / "config.yaml", text)
 
 
+def has_config(folder: Path) -> bool:
+    """Whether the files of `write_config` are there."""
+    return all((folder / f"config.{ending}").is_file() for ending in ("json", "yaml"))
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename in this folder survive a power cut; systems that cannot open folders (Windows)
     need no such call.

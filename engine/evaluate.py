@@ -1,6 +1,7 @@
 """Exact evaluation: sums of counts, one all-reduce, each image counted once."""
 
 import csv
+import io
 import logging
 import math
 import time
@@ -15,10 +16,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.finite import NoScoreError, refuse_outputs, refuse_weights
 from engine.losses import upcast
 from engine.progress import peak_memory
+from engine.signals import StopSignal, signals_blocked
 from kernels.linear import evaluation
-from utils import RunError
+from utils import RunError, write_text
+
+__all__ = ["EvalResult", "NoScoreError", "Totals", "evaluate", "write_per_class"]
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +65,9 @@ class Totals:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.loss = torch.zeros((), device=device, dtype=dtype)
         count = partial(torch.zeros, device=device, dtype=torch.int64)
-        self.counts = count(3)  # images; target first; target among the first topk
+        # images; target first; target among the first topk; outputs that are not finite
+        self.counts = count(4)
+        self.dtype = torch.float32  # of the outputs
         classes = num_classes if per_class else 0
         square = classes**2 if classes <= LARGEST_CONFUSION else 0
         # Flat, for only 1-D scatters are deterministic on CUDA.
@@ -75,14 +82,16 @@ class Totals:
                 f"the model gives {logits.shape[1]} classes, the data have {self.num_classes}; set"
                 " MODEL.NUM_CLASSES"
             )
+        self.dtype = logits.dtype
         logits = upcast(logits)
+        finite = logits.isfinite().all(1)
         losses = F.cross_entropy(logits, targets, reduction="none")
         self.loss += losses.to(self.loss.dtype).sum()
         ranked = logits.topk(self.topk).indices
         right = ranked == targets[:, None]
         first = right[:, 0].long()
         ones = torch.ones_like(first)
-        self.counts += torch.stack([ones.sum(), first.sum(), right.sum()])
+        self.counts += torch.stack([ones.sum(), first.sum(), right.sum(), (~finite).sum()])
         if len(self.images_of):
             self.images_of.scatter_add_(0, targets, ones)
             self.first_of.scatter_add_(0, targets, first)
@@ -100,7 +109,7 @@ class Totals:
 
     def result(self) -> EvalResult:
         """The means; waits for the device."""
-        count, first, within_topk = self.counts.tolist()
+        count, first, within_topk, _ = self.counts.tolist()
         if not count:
             raise RunError("there is no image to evaluate")
         result = EvalResult(
@@ -132,7 +141,8 @@ def evaluate(
     per_class: bool = False,
     print_freq: int = 0,
     logger: logging.Logger = _logger,
-) -> EvalResult:
+    stop: StopSignal | None = None,
+) -> EvalResult | None:
     """Loss and accuracy of `model` over the images of `loader`, exact for any batch size, order and
     number of processes.
 
@@ -147,18 +157,26 @@ def evaluate(
             (TEST.SEQUENTIAL).
         per_class: also accuracy per class and, up to 4096 classes, the confusion matrix.
         print_freq: a line (and a wait for the device) every `print_freq` batches; 0 = none.
-    Raises: RunError if the classes disagree or there are no images.
+        stop: a signal ends the evaluation after the batch it comes in, on all processes; there is
+            no result then. Every process must have one, or none.
+    Raises: RunError if the classes disagree or there are no images; NoScoreError where weights or
+        outputs are not finite.
     """
     device = torch.device(device)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # DDP's forward would wait for processes that have no batch left
+    refuse_weights(model)
     training = model.training
     totals = Totals(num_classes, device, per_class)
     progress = ProgressLines(loader, print_freq, device, logger)
     model.eval()
     try:
+        with signals_blocked():  # data workers never see a signal: the run ends them
+            batches = iter(loader)
+        if stop is not None:
+            batches = stop.until_stopped(batches)
         with evaluation(model):
-            for index, (images, targets) in enumerate(loader):
+            for index, (images, targets) in enumerate(batches):
                 images = images.to(device, non_blocking=True)
                 targets = targets.to(device, non_blocking=True)
                 with entered(autocast):
@@ -167,9 +185,12 @@ def evaluate(
                 progress.after_batch(index, totals)
     finally:
         model.train(training)
+    if stop is not None and stop.agree():
+        return None
     if reduce and dist.is_available() and dist.is_initialized():
         totals.reduce()
     result = totals.result()
+    refuse_outputs(int(totals.counts[3]), result.count, totals.dtype)
     logger.info(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
     return result
 
@@ -196,7 +217,7 @@ class ProgressLines:
         self.started = time.perf_counter()
         self.time = self.started  # of the last line
         self.batch = 0  # batches up to the last line
-        self.sums = torch.zeros(4, dtype=torch.float64)  # images, first, within topk, loss
+        self.sums = torch.zeros(5, dtype=torch.float64)  # the counts, and the loss
 
     def after_batch(self, index: int, totals: Totals) -> None:
         """Logs a line, and waits for the device, after every print_freq batches."""
@@ -205,8 +226,8 @@ class ProgressLines:
         sums = torch.cat([totals.counts.cpu().double(), totals.loss.cpu().double()[None]])
         now = time.perf_counter()
         done = index + 1
-        images, first, within_topk, loss = (sums - self.sums).tolist()
-        all_images, all_first, all_within_topk, all_loss = sums.tolist()
+        images, first, within_topk, _, loss = (sums - self.sums).tolist()
+        all_images, all_first, all_within_topk, _, all_loss = sums.tolist()
         batch_time = (now - self.time) / (done - self.batch)
         mean_time = (now - self.started) / done
         fields = [
@@ -225,29 +246,34 @@ class ProgressLines:
 
 
 def write_per_class(
-    result: EvalResult, folder: str | Path, class_names: list[str] | None = None
+    result: EvalResult,
+    folder: str | Path,
+    class_names: list[str] | None = None,
+    averaged: bool = False,
 ) -> list[Path]:
     """Writes per_class.csv (class, images, accuracy in per cent) and confusion.csv (rows: target,
-    columns: prediction).
+    columns: prediction); of averaged weights per_class_ema.csv and confusion_ema.csv.
     """
     if result.per_class is None:
         raise ValueError(
             "this result has no per-class counts; evaluate with per_class=True (TEST.PER_CLASS)"
         )
+    end = "_ema.csv" if averaged else ".csv"
     names = [str(name) for name in class_names or range(len(result.per_class))]
     shares = ["" if math.isnan(share) else f"{share:.4f}" for share in result.per_class.tolist()]
     images = result.class_images.tolist()
     rows = [["class", "images", "accuracy"], *zip(names, images, shares, strict=True)]
-    written = [_write_table(Path(folder) / "per_class.csv", rows)]
+    written = [_write_table(Path(folder) / f"per_class{end}", rows)]
     if result.confusion is not None:
         counts = result.confusion.tolist()
         rows = [["target", *names]]
         rows += [[name, *row] for name, row in zip(names, counts, strict=True)]
-        written.append(_write_table(Path(folder) / "confusion.csv", rows))
+        written.append(_write_table(Path(folder) / f"confusion{end}", rows))
     return written
 
 
 def _write_table(path: Path, rows: list) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(rows)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(rows)
+    write_text(path, table.getvalue())
     return path

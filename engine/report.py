@@ -3,6 +3,7 @@ metric log.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from engine.curves import plot_curves
 from engine.evaluate import EvalResult
+from engine.finite import NoScoreError
 from engine.logs import MetricLog
 from engine.progress import Progress, clock, peak_memory, time_of_day
 from engine.state import CheckpointFolder, Layout, TrainState
@@ -168,6 +170,14 @@ class Report:
         )
         self._write(state, kind, acc1=result.acc1, acc5=result.acc5, loss=result.loss)
 
+    def no_score(self, state: TrainState, kind: str, error: NoScoreError) -> float:
+        """An evaluation has found outputs that are not finite: training goes on, and what it
+        returns, NaN, is the accuracy.
+        """
+        LOGGER.warning("epoch %d, %s: %s", state.epoch, NETWORKS[kind], error)
+        self._write(state, kind, acc1=math.nan, acc5=math.nan, loss=math.nan)
+        return math.nan
+
     def best(self, state: TrainState) -> None:
         """The best accuracy so far."""
         LOGGER.info("Max accuracy: %.2f%%", state.best, extra={"progress": True})
@@ -183,21 +193,29 @@ class Report:
         plot: draw the curves.
         """
         if signal:
-            LOGGER.warning(
-                "stopped by signal %d; the state is in %s, the same command continues from it",
-                signal,
-                folder.last,
-            )
+            saved = "the state is in {0}, the same command continues from it"
+            if not folder.last.exists():
+                saved = "nothing is saved yet, the same command begins anew"
+            LOGGER.warning("stopped by signal %d; %s", signal, saved.format(folder.last))
             return
         LOGGER.info("Training time %s", clock(self.progress.since_start()))
-        LOGGER.info(
-            "best accuracy %.2f%% (epoch %d), checkpoint %s",
-            state.best,
-            state.best_epoch,
-            folder.best,
-        )
+        self._tell_best(state, folder)
         if plot and self.metrics.path is not None:
             self._plot(folder)
+
+    def _tell_best(self, state: TrainState, folder: CheckpointFolder) -> None:
+        if state.best_epoch < 0:
+            LOGGER.warning("no epoch has a score, so there is no best checkpoint")
+            return
+        accuracy = f"best accuracy {state.best:.2f}% (epoch {state.best_epoch})"
+        if not self.world.is_main or folder.holds_best(state.best_epoch, state.best):
+            LOGGER.info("%s, checkpoint %s", accuracy, folder.best)
+        else:
+            LOGGER.warning(
+                "%s, of which no checkpoint is left: %s is missing or of another epoch",
+                accuracy,
+                folder.best,
+            )
 
     def _plot(self, folder: CheckpointFolder) -> None:
         try:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from checkpoint import weights_metadata
 from engine.ema import ParameterEma
-from engine.evaluate import EvalResult
 from engine.logs import MetricLog
 from engine.losses import Distillation, with_distillation
 from engine.report import Report
 from engine.signals import StopSignal, exit_status
 from engine.state import CheckpointFolder
-from engine.train import Plan, fit, validate
+from engine.train import Evaluate, Plan, fit, validate
 from engine.trainer import Trainer
 
 
@@ -57,7 +56,7 @@ def make_trainer(
 def train(
     trainer: Trainer,
     loader: Any,
-    evaluate: Callable[[nn.Module], EvalResult],
+    evaluate: Evaluate,
     folder: Path,
     *,
     plan: Plan,
@@ -111,9 +110,10 @@ def train(
             print_freq=print_freq,
             training_loss=training_loss,
         )
-        if validate_first:
-            validate(trainer, evaluate, report)
-        signal = fit(
+        signal = 0
+        if validate_first and validate(trainer, evaluate, report, stop) is None:
+            signal = stop.agree()
+        signal = signal or fit(
             trainer,
             loader,
             evaluate,
@@ -128,5 +128,5 @@ def train(
                 "class_names": classes,
             },
         )
-    report.finish(trainer.state, checkpoints, signal, plot=plot)
+        report.finish(trainer.state, checkpoints, signal, plot=plot)
     return exit_status(signal)

@@ -14,12 +14,13 @@ of the file carries a checksum, so a damaged file is told from a whole one.
 
 import re
 import shutil
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from checkpoint import FORMAT, TRAINING, CheckpointError, peek_checkpoint
 from checkpoint.sealed import sealed
@@ -104,32 +105,69 @@ class CheckpointFolder:
         self.keep = keep
         self.last = self.folder / "last.pth"
         self.best = self.folder / "best.pth"
+        self.weights = self.folder / "model.safetensors"
+        self._newest = self.last  # what the other files are copies of
 
-    def save(self, payload: dict[str, Any]) -> None:
-        """Writes last.pth."""
+    def save(self, payload: dict[str, Any], copies: Callable[[], None] = lambda: None) -> None:
+        """Writes last.pth. copies: keeps it under more names, by the methods below.
+
+        They come before last.pth takes its name: where a kill or a full disk ends them, the state
+        before stays the last one, and what it goes on with writes them again.
+        """
         with atomic_write(self.last) as file:
             try:
                 torch.save({"format": FORMAT, **payload}, file)
             except RuntimeError as error:  # torch hides what the system said
                 raise OSError(0, f"writing failed ({str(error).splitlines()[0]})") from error
+            file.flush()
+            self._newest = Path(file.name)
+            try:
+                copies()
+            finally:
+                self._newest = self.last
 
     def keep_epoch(self, epoch: int, last: bool = False) -> None:
-        """Keeps last.pth as the checkpoint of a finished epoch, if one is due (`last`: the final
-        one always is).
+        """Keeps what is saved as the checkpoint of a finished epoch, if one is due (`last`: the
+        final one always is).
         """
         if last or epoch % self.save_freq == 0:
-            _copy(self.last, self.folder / f"ckpt_epoch_{epoch}.pth")
+            copy_whole(self._newest, self.of_epoch(epoch))
             self._drop_old(epoch)
 
+    def of_epoch(self, epoch: int) -> Path:
+        """Where the checkpoint of a finished epoch lies, if it was due."""
+        return self.folder / f"ckpt_epoch_{epoch}.pth"
+
     def keep_best(self, weights: dict[str, torch.Tensor], **about: Any) -> None:
-        """Keeps last.pth as the best one, and its weights as model.safetensors with `about` in the
-        header.
+        """Keeps what is saved as the best one, and its weights as model.safetensors with `about` in
+        the header.
         """
-        _copy(self.last, self.best)
+        copy_whole(self._newest, self.best)
+        self.write_weights(weights, about)
+
+    def write_weights(self, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+        """Writes model.safetensors, with `about` in its header."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         header = {"format": "pt", **{key: str(value) for key, value in about.items()}}
-        with atomic_write(self.folder / "model.safetensors") as file:
+        with atomic_write(self.weights) as file:
             file.write(sealed(tensors, header))
+
+    def holds_best(self, epoch: int, accuracy: float) -> bool:
+        """Whether best.pth is that of this epoch with this accuracy."""
+        try:
+            progress = peek_checkpoint(self.best).training_state()["progress"]
+        except CheckpointError:
+            return False
+        return (progress["best_epoch"], progress["best"]) == (epoch, accuracy)
+
+    def holds_weights(self, epoch: int, accuracy: float) -> bool:
+        """Whether model.safetensors says that it is of this epoch with this accuracy."""
+        try:
+            with safe_open(self.weights, "pt") as file:
+                about = file.metadata() or {}
+        except (OSError, SafetensorError):
+            return False
+        return (about.get("epoch"), about.get("accuracy")) == (str(epoch), str(accuracy))
 
     def _drop_old(self, epoch: int) -> None:
         if not self.keep:
@@ -155,7 +193,7 @@ def _is_training_state(path: Path) -> bool:
         return False
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_whole(source: Path, target: Path) -> None:
     """A second copy on disk (not a link: damage to one file must not reach the other)."""
     with open(source, "rb") as reader, atomic_write(target) as writer:
         shutil.copyfileobj(reader, writer, 2**20)

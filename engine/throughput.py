@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.ema import unwrap
 from engine.evaluate import Autocast, entered
+from engine.finite import refuse_outputs, refuse_weights
 from engine.progress import MIB, peak_memory
 from kernels.linear import evaluation
 
@@ -54,12 +55,15 @@ def throughput(
     usual_iters, usual_warmup = (5, 2) if device.type == "cpu" else (30, 50)
     iters = iters or usual_iters
     warmup = usual_warmup if warmup is None else warmup
+    refuse_weights(unwrap(model))
     images = torch.randn(batch_size, in_chans, height, width, device=device)
     training = model.training
     model.eval()
     try:
         with evaluation(model):
-            dtype = _run(model, images, autocast, max(warmup, 1)).dtype
+            logits = _run(model, images, autocast, max(warmup, 1))
+            bad = int((~logits.isfinite().flatten(1).all(1)).sum())
+            refuse_outputs(bad, batch_size, logits.dtype)
             seconds, peak = _timed(model, images, autocast, iters)
         macs = count(unwrap(model), images[:1]) if count else None
     finally:
@@ -70,7 +74,7 @@ def throughput(
         "batch_size": batch_size,
         "img_size": (height, width),
         "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(logits.dtype).removeprefix("torch."),
         "iters": iters,
         **peak,
         "params": sum(p.numel() for p in model.parameters()),

@@ -1,14 +1,15 @@
 """The loop around the update: epochs, validation, checkpoints, and when to stop."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from checkpoint import names_as_metadata
-from engine.evaluate import EvalResult
+from engine.evaluate import EvalResult, NoScoreError
 from engine.guard import DivergedError
 from engine.report import Report
 from engine.signals import StopSignal, signals_blocked
@@ -32,10 +33,14 @@ class Plan:
     max_nonfinite: int = 20
 
 
+# (network, averaged: whether it is the average, stop) -> result; None where a signal ended it.
+Evaluate = Callable[..., EvalResult | None]
+
+
 def fit(
     trainer: Trainer,
     loader: Any,
-    evaluate: Callable[[nn.Module], EvalResult],
+    evaluate: Evaluate,
     *,
     plan: Plan,
     folder: CheckpointFolder,
@@ -43,24 +48,29 @@ def fit(
     stop: StopSignal,
     extra: dict[str, Any] | None = None,
 ) -> int:
-    """Trains from `trainer.state` to the plan's end; after each epoch validates, then saves.
+    """Trains from `trainer.state` to the plan's end; after each epoch saves, validates, and saves
+    what that has changed, so that neither a signal nor a failure in a validation loses an epoch.
 
     Args:
         loader: len() batches an epoch, .epoch(epoch, start_batch) yields them.
-        evaluate: model -> result on the validation images.
+        evaluate: network -> result on the validation images, see `Evaluate`.
         extra: plain data for every checkpoint (the config).
     Returns: 0, or the number of the signal that ended the run early (its state is saved).
     Raises: DivergedError.
     """
     state = trainer.state
     extra = extra or {}
-    while state.epoch < plan.epochs:
+    while state.epoch < plan.epochs and not complete(plan, state):
+        before = state.update
         signal = train_epoch(trainer, loader, plan, folder, report, stop, extra)
-        if signal:
+        if signal or state.update > before:
             save(trainer, folder, extra)
+        if signal:
             return signal
-        score = validate(trainer, evaluate, report)
-        improved = state.best_epoch < 0 or score > state.best
+        score = validate(trainer, evaluate, report, stop)
+        if score is None:
+            return stop.agree()
+        improved = improves(state, score)
         if improved:
             state.best = score
             state.best_epoch = state.epoch
@@ -70,7 +80,7 @@ def fit(
         save(trainer, folder, extra, finished=finished, improved=improved, final=final)
         if finished is None:
             return 0
-        signal = stop.agree()
+        signal = 0 if final else stop.agree()
         if signal:
             return signal
     return 0
@@ -93,14 +103,12 @@ def train_epoch(
         trainer.statistics.start_epoch()
     report.start_epoch(state)
     trainer.parallel.train()
-    for window in windows(loader, state, trainer.layout.accumulation):
-        if reached(plan, state):
-            break
+    for window in ahead(trainer, loader, plan, stop):
         trainer.update(window)
         trainer.advance(len(loader))
         if read := report.update(trainer):
             refuse_divergence(trainer, read, plan.max_nonfinite)
-        if stop.poll():
+        if stop.poll() or reached(plan, state):
             break
         if plan.save_steps and state.update % plan.save_steps == 0 and unfinished(trainer, loader):
             save(trainer, folder, extra)
@@ -111,20 +119,46 @@ def train_epoch(
 
 
 def validate(
-    trainer: Trainer, evaluate: Callable[[nn.Module], EvalResult], report: Report
-) -> float:
+    trainer: Trainer, evaluate: Evaluate, report: Report, stop: StopSignal
+) -> float | None:
     """Evaluates the weights, and their average if that leads; returns the accuracy, in percent,
-    that decides which epoch is the best.
+    that decides which epoch is the best: NaN where outputs are not finite, None where a signal
+    ended the evaluation.
     """
     trainer.share_statistics()
-    # A signal waits until the evaluation is done, and does not end its data workers.
-    with signals_blocked():
-        result = evaluate(trainer.model)
-        report.validation(trainer.state, "val", result)
-        if trainer.leader is not trainer.model:
-            result = evaluate(trainer.leader)
-            report.validation(trainer.state, "val_ema", result)
-    return result.acc1
+    networks = {"val": trainer.model}
+    if trainer.leader is not trainer.model:
+        networks["val_ema"] = trainer.leader
+    for kind, network in networks.items():
+        try:
+            result = evaluate(network, averaged=kind == "val_ema", stop=stop)
+        except NoScoreError as error:
+            if error.by_weights:
+                raise
+            score = report.no_score(trainer.state, kind, error)
+            continue
+        if result is None:
+            return None
+        report.validation(trainer.state, kind, result)
+        score = result.acc1
+    return score
+
+
+def improves(state: TrainState, score: float) -> bool:
+    """Whether a score is the best so far, also where it was found before (a validation repeated
+    after a kill, or at another limit of updates): its files may not be there yet.
+    """
+    if math.isnan(score):
+        return False
+    again = score == state.best and state.best_epoch == state.epoch
+    return again or state.best_epoch < 0 or score > state.best
+
+
+def complete(plan: Plan, state: TrainState) -> bool:
+    """Whether the limit of updates was reached with the last update of an epoch that is validated;
+    inside an epoch a checkpoint does not tell.
+    """
+    return reached(plan, state) and state.batch == 0
 
 
 def reached(plan: Plan, state: TrainState) -> bool:
@@ -137,15 +171,24 @@ def updates_follow(plan: Plan, state: TrainState) -> bool:
     return state.epoch < plan.epochs and not reached(plan, state)
 
 
+def ahead(trainer: Trainer, loader: Any, plan: Plan, stop: StopSignal) -> Iterator[list[Batch]]:
+    """The windows of micro-batches that are left of the epoch, until a signal; none where the limit
+    of updates is reached.
+    """
+    if reached(plan, trainer.state) or not unfinished(trainer, loader):
+        return iter(())
+    window = trainer.layout.accumulation
+    return stop.until_stopped(windows(loader, trainer.state, window), together=True)
+
+
 def windows(loader: Any, state: TrainState, accumulation: int) -> Iterator[list[Batch]]:
     """Lists of `accumulation` micro-batches from the position on; a rest that does not fill a
     window is not trained on.
     """
-    # Workers start with the first batch, and must not die before the last update of a stopped run.
+    # Workers start here, and must not die before the last update of a stopped run.
     with signals_blocked():
         batches = iter(loader.epoch(state.epoch, state.batch))
-        first = list(islice(batches, 1))
-    return full_windows(chain(first, batches), accumulation)
+    yield from full_windows(batches, accumulation)
 
 
 def full_windows(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:
@@ -185,24 +228,34 @@ def save(
     """Writes the checkpoints that are due; every process must call it. finished: the epoch that has
     just ended.
     """
-    payload = trainer.capture()
-    if payload is None:
+    captured = trainer.capture()
+    if captured is None:
         trainer.world.meet("the checkpoint that process 0 writes")
         return
-    folder.save(payload | extra)
-    if improved:
-        averaged = trainer.leader is not trainer.model
-        folder.keep_best(
-            payload["ema"] if averaged else payload["model"],
-            epoch=trainer.state.best_epoch,
-            accuracy=trainer.state.best,
-            averaged=averaged,
-            **extra.get("metadata", {}),
-            **names_as_metadata(extra.get("class_names", ())),
-        )
-    if finished is not None:
-        folder.keep_epoch(finished, last=final)
+    payload = captured | extra
+
+    def copies() -> None:
+        if improved:
+            weights, about = best_weights(payload, trainer.leader is not trainer.model)
+            folder.keep_best(weights, **about)
+        if finished is not None:
+            folder.keep_epoch(finished, last=final)
+
+    folder.save(payload, copies)
     trainer.world.meet("the end of the checkpoint")
+
+
+def best_weights(
+    payload: dict[str, Any], averaged: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a training state that its accuracy belongs to, and what is said of them."""
+    return payload["ema" if averaged else "model"], {
+        "epoch": payload["progress"]["best_epoch"],
+        "accuracy": payload["progress"]["best"],
+        "averaged": averaged,
+        **payload.get("metadata", {}),
+        **names_as_metadata(payload.get("class_names", ())),
+    }
 
 
 def refuse_divergence(trainer: Trainer, read: dict[str, float], limit: int) -> None:

@@ -1,15 +1,19 @@
 """The loop around the update: what it runs, saves and reports, and when."""
 
+import math
 import os
 import signal
+import time
 
 import pytest
 import torch
 
+from engine.finite import NoScoreError
 from engine.guard import DivergedError
-from engine.signals import StopSignal
+from engine.signals import STOPPING, StopSignal
 from engine.train import Plan, fit
 from tests.engine.small import Loader, Silent, evaluation, make_trainer
+from utils import RunError
 
 
 class Recorder:
@@ -36,7 +40,12 @@ class Recorder:
     def best(self, state) -> None:
         self.calls.append(("best", state.best_epoch, state.best))
 
-    def save(self, payload) -> None:
+    def no_score(self, state, kind: str, error) -> float:
+        self.calls.append(("no_score", state.epoch, str(error)))
+        return math.nan
+
+    def save(self, payload, copies=lambda: None) -> None:
+        copies()
         self.payload = payload
         progress = payload["progress"]
         self.calls.append(("save", progress["epoch"], progress["batch"]))
@@ -60,7 +69,7 @@ def run(trainer, loader=None, accuracies=(50.0,), *, read: bool = True, extra=No
         status = fit(
             trainer,
             loader or Loader(4),
-            lambda model: evaluation(next(values)),
+            lambda model, **_: evaluation(next(values)),
             plan=Plan(**{"epochs": len(accuracies), **plan}),
             folder=recorder,
             report=recorder,
@@ -77,11 +86,12 @@ def test_an_epoch_is_trained_validated_saved_and_named_in_this_order():
     assert recorder.calls == [
         ("start", 0, 0),
         ("end", 0, True),
+        ("save", 0, 4),
         ("val", 0, 50.0),
         ("best", 0, 50.0),
-        ("save", 1, 0),
         ("keep_best", about),
         ("keep_epoch", 0, True),
+        ("save", 1, 0),
     ]
 
 
@@ -112,12 +122,13 @@ def test_what_the_caller_adds_is_in_every_checkpoint():
     "accumulation, save_steps, inside",
     [(1, 0, []), (1, 1, [1, 2, 3, 4, 5]), (1, 3, [3]), (2, 1, [2, 4]), (2, 2, [4]), (1, 6, [])],
 )
-def test_inside_an_epoch_every_save_steps_updates_are_saved_but_not_its_end(
+def test_inside_an_epoch_every_save_steps_updates_are_saved_and_its_end_before_validating(
     accumulation, save_steps, inside
 ):
     trainer = make_trainer(accumulation=accumulation)
     recorder, _ = run(trainer, Loader(6), save_steps=save_steps)
-    assert [call[1:] for call in recorder.of("save")] == [(0, batch) for batch in inside] + [(1, 0)]
+    positions = [(0, batch) for batch in [*inside, 6]] + [(1, 0)]
+    assert [call[1:] for call in recorder.of("save")] == positions
 
 
 def test_a_limit_of_updates_validates_and_saves_where_it_stops():
@@ -125,55 +136,182 @@ def test_a_limit_of_updates_validates_and_saves_where_it_stops():
     assert status == 0
     assert recorder.of("start", "val", "save", "keep_epoch") == [
         ("start", 0, 0),
+        ("save", 0, 4),
         ("val", 0, 10.0),
-        ("save", 1, 0),
         ("keep_epoch", 0, False),
+        ("save", 1, 0),
         ("start", 1, 0),
+        ("save", 1, 2),
         ("val", 1, 20.0),
         ("save", 1, 2),
     ]
 
 
-class Signalled(Loader):
-    """SIGTERM comes with the third batch of the first epoch."""
-
-    def epoch(self, epoch: int, start_batch: int = 0):
-        for index, batch in enumerate(super().epoch(epoch, start_batch)):
-            if (epoch, index) == (0, 2):
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-
 def test_a_signal_saves_after_the_update_it_came_in_without_validating():
-    recorder, status = run(make_trainer(), Signalled(6))
-    assert status == signal.SIGTERM
-    assert recorder.calls == [("start", 0, 0), ("end", 0, False), ("save", 0, 3)]
-
-
-def test_a_signal_during_the_validation_stops_after_the_epoch_is_saved():
-    class Evaluation(Recorder):
-        def validation(self, state, kind, result):
-            os.kill(os.getpid(), signal.SIGTERM)
-            super().validation(state, kind, result)
+    class Signalled(Recorder):
+        def update(self, trainer):
+            if trainer.state.update == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().update(trainer)
 
     trainer = make_trainer()
-    recorder = Evaluation(trainer)
+    recorder = Signalled(trainer)
     with StopSignal(trainer.world) as stop:
         status = fit(
             trainer,
-            Loader(2),
-            lambda model: evaluation(),
+            Loader(6),
+            lambda *_, **__: evaluation(),
             plan=Plan(5),
             folder=recorder,
             report=recorder,
             stop=stop,
         )
     assert status == signal.SIGTERM
-    assert recorder.of("start", "save", "keep_epoch") == [
-        ("start", 0, 0),
+    assert recorder.calls == [("start", 0, 0), ("end", 0, False), ("save", 0, 3)]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("evaluation_of", [0, 1], ids=["the weights", "their average"])
+def test_a_signal_in_a_validation_ends_it_and_the_epoch_is_saved(number, evaluation_of):
+    seen = []
+
+    def evaluate(model, averaged, stop):
+        for batch in stop.until_stopped(range(5)):
+            seen.append((averaged, batch))
+            if averaged == evaluation_of and batch == 1:
+                os.kill(os.getpid(), number)
+        return None if stop.agree() else evaluation()
+
+    trainer = make_trainer(ema=True)
+    recorder = Recorder(trainer)
+    with StopSignal(trainer.world) as stop:
+        status = fit(
+            trainer,
+            Loader(2),
+            evaluate,
+            plan=Plan(5),
+            folder=recorder,
+            report=recorder,
+            stop=stop,
+        )
+    assert status == number
+    assert seen[-1] == (bool(evaluation_of), 1)  # no batch more
+    assert recorder.of("start", "save", "keep_epoch") == [("start", 0, 0), ("save", 0, 2)]
+    again, status = run(
+        trainer, Loader(2), (50.0, 50.0), epochs=1
+    )  # as a restarted run: it validates first
+    assert status == 0 and again.of("start", "val", "save") == [
+        ("start", 0, 2),
+        ("val", 0, 50.0),
         ("save", 1, 0),
-        ("keep_epoch", 0, False),
     ]
+
+
+def test_a_validation_that_fails_loses_no_epoch():
+    recorder = Recorder(make_trainer())
+
+    def evaluate(*_, **__):
+        raise RunError("an image cannot be read")
+
+    with pytest.raises(RunError), StopSignal(recorder.trainer.world) as stop:
+        fit(
+            recorder.trainer,
+            Loader(2),
+            evaluate,
+            plan=Plan(5),
+            folder=recorder,
+            report=recorder,
+            stop=stop,
+        )
+    assert recorder.of("save") == [("save", 0, 2)]
+
+
+class Late(Loader):
+    """Its second batch never comes; a signal does."""
+
+    def epoch(self, epoch: int, start_batch: int = 0):
+        for index, batch in enumerate(super().epoch(epoch, start_batch)):
+            if start_batch + index == self.late:
+                os.kill(os.getpid(), self.number)
+                time.sleep(60)
+            yield batch
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("late", [0, 1], ids=["first", "second"])
+def test_a_signal_ends_the_wait_for_a_batch_that_does_not_come(number, late):
+    loader = Late(3)
+    loader.number, loader.late = number, late
+    recorder, status = run(make_trainer(), loader)
+    assert status == number
+    assert recorder.calls == [("start", 0, 0), ("end", 0, False), ("save", 0, late)]
+
+
+def test_a_signal_in_the_last_save_of_a_run_changes_nothing():
+    class Saving(Recorder):
+        def keep_epoch(self, epoch, last=False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().keep_epoch(epoch, last)
+
+    trainer = make_trainer()
+    recorder = Saving(trainer)
+    with StopSignal(trainer.world) as stop:
+        for epochs, expected in ((1, 0), (3, signal.SIGTERM)):
+            status = fit(
+                trainer,
+                Loader(2),
+                lambda *_, **__: evaluation(),
+                plan=Plan(epochs),
+                folder=recorder,
+                report=recorder,
+                stop=stop,
+            )
+            assert status == expected
+            trainer.state.epoch, stop.received = 1, 0
+    assert recorder.of("save")[-1] == ("save", 2, 0)
+
+
+def test_a_limit_reached_with_an_epochs_last_update_begins_no_other():
+    class Asked(Loader):
+        def epoch(self, epoch: int, start_batch: int = 0):
+            asked.append((epoch, start_batch))
+            return super().epoch(epoch, start_batch)
+
+    asked, trainer = [], make_trainer()
+    recorder, status = run(trainer, Asked(4), max_steps=4, epochs=3)
+    assert status == 0 and asked == [(0, 0)]
+    assert recorder.of("val", "save") == [("save", 0, 4), ("val", 0, 50.0), ("save", 1, 0)]
+    recorder, status = run(trainer, Asked(4), max_steps=4, epochs=3)  # started again
+    assert status == 0 and recorder.calls == [] and asked == [(0, 0)]
+
+
+def test_outputs_that_are_not_finite_get_no_score_and_training_goes_on():
+    results = iter([10.0, None, 5.0])
+
+    def evaluate(model, **_):
+        score = next(results)
+        if score is None:
+            raise NoScoreError("no score", by_weights=False)
+        return evaluation(score)
+
+    trainer = make_trainer()
+    recorder = Recorder(trainer)
+    with StopSignal(trainer.world) as stop:
+        fit(
+            trainer,
+            Loader(2),
+            evaluate,
+            plan=Plan(3),
+            folder=recorder,
+            report=recorder,
+            stop=stop,
+        )
+    assert recorder.of("val", "no_score") == [
+        ("val", 0, 10.0),
+        ("no_score", 1, "no score"),
+        ("val", 2, 5.0),
+    ]
+    assert (trainer.state.best, trainer.state.best_epoch) == (10.0, 0)
 
 
 def test_batches_are_asked_for_by_epoch_and_position():

@@ -12,8 +12,9 @@ from engine.logs import MetricLog, read_metrics
 from engine.progress import Progress, clock
 from engine.report import Report
 from engine.signals import StopSignal
-from engine.state import CheckpointFolder, Layout, TrainState
+from engine.state import CheckpointFolder, Layout, TrainState, copy_whole
 from engine.train import Plan, fit
+from tests.checkpoint.states import changed, training_state
 from tests.engine.small import Loader, NoFiles, evaluation, make_trainer
 from utils import World
 
@@ -75,7 +76,7 @@ def train(
     trainer = make_trainer(accumulation=accumulation, **options)
     trainer.state = state or trainer.state
 
-    def evaluate(model):
+    def evaluate(model, **_):
         clock.wait(VALIDATION)
         return evaluation()
 
@@ -105,13 +106,6 @@ def train(
     return trainer, report, clock, [line for line in lines if line.startswith("Train:")]
 
 
-# MAX_STEPS loads one batch more, and at the end of an epoch begins another.
-AFTER_MAX_STEPS = {
-    "{'max_steps': 9}": UPDATE,
-    "{'max_steps': 12}": UPDATE + VALIDATION,
-}
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -132,7 +126,7 @@ def test_the_promised_end_of_the_run_is_when_it_ends(options):
     for epoch, end, _ in report.promised:
         # before the first validation its time is not known
         unknown = (VALIDATION + rest) * len(set(epochs)) if epoch == epochs[0] else 0
-        assert clock.now - end == pytest.approx(unknown + AFTER_MAX_STEPS.get(str(options), 0))
+        assert clock.now - end == pytest.approx(unknown)
 
 
 def test_the_promised_end_of_an_epoch_is_when_its_last_update_is_done():
@@ -283,15 +277,31 @@ def test_a_stopped_run_says_where_to_go_on_and_a_finished_one_what_came_out(capl
         timer=clock,
     )
     caplog.set_level(logging.INFO)
-    folder = SimpleNamespace(last=tmp_path / "last.pth", best=tmp_path / "best.pth")
+    folder = CheckpointFolder(tmp_path)
     state = TrainState(best=87.5, best_epoch=3)
     clock.wait(90061)
-    report.finish(state, folder, signal=15)
-    report.finish(state, folder)
-    stopped, time, best = (record.getMessage() for record in caplog.records)
+
+    def said(**options):
+        caplog.clear()
+        report.finish(state, folder, **options)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said(signal=15) == [
+        "stopped by signal 15; nothing is saved yet, the same command begins anew"
+    ]
+    about = {"best": 87.5, "best_epoch": 3, "epoch": 4}
+    folder.save(changed(training_state(), "progress", training_state()["progress"] | about))
+    [stopped] = said(signal=15)
     assert "signal 15" in stopped and str(folder.last) in stopped
+    time, missing = said()
     assert time == "Training time 1 day, 1:01:01"
-    assert best == f"best accuracy 87.50% (epoch 3), checkpoint {folder.best}"
+    assert missing.startswith("best accuracy 87.50% (epoch 3), of which no checkpoint is left")
+    copy_whole(folder.last, folder.best)
+    assert said()[1] == f"best accuracy 87.50% (epoch 3), checkpoint {folder.best}"
+    state.best = 88.0
+    assert "of which no checkpoint is left" in said()[1]
+    state.best_epoch = -1
+    assert said()[1] == "no epoch has a score, so there is no best checkpoint"
 
 
 def test_the_picture_is_told_the_length_of_an_epoch_and_what_the_training_loss_is(

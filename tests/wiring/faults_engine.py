@@ -94,7 +94,7 @@ ENGINE_MUTANTS = [
         ),
         (
             "best_weights_without_metadata",
-            '            **extra.get("metadata", {}),\n',
+            '        **payload.get("metadata", {}),\n',
             "\n",
             ON_RUNS.format("a_checkpoint_holds_the_settings_and_says_what_its_weights_are"),
         ),

@@ -90,8 +90,8 @@ MAIN_MUTANTS = [
         ),
         (
             "a_finished_run_takes_the_settings_of_another",
+            " and not updates_follow(plan[",
             " and updates_follow(plan[",
-            " or updates_follow(plan[",
             "tests/test_continuing.py::test_a_finished_run_repeated_changes_nothing_whatever_its"
             "_places_workers_and_logs",
         ),
@@ -105,8 +105,8 @@ MAIN_MUTANTS = [
         ),
         (
             "every_process_writes_the_settings",
-            "if self.world.is_main and updates_follow(",
-            "if updates_follow(",
+            "        if self.world.is_main and not written:",
+            "        if not written:",
             ALONE,
         ),
         (

@@ -22,7 +22,7 @@ AVERAGED = {"MODEL.EMA.ENABLE": True, "MODEL.EMA.DECAY": 0.5}
 
 @pytest.mark.parametrize(
     "settings, saves, updates",
-    [({"TRAIN.MAX_STEPS": 1}, 1, [1]), ({"TRAIN.SAVE_STEPS": 1}, 2, [1, 2])],
+    [({"TRAIN.MAX_STEPS": 1}, 2, [1]), ({"TRAIN.SAVE_STEPS": 1}, 3, [1, 2])],
 )
 def test_a_run_saves_and_stops_after_the_updates_it_is_told(settings, saves, updates, tmp_path):
     left = run(tmp_path, settings)
