@@ -158,8 +158,9 @@ KEYS: dict[str, Key] = {
     "DATA.PIN_MEMORY": Key(True, switch(), "page-locked host memory, for faster copies to a GPU"),
     "DATA.NUM_WORKERS": Key(8, PROCESSES,
         "loading processes per process; 0 = load in the training process"),
-    "DATA.TIMEOUT": Key(0.0, FROM_0,
-        "seconds to wait for a loading process before giving up; 0 = for ever"),
+    "DATA.TIMEOUT": Key(1800.0, FROM_0,
+        "seconds to wait for a batch before giving up, with or without loading processes; 0 = for "
+        "ever. After 300 s a warning shows where the program waits"),
     "DATA.REPEATED_AUG": Key(1, AT_LEAST_1,
         "differently augmented views of each sampled training image (repeated augmentation); 1 = "
         "off"),

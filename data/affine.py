@@ -84,6 +84,7 @@ class ArrayBatches(Dataset):
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
         self.reading: Tensor | None = None  # the loader's; unused, as memory never stalls
+        self.may_stall = False
         self._images = torch.from_numpy(source.images)[:, None]  # (N, 1, h, w)
         self._labels = torch.from_numpy(source.labels)
         self._epoch = -1  # the epoch of _matrices

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from data.errors import DataError
 from data.images import UnreadableImage
 from data.randomness import REPLACEMENT, Key, preserved_rng, seed_sample, stream
-from data.sources import Source
+from data.sources import ArraySource, Source
 
 # Unreadable images in a row after which replacing one more is no longer sensible: the storage is
 # gone.
@@ -56,8 +56,9 @@ class ImageDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.training = training
-        # (workers,) int64, shared: the image each worker is at; set by the loader
+        # (workers or 1,) int64, shared: the image each worker is at; set by the loader
         self.reading: Tensor | None = None
+        self.may_stall = not isinstance(source, ArraySource)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -109,6 +110,6 @@ class ImageDataset(Dataset):
         raise DataError(f"{_ATTEMPTS} training images in a row cannot be read, the last: {note}")
 
     def _announce(self, index: int) -> None:
-        worker = get_worker_info()
-        if worker is not None and self.reading is not None:
-            self.reading[worker.id] = index
+        if self.reading is not None:
+            worker = get_worker_info()
+            self.reading[worker.id if worker is not None else 0] = index

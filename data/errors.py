@@ -5,6 +5,7 @@ forms.
 from __future__ import annotations
 
 import os
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from registry import UserError
@@ -70,12 +71,9 @@ def layout_error(
     )
 
 
-def worker_failure(error: RuntimeError, reading: str = "") -> DataError | None:
-    """A DataError for torch's report of a dead or silent DataLoader worker; None if `error` is
-    something else.
-
-    torch raises the report of a killed worker from a signal handler, so it can appear anywhere in
-    the main process.
+def worker_failure(error: Exception, reading: str = "", processes: list = ()) -> DataError | None:
+    """A DataError for what a dead or silent loading process leads to; None if `error` is something
+    else: torch's own report, or an exchange of messages that breaks off.
     """
     text = str(error)
     if "DataLoader timed out" in text:
@@ -83,16 +81,31 @@ def worker_failure(error: RuntimeError, reading: str = "") -> DataError | None:
             f"no batch arrived within DATA.TIMEOUT seconds{reading}; check the storage, or raise"
             " DATA.TIMEOUT (0 waits for ever)"
         )
-    if "DataLoader worker" in text and (
+    reported = "DataLoader worker" in text and (
         "killed by signal" in text or "exited unexpectedly" in text
-    ):
-        if "shared memory" in text or "Bus error" in text:
-            return DataError(
-                "a data worker died for lack of shared memory; enlarge /dev/shm (docker:"
-                " --shm-size) or set DATA.NUM_WORKERS 0"
-            )
+    )
+    if reported and ("shared memory" in text or "Bus error" in text):
         return DataError(
-            f"a data worker died ({text.splitlines()[0].rstrip('. ')}); often the machine ran out"
-            " of memory: lower DATA.NUM_WORKERS or DATA.BATCH_SIZE, or set DATA.CACHE_MODE no"
+            "a data worker died for lack of shared memory; enlarge /dev/shm (docker:"
+            " --shm-size) or set DATA.NUM_WORKERS 0"
         )
-    return None
+    how = text.splitlines()[0].rstrip(". ") if reported else _death(error, processes)
+    if not how:
+        return None
+    return DataError(
+        f"a data worker died ({how}){reading}; often the machine ran out of memory: lower"
+        " DATA.NUM_WORKERS or DATA.BATCH_SIZE, or set DATA.CACHE_MODE no"
+    )
+
+
+def _death(error: Exception, processes: list) -> str:
+    """How a loading process ended, if one did: its messages break off a moment earlier."""
+    if isinstance(error, UserError) or not processes:
+        return ""
+    patience = 1 if isinstance(error, (OSError, EOFError)) else 0
+    ended = wait([process.sentinel for process in processes], timeout=patience)
+    for process in processes:
+        if process.sentinel in ended:
+            process.join(timeout=1)
+    dead = [process for process in processes if process.exitcode]
+    return f"pid {dead[0].pid}, exit status {dead[0].exitcode}" if dead else ""

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +18,23 @@ from torch.utils.data import DataLoader
 from data.datasets import Batch
 from data.errors import DataError, worker_failure
 from data.samplers import EvalBatches, TrainBatches
+from data.waiting import (
+    SLICE,
+    STALL,
+    FromMemory,
+    FromThread,
+    FromWorkers,
+    NotYet,
+    Patience,
+    end_processes,
+    prepare_worker,
+    reports_wanted,
+    starting_workers,
+    tell_stall,
+)
 
 logger = logging.getLogger(__name__)
+Fetcher = FromWorkers | FromThread | FromMemory
 
 
 def _as_is(batch: Batch) -> Batch:
@@ -45,12 +66,24 @@ class Loader:
     ):
         self.dataset = dataset
         self.batches = batches
+        self.num_workers = num_workers
+        self.timeout = timeout
+        # so that a whole number of them makes the timeout
+        self.slice = timeout / math.ceil(timeout / SLICE) if timeout else SLICE
         self.corrupt_limit = corrupt_limit
         self.corrupt: set[str] = set()  # names of unreadable images met so far
+        self._end: Callable[[], Any] = lambda: None  # ends the loading processes
         parallel = {}
         if num_workers:
-            parallel = {"timeout": timeout, "persistent_workers": True, "prefetch_factor": 2}
-            dataset.reading = torch.full((num_workers,), -1, dtype=torch.int64).share_memory_()
+            parallel = {
+                "timeout": self.slice,
+                "persistent_workers": True,
+                "prefetch_factor": 2,
+                "worker_init_fn": prepare_worker,
+            }
+        # the image that each worker, or the one thread of this process, is at
+        reading = torch.full((max(num_workers, 1),), -1)
+        dataset.reading = reading.share_memory_() if num_workers else reading
         # A generator of its own, or every start of an epoch draws a seed from torch's global one.
         self._loader = DataLoader(
             dataset,
@@ -68,39 +101,85 @@ class Loader:
     def close(self) -> None:
         """Ends the loading processes; the loader can be used again, with new ones.
 
-        Left to the end of the program they could keep it from ending: they are joined there, and
-        one that was started with SIGTERM blocked, or hangs, does not follow the request to stop.
-        Here such a one is killed.
+        The end of the loader or of the program does that too: left to the interpreter they would be
+        asked by a signal that they do not see, and waited for.
         """
-        workers = self._loader._iterator
         self._loader._iterator = None
-        if workers is not None:
-            processes = workers._workers
-            workers._shutdown_workers()
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
+        self._end()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._checked(iter(self._loader))
+        return self._checked(self._start())
 
-    def _checked(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._received(batches):
-            if batch.error:
-                raise DataError(batch.error)
-            for note in batch.replaced:
-                self._count(note)
-            yield batch.images, batch.targets
+    def _start(self) -> Fetcher:
+        """Starts the epoch, and with the first one the workers."""
+        if not self.num_workers:
+            batches = iter(self._loader)
+            if self.dataset.may_stall:
+                return FromThread(batches, self.slice)
+            return FromMemory(batches)
+        try:
+            if self._loader._iterator is not None:
+                return FromWorkers(self._restarted())
+            with starting_workers():
+                workers = iter(self._loader)
+            self._end = weakref.finalize(self, end_processes, workers, os.getpid())
+            return FromWorkers(workers)
+        except Exception as error:
+            raise self._failure(error) from None
 
-    def _received(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _restarted(self) -> Iterator[Batch]:
+        """The workers, at the start of another epoch: each answers once it has left the one before,
+        and for that its timeout is the whole one.
+        """
+        workers = self._loader._iterator
+        reading = self._being_read()
+        alarm = threading.Timer(STALL, tell_stall, (STALL, self.timeout, reading, workers._workers))
+        alarm.daemon = True
+        alarm.start()
+        workers._timeout = self.timeout
+        try:
+            with reports_wanted():
+                return iter(self._loader)
+        finally:
+            workers._timeout = self.slice
+            alarm.cancel()
+
+    def _checked(self, batches: Fetcher) -> Iterator[tuple[Tensor, Tensor]]:
+        try:
+            while (batch := self._next(batches)) is not None:
+                if batch.error:
+                    raise DataError(batch.error)
+                for note in batch.replaced:
+                    self._count(note)
+                yield batch.images, batch.targets
+        finally:
+            batches.close()
+
+    def _next(self, batches: Fetcher) -> Batch | None:
+        begun, patience = time.monotonic(), None
         while True:
             try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise worker_failure(error, self._being_read()) or error from None
-            yield batch
+                return batches.get()
+            except NotYet:
+                pass
+            except Exception as error:
+                raise self._failure(error) from None
+            if patience is None:
+                patience = Patience(self.timeout, begun, self._being_read, self._processes())
+            patience.check()
+
+    def _processes(self) -> list:
+        workers = self._loader._iterator
+        return [] if workers is None else workers._workers
+
+    def _failure(self, error: Exception) -> Exception:
+        """What to tell where a batch did not come; of a dead worker a DataError."""
+        if isinstance(error, OSError) and self._loader._iterator is None and self.num_workers:
+            return DataError(
+                f"{self.num_workers} data workers cannot be started ({error.strerror or error});"
+                " lower DATA.NUM_WORKERS"
+            )
+        return worker_failure(error, self._being_read(), self._processes()) or error
 
     def _count(self, note: str) -> None:
         if note in self.corrupt:

@@ -2,12 +2,17 @@
 
 import os
 import random
+import signal
+import threading
 import time
+from multiprocessing import connection
 
 import numpy as np
 import pytest
 import torch
 
+from data import loader as loader_module
+from data import waiting
 from data.datasets import ImageDataset
 from data.errors import DataError, worker_failure
 from data.layouts import folder
@@ -128,7 +133,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_training_image_is_replaced_the_same_way_everywhere_and_named_once(
+def test_corrupt_training_image_is_replaced_the_same_way_everywhere_and_named_once(
     root, caplog, damage, num_workers
 ):
     victim = root / "train" / "bee" / "006.jpg"
@@ -198,7 +203,7 @@ def test_a_set_without_one_readable_image_stops(root, num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_validation_image_is_an_error_that_names_the_file(root, num_workers, damage):
+def test_corrupt_validation_image_is_an_error_that_names_the_file(root, num_workers, damage):
     loader = val_loader(root, num_workers)
     DAMAGE[damage](root / "val" / "bee" / "019.jpg")
     with pytest.raises(
@@ -219,20 +224,135 @@ class Acts:
         return EVAL(image)
 
 
-def test_a_worker_that_hangs_is_reported_with_the_file_it_was_reading(root):
-    loader = train_loader(root, 1, transform=Acts(lambda: time.sleep(3)), timeout=1)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_worker_hangs_and_the_file_it_was_reading_is_named(root, num_workers, monkeypatch, caplog):
+    """With and without loading processes; before that a warning shows where the program waits."""
+    monkeypatch.setattr(waiting, "STALL", 0.4)
+    monkeypatch.setattr(loader_module, "SLICE", 0.25)
+    hanging = Acts(lambda: time.sleep(30))
+    loader = train_loader(root, num_workers, transform=hanging, timeout=1)
+    before = torch.get_rng_state()
+    began = time.monotonic()
     with pytest.raises(
         DataError,
         match=r"no batch arrived within DATA.TIMEOUT seconds while reading '.*train/.*jpg'",
-    ):
+    ) as caught:
         list(loader.epoch(0))
+    assert time.monotonic() - began < 10 and "\n" not in str(caught.value)
+    warning = next(line for line in caplog.messages if line.startswith("no batch for"))
+    assert "while reading '" in warning and "thread MainThread" in warning
+    if not num_workers:
+        assert "thread images" in warning and "time.sleep(30)" in warning
+        # the state that a checkpoint would hold is that between two batches
+        assert torch.equal(torch.get_rng_state(), before)
+    loader.close()
 
 
-def test_a_worker_that_dies_is_reported_in_one_line(root):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_signal_ends_the_wait_for_a_batch_that_does_not_come(root, num_workers):
+    class Stop(BaseException):
+        pass
+
+    def stop(number, frame):
+        raise Stop
+
+    loader = train_loader(root, num_workers, transform=Acts(lambda: time.sleep(30)))
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        began = time.monotonic()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(Stop):
+            next(loader.epoch(0))
+        loader.close()
+        assert time.monotonic() - began < 10
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+DEATH = "a data worker died.*lower DATA.NUM_WORKERS"
+
+
+def test_worker_killed_while_it_loads(root):
     loader = train_loader(root, 1, transform=Acts(lambda: os.kill(os.getpid(), 9)))
-    with pytest.raises(DataError, match="a data worker died.*lower DATA.NUM_WORKERS") as caught:
+    with pytest.raises(DataError, match=DEATH) as caught:
         list(loader.epoch(0))
     assert "\n" not in str(caught.value)
+    loader.close()
+
+
+def kill(loader) -> None:
+    """Kills the workers and waits until they are gone."""
+    workers = loader._loader._iterator._workers
+    for process in workers:
+        os.kill(process.pid, signal.SIGKILL)
+        connection.wait([process.sentinel], timeout=5)
+
+
+@pytest.mark.parametrize("making", [train_loader, val_loader])
+def test_worker_killed_between_two_batches_disturbs_nothing_but_the_next(root, making):
+    """The report waits until a batch is asked for, so that an update is never left half done."""
+    loader = making(root, 2)
+    batches = iter(loader)
+    next(batches)
+    kill(loader)
+    for _ in range(100):
+        time.sleep(0.001)  # torch's own handler would raise here
+    with pytest.raises(DataError, match=DEATH) as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+    loader.close()
+    assert len(list(loader)) == len(loader)  # with new workers
+
+
+def test_worker_killed_between_two_epochs(root):
+    loader = train_loader(root, 2)
+    list(loader.epoch(0))
+    kill(loader)
+    with pytest.raises(DataError, match=DEATH):
+        list(loader.epoch(1))
+    loader.close()
+
+
+def test_worker_killed_before_the_loader_is_closed(root):
+    loader, other = train_loader(root, 2), val_loader(root, 1)
+    list(loader.epoch(0))
+    kill(loader)
+    loader.close()
+    assert len(list(other)) == len(other)  # whose wait is not disturbed by the dead of another
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(), EOFError(), FileNotFoundError(2, "gone"), RuntimeError("x")]
+)
+def test_worker_killed_while_it_sends_a_batch(root, error, monkeypatch):
+    """What breaks off is reported as the death that it is, whatever torch makes of it; without a
+    death it stays what it is.
+    """
+    loader = train_loader(root, 1)
+    batches = loader.epoch(0)
+    next(batches)
+
+    def broken(self):
+        raise error
+
+    monkeypatch.setattr(waiting.FromWorkers, "get", broken)
+    with pytest.raises(type(error)):
+        next(batches)
+    kill(loader)
+    with pytest.raises(DataError, match=r"died \(pid [0-9]+, exit status -9\)"):
+        loader._next(waiting.FromWorkers(None))
+    loader.close()
+
+
+def test_workers_that_cannot_be_started_are_told(root, monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    loader = train_loader(root, 3)
+    monkeypatch.setattr(loader_module.DataLoader, "__iter__", refuse)
+    with pytest.raises(DataError, match="3 data workers cannot be started .Resource temporarily"):
+        list(loader.epoch(0))
 
 
 def test_other_runtime_errors_are_not_taken_for_worker_failures():
@@ -242,3 +362,15 @@ def test_other_runtime_errors_are_not_taken_for_worker_failures():
         " out of shared memory."
     )
     assert "shm" in str(worker_failure(RuntimeError(report)))
+
+
+def test_workers_do_not_see_the_signals_that_stop_a_run(root):
+    loader = train_loader(root, 1)
+    batches = loader.epoch(0)
+    worker = loader._loader._iterator._workers[0]
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        os.kill(worker.pid, getattr(signal, name))
+    assert len(list(batches)) == 3 and worker.is_alive()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert signal.SIGTERM not in blocked and signal.SIGINT not in blocked
+    loader.close()

@@ -167,11 +167,13 @@ def test_each_order_and_each_sample_follows_the_seed(folder):
 
 def test_both_loaders_load_as_the_settings_say(folder):
     settings = {"DATA.NUM_WORKERS": 3, "DATA.TIMEOUT": 7.0, "DATA.PIN_MEMORY": True}
-    asked = {"num_workers": 3, "timeout": 7.0, "pin_memory": True, "persistent_workers": True}
+    # the clock is looked at every 3.5 s
+    asked = {"num_workers": 3, "timeout": 3.5, "pin_memory": True, "persistent_workers": True}
     for base in (FOLDER | {"DATA.DATA_PATH": folder}, DIGITS):
         with loaders_without_workers() as found:
-            build_data(config_of(base | settings | {"DEVICE": "auto"}))
+            data = build_data(config_of(base | settings | {"DEVICE": "auto"}))
         assert found == [asked, asked]
+        assert data.train_loader.timeout == data.val_loader.timeout == 7.0
 
 
 def test_a_reader_is_asked_for_what_the_settings_say(monkeypatch):
