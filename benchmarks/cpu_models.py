@@ -9,6 +9,7 @@ them alike; a ratio is the median over rounds of the ratio within a round. The s
 for all. A training step is forward, cross entropy, backward and an AdamW update. "plain formula" is
 this project's model with the reference backend for attention; its other layers are ours. "timm,
 eager attention" is the original Swin's sequence of operations throughout. bfloat16 is autocast.
+Inference is inside `models.evaluation`, as in validation; other projects' models do not know it.
 Peak memory (Linux) is what training steps of one model alone add to the resident size of a process
 of its own.
 """
@@ -30,7 +31,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import environment
-from models import SwinTransformer, SwinTransformerV2
+from models import SwinTransformer, SwinTransformerV2, evaluation
 from models.attention import AttentionSpec
 
 
@@ -163,14 +164,17 @@ def measure(family: str, arguments: argparse.Namespace) -> list[dict]:
     """One row per model and kind of step."""
     size, makers = FAMILIES[family]
     images = torch.randn(arguments.batch, 3, size, size)
+    models = {name: make() for name, make in makers.items() if name in arguments.models}
     steps = {
-        name: make_steps(make(), images, getattr(torch, arguments.dtype), arguments.compile)
-        for name, make in makers.items()
-        if name in arguments.models
+        name: make_steps(model, images, getattr(torch, arguments.dtype), arguments.compile)
+        for name, model in models.items()
     }
     rows = []
     for kind in ("inference", "training step") if arguments.kind == "both" else (arguments.kind,):
-        seconds = interleaved({name: step[kind] for name, step in steps.items()}, arguments.rounds)
+        with evaluation(*models.values()):  # without effect on the models of others
+            seconds = interleaved(
+                {name: step[kind] for name, step in steps.items()}, arguments.rounds
+            )
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         for name, values in seconds.items():
             # the ratio of each round is the fairest comparison: both models met the same load

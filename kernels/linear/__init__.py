@@ -8,7 +8,7 @@ from .mlp import fused_mlp
 from .precision import computed_in, describe_products, result_dtype
 from .prepared import PreparedLinear
 from .products import linear
-from .watched import is_plain, is_untouched
+from .watched import is_cpu_inference, is_plain, is_untouched
 
 __all__ = [
     "EvalCache",
@@ -19,6 +19,7 @@ __all__ = [
     "describe_products",
     "evaluation",
     "fused_mlp",
+    "is_cpu_inference",
     "is_plain",
     "is_untouched",
     "kept_for",

@@ -7,7 +7,7 @@ from .evaluation import EvalCache, kept_for
 from .precision import computed_in, result_dtype
 from .prepared import PreparedLinear
 from .products import linear
-from .watched import is_plain
+from .watched import is_cpu_inference, is_plain
 
 Linear = nn.Linear  # its former name: the layers are PyTorch's own
 
@@ -19,17 +19,19 @@ def run_linear(layer: nn.Module, x: Tensor) -> Tensor:
     if not is_plain(layer) or (torch.compiler.is_compiling() and not _is_widened(x)):
         return layer(x)
     cache = kept_for(layer)
-    if cache is not None:
-        return prepared(layer, x, cache)(x)
-    return linear(x, layer.weight, layer.bias)
+    if cache is None and not is_cpu_inference(x):
+        return linear(x, layer.weight, layer.bias)
+    return prepared(layer, x, cache)(x)
 
 
-def prepared(layer: nn.Linear, x: Tensor, cache: EvalCache) -> PreparedLinear:
-    """A plain layer prepared for inputs like x, kept in `cache`."""
-    dtype, kind = result_dtype(x), x.device.type
-    weight, bias = layer.weight, layer.bias
+def prepared(layer: nn.Linear, x: Tensor, cache: EvalCache | None) -> PreparedLinear:
+    """A plain layer prepared for inputs like x: kept in `cache`, or else for one call."""
+    arguments = (layer.weight, layer.bias, result_dtype(x), x.device.type)
+    if cache is None:
+        return PreparedLinear(*arguments, calls="one")
+    weight, bias, *place = arguments
     sources = [weight] if bias is None else [weight, bias]
-    return cache.get((dtype, kind), sources, lambda: PreparedLinear(weight, bias, dtype, kind))
+    return cache.get(tuple(place), sources, lambda: PreparedLinear(*arguments))
 
 
 def _is_widened(x: Tensor) -> bool:

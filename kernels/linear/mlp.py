@@ -17,7 +17,7 @@ from .layer import prepared, run_linear
 from .precision import FEWEST_ROWS, computed_in, result_dtype
 from .prepared import PreparedLinear
 from .products import addmm_into
-from .watched import is_plain
+from .watched import is_cpu_inference, is_plain
 
 # A hidden activation above WHOLE_BYTES is worked on in chunks, as in precision.py.
 WHOLE_BYTES = 16 << 20
@@ -31,7 +31,7 @@ def fused_mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> Tensor:
     """(..., C) -> (..., C), equal to fc2(gelu(fc1(x))).
 
     On the CPU in eager mode a large activation is worked on in chunks, only its values before the
-    GELU are saved for the backward, and inside `evaluation` the GELU is part of the first product;
+    GELU are saved for the backward, and without gradients the GELU is part of the first product;
     under autocast in its dtype. Everything else, also layers that are not plain, goes through the
     two layers one by one.
     """
@@ -44,10 +44,9 @@ def fused_mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> Tensor:
         return run_linear(fc2, F.gelu(run_linear(fc1, x)))
     dtype = result_dtype(x)
     inner = computed_in(dtype, "cpu")
-    caches = [kept_for(layer) for layer in (fc1, fc2)]
-    if None not in caches:
-        first, second = map(prepared, (fc1, fc2), (x, x), caches)
-        return _evaluate(x, first, second, inner)
+    first, second = kept_for(fc1), kept_for(fc2)
+    if is_cpu_inference(x):
+        return _evaluate(x, prepared(fc1, x, first), prepared(fc2, x, second), inner)
     hidden_bytes = x.numel() // x.shape[-1] * fc1.out_features * dtype.itemsize
     small = hidden_bytes <= PLAIN_BYTES[compiled(inner)]
     if (small and inner == dtype) or is_transformed():

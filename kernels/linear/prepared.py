@@ -1,4 +1,4 @@
-"""A product x Wᵀ + b whose weight is cast and laid out once for many calls without gradients."""
+"""A product x Wᵀ + b without gradients; its weight may be cast and laid out once for many calls."""
 
 import torch
 import torch.nn.functional as F
@@ -28,25 +28,33 @@ def can_pack(weight: Tensor, kind: str) -> bool:
 
 
 class PreparedLinear:
-    """Weight and bias of a linear layer, prepared once for many calls without gradients.
+    """Weight and bias of a linear layer, prepared for calls without gradients.
 
     Args:
         weight: (out, in).
         bias: (out,) or None.
         dtype: of the result.
         kind: of the device.
-    On the CPU the weight is stored in the layout in which oneDNN multiplies, where it can be; a
+        calls: "many" or "one", for which the weight keeps its layout.
+    On the CPU oneDNN multiplies, where it can, for many calls with the weight in its own layout; a
     GELU behind the product is then part of it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kind: str):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        kind: str,
+        calls: str = "many",
+    ):
         self.dtype = dtype
         self.inner = computed_in(dtype, kind)
         self.width = len(weight)
         self.weight = weight.detach().to(self.inner)
         self.bias = None if bias is None else bias.detach().to(self.inner)
-        self.packed = can_pack(self.weight, kind)
-        if self.packed:
+        self.by_onednn = can_pack(self.weight, kind)
+        if self.by_onednn and calls == "many":
             self.weight = _MKLDNN._reorder_linear_weight(self.weight.contiguous())
 
     def __call__(self, x: Tensor, gelu: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -64,7 +72,7 @@ class PreparedLinear:
 
     def _product(self, x: Tensor, gelu: bool) -> Tensor:
         x = x.to(self.inner)
-        if not self.packed:
+        if not self.by_onednn:
             y = self._plain_product(x)
             return F.gelu(y) if gelu else y
         if x.numel() == 0:

@@ -31,6 +31,11 @@ def is_observed() -> bool:
     )
 
 
+def is_cpu_inference(x: Tensor) -> bool:
+    """Whether a product with x on the CPU needs neither gradients nor to be an ordinary one."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not is_observed()
+
+
 def is_untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling `module` does what one of the classes `kinds` does, and nothing else: it is
     no subclass, and has neither hooks nor a forward of its own. Hooks of all modules do not count.

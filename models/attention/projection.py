@@ -9,6 +9,7 @@ from kernels.linear import (
     EvalCache,
     PreparedLinear,
     computed_in,
+    is_cpu_inference,
     is_plain,
     kept_for,
     linear,
@@ -81,8 +82,11 @@ class Projection(Modified):
             return self._project_by_calling(x)
         cache = kept_for(self)
         fold = self._folds(x, cache)
+        place = (result_dtype(x), x.device.type)
         if cache is not None:
-            qkv = self._prepared(cache, fold, result_dtype(x), x.device.type)(x)
+            qkv = self._prepared(cache, fold, *place)(x)
+        elif is_cpu_inference(x):
+            qkv = PreparedLinear(*self._projection(fold), *place, calls="one")(x)
         else:
             qkv = linear(x, *self._projection(fold))
         return qkv if fold else self._add(x, qkv)

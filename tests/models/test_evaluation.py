@@ -29,12 +29,12 @@ def logits(model):
 
 @pytest.fixture
 def preparations(monkeypatch):
-    """The widths of the layers that have been prepared."""
+    """The widths of the layers that have been prepared for many calls."""
     made, original = [], prepared.PreparedLinear.__init__
 
-    def init(self, weight, *rest):
-        made.append(len(weight))
-        original(self, weight, *rest)
+    def init(self, weight, *rest, calls="many"):
+        made.extend([len(weight)] * (calls == "many"))
+        original(self, weight, *rest, calls)
 
     monkeypatch.setattr(prepared.PreparedLinear, "__init__", init)
     return made

@@ -179,6 +179,7 @@ def functional(model):
 FOREIGN = [wrapped, hooked, hooked_backward, own_forward, parametrised, normed, functional]
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # cpb_mlp's input has none
 @pytest.mark.parametrize("change", FOREIGN)
 @pytest.mark.parametrize(
     "family, options", [("swin", ""), ("swin", "(drop_bias=True)"), ("swinv2", "(drop_bias=True)")]
@@ -288,7 +289,7 @@ def test_a_pruned_bias_table_and_parametrised_biases_are_read_each_time():
             assert (logits(model) - before).abs().max() > 1e-4
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("name", ["swin, sharpened", "swinv2, sharpened", "vit", "cait", "t2t"])
 def test_dynamic_quantization_reaches_every_linear_layer(name):
     torch.manual_seed(0)
