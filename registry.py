@@ -10,8 +10,11 @@ import ast
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 
 class UserError(Exception):
@@ -64,18 +67,182 @@ class Interval(NamedTuple):
         return f"{self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
 
 
+SHOWN = 100  # characters of a value or a spec that an error quotes
+
+
+def quote(value: Any) -> str:
+    """The value as Python writes it, cut to a length that a line can hold."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]}...{text[-1]}"
+
+
+def printable(text: str) -> str:
+    """The text with line breaks and the like as Python writes them."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
 class OptionType(NamedTuple):
-    """What an option may be, in words and as types."""
+    """One kind of value that an option takes: in words, how it is read (raises ValueError or
+    OverflowError for what is none), and its words, if they are few.
+    """
 
     words: str
-    types: tuple[type, ...]
+    read: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
 
 
-BOOL = OptionType("True or False", (bool,))
-INT = OptionType("a whole number", (int,))
-FLOAT = OptionType("a number", (int, float))
-# By a parameter's annotation, which is text in modules with `from __future__ import annotations`.
-TYPES = {bool: BOOL, "bool": BOOL, int: INT, "int": INT, float: FLOAT, "float": FLOAT}
+def _exactly(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError
+    return value
+
+
+def _truth(value: Any) -> bool:
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    return _exactly(bool, words.get(value.lower(), value) if isinstance(value, str) else value)
+
+
+def _real(value: Any) -> float:
+    number = float(value) if type(value) is int else _exactly(float, value)
+    if number != value or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _nothing(value: Any) -> None:
+    if value is not None and value != "none":
+        raise ValueError
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else _exactly(str, value)
+
+
+def _anything(value: Any) -> Any:
+    return _real(value) if type(value) is float else value
+
+
+def _one_of(allowed: tuple[Any, ...]) -> OptionType:
+    """A Literal. A bare none, off or no, which is read as None or False, stands for the word too,
+    where it is one of them.
+    """
+
+    def read(value: Any) -> Any:
+        spellings = [value]
+        spellings += ["none"] * (value is None) + ["off", "no"] * (value is False)
+        for word in spellings:
+            if word in allowed and type(word) is type(allowed[allowed.index(word)]):
+                return word
+        raise ValueError
+
+    words = tuple(word for word in allowed if isinstance(word, str))
+    return OptionType(" or ".join(str(value) or "''" for value in allowed), read, words)
+
+
+def _items(kind: type, inner: tuple[Any, ...]) -> OptionType:
+    """A tuple or a list of options, of one length where that is given."""
+    endless = kind is not tuple or ... in inner
+    options = [Option(annotation) for annotation in inner if annotation is not ...]
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError
+        each = options * len(value) if endless or not options else options
+        if len(each) != len(value) and options:
+            raise ValueError
+        return (tuple if kind is tuple else list)(
+            option.read(item) for option, item in zip(each or [Option(Any)] * len(value), value)
+        )
+
+    words = " and ".join(dict.fromkeys(option.words for option in options))
+    return OptionType(f"a list of: {words}" if words else "a list", read)
+
+
+class Option:
+    """What an option of a part may be, by its annotation: bool, int, float (finite), str, None,
+    Literal, tuples and lists of these, and unions of all.
+
+    A bool may be written yes, no, on and off. What an annotation does not say is not checked.
+    """
+
+    # in the order in which they are tried: words last, for they take what is meant as a bool
+    TYPES = {
+        bool: OptionType("True or False", _truth),
+        type(None): OptionType("None", _nothing),
+        int: OptionType("a whole number", partial(_exactly, int)),
+        float: OptionType("a number", _real),
+        Literal: None,
+        tuple: None,
+        list: None,
+        Sequence: None,
+        str: OptionType("a word", _word),
+    }
+    ANY = OptionType("what its description says", _anything)
+
+    def __init__(self, annotation: Any):
+        order = list(self.TYPES)
+        members = {get_origin(member) or member: member for member in _members(annotation)}
+        known = sorted((kind for kind in members if kind in order), key=order.index)
+        self.types = [self.TYPES[kind] or self._made(kind, members[kind]) for kind in known]
+        self.types += [self.ANY] * (len(known) < len(members))
+        self.words = ", or ".join(option.words for option in self.types)
+
+    @staticmethod
+    def _made(kind: Any, annotation: Any) -> OptionType:
+        inner = get_args(annotation)
+        return _one_of(inner) if kind is Literal else _items(kind, inner)
+
+    def read(self, value: Any) -> Any:
+        """The value as the part takes it. Raises: ValueError with the value and what is allowed."""
+        for option in self.types:
+            try:
+                return option.read(value)
+            except (ValueError, OverflowError):
+                continue
+        choices = [word for option in self.types for word in option.choices]
+        hint = did_you_mean(value, choices) if choices and isinstance(value, str) else ""
+        raise ValueError(f"{quote(value)}; allowed: {self.words}{hint}")
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The members of a union; None as its type."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for member in get_args(annotation) for inner in _members(member)]
+    return [type(None) if annotation is None else annotation]
+
+
+def option_annotations(entry: Any, taken: int = 0) -> dict[str, Any] | None:
+    """The annotations of what a part is built with, after its first `taken` parameters, by name;
+    None for one that takes any option.
+    """
+    try:
+        signature = inspect.signature(entry, eval_str=True)
+    except NameError:  # names that only a type checker knows
+        signature = inspect.signature(entry)
+    parameters = list(signature.parameters.values())[taken:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def read_options(what: str, options: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Options as a part takes them; `what` names it, `known` are its annotations.
+
+    Raises: ValueError for an option that is not known, or of another kind than its annotation.
+    """
+    read = {}
+    for option, value in options.items():
+        if option not in known:
+            hint = did_you_mean(option, known)
+            raise ValueError(
+                f"{what} has no option {option!r}; its options are"
+                f" {', '.join(known) or 'none'}{hint}"
+            )
+        try:
+            read[option] = Option(known[option]).read(value)
+        except ValueError as error:
+            raise ValueError(f"{what}: {option} is {error}") from None
+    return read
 
 
 class Registry:
@@ -129,39 +296,30 @@ class Registry:
         """Builds the entry that "name" or "name(option=value, ...)" describes; `args` come before
         the options.
 
-        Raises: ValueError for an unknown name or option, with what is allowed.
+        Raises: ValueError for an unknown name or option, and for a value of another kind than the
+            option's annotation, with what is allowed.
         """
         name, options = parse_call(text)
         entry = self[name]
-        self._check_options(text, entry, options, taken=len(args))
+        what = f"{self.kind} {quote(text)}"
+        known = option_annotations(entry, len(args))
+        if known is not None:
+            options = read_options(what, options, known)
         try:
             return entry(*args, **options)
+        except ValueError as error:
+            if name in str(error) and str(error).isprintable():
+                raise
+            raise ValueError(f"{what}: {printable(str(error))}") from error
         except TypeError as error:
             where = f"{entry.__module__}.{entry.__qualname__}"
             raise ValueError(
-                f"{self.kind} {text!r}: {error}; its options are in the docstring of {where}"
+                f"{what}: {error}; its options are in the docstring of {where}"
             ) from error
-
-    def _check_options(self, text: str, entry: Any, options: dict[str, Any], taken: int) -> None:
-        """Refuses an option that `entry` does not have, or that is not of the type it is annotated
-        with (bool, int or float); its first `taken` parameters are none.
-        """
-        parameters = list(inspect.signature(entry).parameters.values())[taken:]
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return
-        known = {parameter.name: parameter.annotation for parameter in parameters}
-        for option, value in options.items():
-            if option not in known:
-                hint = did_you_mean(option, known)
-                raise ValueError(
-                    f"{self.kind} {text!r} has no option {option!r}; its options are"
-                    f" {', '.join(known) or 'none'}{hint}"
-                )
-            wanted = TYPES.get(known[option])
-            if wanted and type(value) not in wanted.types:
-                raise ValueError(
-                    f"{self.kind} {text!r}: {option} is {value!r}; allowed: {wanted.words}"
-                )
+        except (RuntimeError, ArithmeticError, MemoryError) as error:  # sizes that cannot be
+            raise ValueError(
+                f"{what}: {(str(error) or 'out of memory').splitlines()[0]}"
+            ) from error
 
 
 def _title(entry: Any) -> str:
@@ -175,7 +333,9 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     Raises: ValueError for anything else.
     """
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how a literal is written
+            node = ast.parse(text.strip(), mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
@@ -184,9 +344,9 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
         if None in options or len(options) < len(node.keywords):  # **options, or one given twice
             raise ValueError(text)
         return node.func.id, options
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(
-            f"cannot read {text!r}; write name or name(option=value, ...), each option once"
+            f"cannot read {quote(text)}; write name or name(option=value, ...), each option once"
         ) from error
 
 

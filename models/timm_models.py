@@ -14,7 +14,7 @@ from models.attention import AttentionSpec
 from models.attention.timm_attention import replacement
 from models.base.backbone import BACKBONES, Backbone, attention_spec
 from models.base.options import SOFTMAX, pixels
-from registry import did_you_mean, parse_call
+from registry import did_you_mean, option_annotations, parse_call, read_options
 
 from .counting import count_macs
 
@@ -31,6 +31,12 @@ INSTEAD = {
     "pit": "pit",
     "resnet": "sasa_resnet",
 }  # MODEL.TYPE by name
+
+SETTINGS = {  # options of timm's constructors that have a key of their own
+    "num_classes": "MODEL.NUM_CLASSES",
+    "in_chans": "MODEL.TIMM.IN_CHANS",
+    "img_size": "DATA.IMG_SIZE",
+}
 
 
 @BACKBONES.register("timm")
@@ -188,14 +194,44 @@ def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.
             f"timm {timm.__version__} has no model {name!r} (MODEL.TIMM.MODEL, or MODEL.NAME where"
             f" that is empty){did_you_mean(name, timm.list_models())}"
         )
+    try:
+        options = _read_options(name, options, always | transformer)
+    except ValueError as error:
+        raise ValueError(f"timm cannot build {text}: {error}") from error
     for arguments in (always | transformer, always):
         try:
-            return timm.create_model(name, pretrained=pretrained, **{**arguments, **options})
+            return timm.create_model(name, pretrained=pretrained, **(arguments | options))
         except TypeError as error:
             problem = error
         except (RuntimeError, AssertionError, OSError) as error:
             raise ValueError(f"timm cannot build {text}: {error}") from error
     raise ValueError(f"timm cannot build {text}: {problem}") from problem
+
+
+def _read_options(name: str, options: dict, arguments: dict) -> dict:
+    """Options of a spec as the constructor of timm's class takes them. Raises: ValueError for what
+    it does not take, and for a contradiction to the settings.
+    """
+    import timm  # here: it takes seconds
+
+    if not options:
+        return options
+    known: dict = {}
+    with torch.device("meta"):
+        cls = type(timm.create_model(name))
+    for part in cls.__mro__:
+        own = option_annotations(part.__init__, 1)
+        known = (own or {}) | known
+        if own is not None:  # else it hands its options on to the class behind it
+            break
+    for machine in ("device", "dtype"):
+        known.pop(machine, None)
+    read = read_options("the model", options, known)
+    for option, key in SETTINGS.items():
+        given, asked = read.get(option), arguments[option]
+        if given is not None and given != asked and (given, given) != asked:
+            raise ValueError(f"{option} is {given}, {key} says {asked}; leave the option out")
+    return read
 
 
 def exchange_attention(net: nn.Module, name: str, spec: AttentionSpec) -> None:

@@ -10,6 +10,8 @@ from registry import check_choice
 
 from .neighbourhood import neighbourhood_attention
 
+MAX_KERNEL = 255
+
 
 class LocalAttention(nn.Module):
     """Local attention with relative rows and columns; no output projection, no bias.
@@ -128,10 +130,10 @@ def _check_sizes(
     positions: bool,
     grouped: bool,
 ) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    if not 1 <= kernel_size <= MAX_KERNEL or kernel_size % 2 == 0:
         raise ValueError(
             f"local attention: kernel_size is {kernel_size}; it must be odd, so that it has a"
-            " centre"
+            f" centre, and from 1 to {MAX_KERNEL}"
         )
     if stride < 1:
         raise ValueError(f"local attention: stride is {stride}; it must be at least 1")

@@ -47,6 +47,11 @@ class MixerAttention(nn.Module):
         self.geometry = geometry
         self.spec = spec
         self.mixer = MIXERS.create(spec.mixer, geometry.dim, geometry.num_heads)
+        width = getattr(self.mixer, "out_dim", geometry.dim)
+        if width != geometry.dim:
+            raise ValueError(
+                f"mixer {spec.mixer} makes {width} channels of {geometry.dim}; leave out_dim out"
+            )
         if geometry.prefix and self.mixer.needs_places:
             raise ValueError(
                 f"mixer {spec.mixer} gives every token its neighbours on the grid, and a class"

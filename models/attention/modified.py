@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.modes import is_fake
 from models.layers.init import own_random_numbers
+from registry import parse_call
 
 from .geometry import Geometry
 from .modifiers import MODIFIERS
@@ -30,7 +31,7 @@ class Modified(nn.Module):
         for text in texts:
             with own_random_numbers(text):
                 modifier = MODIFIERS.create(text, geometry)
-            name = text.partition("(")[0].strip()
+            name, _ = parse_call(text)
             if name in self.modifiers:
                 raise ValueError(f"attention modifier {name!r} is listed twice in {list(texts)}")
             self.modifiers[name] = modifier

@@ -11,6 +11,7 @@ from .base import MIXERS
 
 POOL_NORMS = ("l2", "softmax", "none", "ones")
 RESIDUALS = ("q", "none")
+MAX_WIDEN = 64
 
 
 def unit(x: Tensor, axis: int) -> Tensor:
@@ -63,7 +64,12 @@ class EfficientAdditiveAttention(nn.Module):
         self.residual = check_choice(
             "efficient_additive: residual", str(residual or "none").lower(), RESIDUALS
         )
-        out_dim = out_dim or dim
+        self.out_dim = out_dim = dim if out_dim is None else out_dim
+        if min(out_dim, widen) < 1 or widen > MAX_WIDEN:
+            raise ValueError(
+                f"efficient_additive(out_dim={out_dim}, widen={widen}): out_dim is at least 1,"
+                f" widen from 1 to {MAX_WIDEN}"
+            )
         width = out_dim * widen
         self.qk_norm = qk_norm
         self.scale = out_dim**-0.5

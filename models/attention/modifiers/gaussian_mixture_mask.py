@@ -12,6 +12,7 @@ from .base import MODIFIERS, TermModifier
 
 # widest distances of the window in the sigma that stands for infinity: the mixture is 1 up to 1e-6
 IDENTITY_REACH = 1000.0
+MAX_KERNELS = 1024
 
 
 @MODIFIERS.register("gaussian_mixture_mask")
@@ -61,8 +62,11 @@ class GaussianMixtureMask(TermModifier):
                 raise ValueError(
                     f"gaussian_mixture_mask({name}={value}): allowed are {', '.join(allowed)}"
                 )
-        if num_kernels < 1:
-            raise ValueError(f"gaussian_mixture_mask(num_kernels={num_kernels}): at least 1")
+        if not 1 <= num_kernels <= MAX_KERNELS:
+            raise ValueError(
+                f"gaussian_mixture_mask(num_kernels={num_kernels}): at least 1, at most"
+                f" {MAX_KERNELS}"
+            )
         if renormalise and position != "post":
             raise ValueError(
                 "gaussian_mixture_mask(renormalise=True) needs position=post: before the softmax"

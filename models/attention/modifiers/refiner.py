@@ -26,6 +26,7 @@ ALLOWED = {
     "geometry": ("raster", "key_grid", "query_grid"),
     "cls": ("include", "exclude"),
 }
+MAX_SIZE = 64  # of expand and kernel
 SMALLEST_SUM = 1e-6  # of a row that is divided by its sum
 
 
@@ -224,8 +225,10 @@ def _check(options: dict, place: Geometry, expand: int, kernel: int, reduce: boo
             raise ValueError(
                 f"refiner({name}={value}): allowed are {', '.join(map(str, ALLOWED[name]))}"
             )
-    if expand < 1 or kernel < 1:
-        raise ValueError(f"refiner(expand={expand}, kernel={kernel}): both are at least 1")
+    if not (1 <= expand <= MAX_SIZE and 1 <= kernel <= MAX_SIZE):
+        raise ValueError(
+            f"refiner(expand={expand}, kernel={kernel}): both are at least 1, at most {MAX_SIZE}"
+        )
     if not reduce and place.inner % (place.num_heads * expand):
         raise ValueError(
             f"refiner(expand={expand}, reduce=False): {place.inner} channels cannot be split into"
