@@ -24,6 +24,7 @@ from lr_scheduler import SHAPES
 from models import BACKBONES
 from optimizer import OPTIMIZERS
 from settings.flags import FLAGS, add_flags, add_local_rank, build_parser, refuse_empty
+from settings.inert import inert
 from settings.kinds import (
     Choice,
     ConfigError,
@@ -589,9 +590,12 @@ def get_config(args: Any) -> CfgNode:
     given.add_options(getattr(args, "opts", None) or [])
     add_flags(given, args)
     add_local_rank(given, args)
-    cfg = tree(derive(given.complete(), given.values))
+    values = derive(given.complete(), given.values)
+    cfg = tree(values)
     check_combinations(cfg)
-    for note in notes(cfg):
+    written = {key: values[key] for key in KEYS if key in given.written}
+    defaults = {key: entry.default for key, entry in KEYS.items()}
+    for note in [*notes(cfg), *inert(written, values, defaults)]:
         log_note(note)
     cfg.freeze()
     return cfg

@@ -53,7 +53,7 @@ from optimizer import build_optimizer
 from processes import PeerError
 from registry import UserError
 from settings import arguments
-from settings.checks import check_files, check_settings
+from settings.checks import check_files, check_on_device, check_settings
 from settings.continuing import Run, check_continuing
 from settings.rules import is_yaml
 from utils import World
@@ -146,6 +146,7 @@ class Program:
         self.model = self.build_model(self.data.num_classes)
         self.logger.info(describe_model(self.model, self.config.MODEL.NAME))
         with self.autocast():
+            check_on_device(self.model)
             self.logger.info(describe_attention(self.model))
         products = describe_products(self.dtype, self.world.device.type)
         if products:
@@ -171,6 +172,8 @@ class Program:
 
     def time(self) -> int:
         model = self.build_model()
+        with self.autocast():
+            check_on_device(model)
         if self.config.MODEL.COMPILE:
             model = torch.compile(model)
         result = throughput(

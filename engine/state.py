@@ -12,6 +12,7 @@ model, ema, optimizer, lr_scheduler, scaler, progress (`TrainState`), layout (`L
 of the file carries a checksum, so a damaged file is told from a whole one.
 """
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Sized
@@ -24,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint import FORMAT, TRAINING, CheckpointError, peek_checkpoint
 from checkpoint.sealed import sealed
-from utils import atomic_write
+from utils import atomic_write, prepare_folder
 
+LOGGER = logging.getLogger(__name__)
 EPOCH_FILE = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 
@@ -112,8 +114,12 @@ class CheckpointFolder:
         """Writes last.pth. copies: keeps it under more names, by the methods below.
 
         They come before last.pth takes its name: where a kill or a full disk ends them, the state
-        before stays the last one, and what it goes on with writes them again.
+        before stays the last one, and what it goes on with writes them again. A folder that someone
+        has deleted is made again, so that nothing is lost but what was in it.
         """
+        if not self.folder.is_dir():
+            LOGGER.warning("%s was deleted during the run; it is made again", self.folder)
+            prepare_folder(self.folder)
         with atomic_write(self.last) as file:
             try:
                 torch.save({"format": FORMAT, **payload}, file)

@@ -14,7 +14,7 @@ from data.build import check_transforms
 from engine.teacher import check_timm_teacher
 from lr_scheduler import build_schedule, scaled_rates
 from models import build_model
-from models.attention.report import check_backends
+from models.attention.report import check_backends, check_kernel
 from optimizer import build_optimizer
 from registry import UserError
 from settings.kinds import ConfigError
@@ -29,10 +29,7 @@ def check_settings(config: Any) -> None:
     Raises: UserError, one line.
     """
     model = draft_model(config)
-    try:
-        check_backends(model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    _as_setting(check_backends, model)
     if config.THROUGHPUT_MODE:
         return
     check_transforms(config, train=not config.EVAL_MODE)
@@ -47,6 +44,20 @@ def check_settings(config: Any) -> None:
     distill = config.TRAIN.DISTILL
     if distill.KIND != "none" and not is_yaml(distill.TEACHER):
         check_timm_teacher(distill.TEACHER, distill.TEACHER_WEIGHTS)
+
+
+def check_on_device(model: nn.Module) -> None:
+    """Refuses a forced backend that this machine does not have; `model` is on its device, and this
+    within its autocast. Raises: ConfigError.
+    """
+    _as_setting(check_kernel, model)
+
+
+def _as_setting(check: Callable[[nn.Module], None], model: nn.Module) -> None:
+    try:
+        check(model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def draft_model(config: Any) -> nn.Module:

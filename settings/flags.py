@@ -158,7 +158,7 @@ def add_flags(given: Given, args: Any) -> None:
         if value is not None:
             if flag.key != "OUTPUT":  # '' is the present folder
                 refuse_empty(flag.names[0], value)
-            given.values[flag.key] = given.convert(flag.names[0], flag.key, value)
+            given.add(flag.names[0], [(flag.key, value)])
     level = getattr(args, "amp_opt_level", None)
     if level == "O0":
         log_note("--amp-opt-level O0 is deprecated: use --disable_amp")

@@ -37,6 +37,7 @@ class Given:
         self.sections = sections_of(keys)
         self.dropped = dropped
         self.values: dict[str, Any] = {}
+        self.written: set[str] = set()  # in the file itself, --opts and flags, not in BASE files
         self.files = 0
 
     def add_file(self, path: Path, named_by: str, above: tuple[Path, ...] = ()) -> None:
@@ -54,7 +55,7 @@ class Given:
             raise ConfigError(f"BASE: the files include each other: {names}")
         for parent in _parents(path, content.pop("BASE", None)):
             self.add_file(path.parent / parent, f"{path}: BASE", (*above, here))
-        self.add(str(path), self._leaves(content))
+        self.add(str(path), self._leaves(content), written=not above)
 
     def add_options(self, words: Sequence[Any]) -> None:
         """The flat list KEY VALUE KEY VALUE ... of --opts."""
@@ -72,14 +73,18 @@ class Given:
                 )
         self.add("--opts", pairs)
 
-    def add(self, where: str, pairs: Iterable[tuple[str, Any]]) -> None:
-        """Pairs (key, value); those of dropped sections are left out with a note."""
+    def add(self, where: str, pairs: Iterable[tuple[str, Any]], written: bool = True) -> None:
+        """Pairs (key, value); those of dropped sections are left out with a note. written: by the
+        user, for this run.
+        """
         for key, value in pairs:
             reason = self._why_dropped(key)
             if reason:
                 log_note(f"{where}: {key} has no effect: {reason}")
             else:
                 self.values[key] = self.convert(where, key, value)
+                if written:
+                    self.written.add(key)
 
     def convert(self, where: str, key: str, value: Any) -> Any:
         """The value as the program uses it."""

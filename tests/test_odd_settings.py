@@ -147,3 +147,71 @@ def test_a_name_with_a_percent_sign_names_its_log_lines(tmp_path):
     log = (tmp_path / "output" / "run_100%s{}" / "50%" / "log_rank0.txt").read_text()
     assert " run_100%s{}] " in log
     assert os.path.isfile(tmp_path / "output/run_100%s{}/50%/last.pth")
+
+
+# ---- settings that do nothing
+
+
+@pytest.mark.parametrize(
+    "opts, words",
+    [
+        (["MODEL.SWINV2.EMBED_DIM", 48], "MODEL.TYPE is swin; did you mean MODEL.SWIN.EMBED_DIM?"),
+        (["MODEL.CAIT.CLASS_DEPTH", 1], "MODEL.TYPE is swin"),
+        (["MODEL.PRE_MLP.RATIO", 2], "MODEL.PRE_MLP.WHERE is 'off'"),
+        (["MODEL.PRE_MLP.DROP_PATH", True], "MODEL.PRE_MLP.WHERE is 'off'"),
+        (["TRAIN.LR_SCHEDULER.GAMMA", 0.5], "TRAIN.LR_SCHEDULER.NAME is 'cosine'"),
+        (["MODEL.EMA.DECAY", 0.9], "MODEL.EMA.ENABLE is False"),
+        (["AUG.COLOR_JITTER", 0.1], "AUG.AUTO_AUGMENT is 'rand-m9-mstd0.5-inc1'"),
+        (["TRAIN.OPTIMIZER.MOMENTUM", 0.5], "TRAIN.OPTIMIZER.NAME is 'adamw'"),
+        (["MODEL.PRE_MLP.RATIO", 2, "MODEL.PRE_MLP.WHERE", "stem"], ""),
+        (["MODEL.SWIN.EMBED_DIM", 48], ""),
+        (["MODEL.SWINV2.EMBED_DIM", 96], ""),  # its default
+    ],
+    ids=str,
+)
+def test_a_setting_that_does_nothing_beside_others_is_told(opts, words, caplog, tmp_path):
+    load_config(None, opts)
+    assert (f"{opts[0]} {opts[1]!r}" in caplog.text.replace("2.0", "2")) == bool(words)
+    assert words in caplog.text
+    assert caplog.text.count("has no effect") == bool(words)
+
+
+def test_what_a_base_file_has_for_other_families_is_not_told(caplog, tmp_path):
+    (tmp_path / "base.yaml").write_text("MODEL: {SWIN: {EMBED_DIM: 48}}")
+    leaf = tmp_path / "leaf.yaml"
+    leaf.write_text("BASE: base.yaml\nMODEL: {TYPE: swinv2, SWINV2: {EMBED_DIM: 48}}")
+    load_config(leaf)
+    assert "no effect" not in caplog.text
+    leaf.write_text("MODEL: {TYPE: swinv2, SWIN: {EMBED_DIM: 48}}")
+    load_config(leaf)
+    assert "did you mean MODEL.SWINV2.EMBED_DIM?" in caplog.text
+
+
+# ---- forced backends
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "fused"])
+def test_a_backend_that_forms_no_matrix_is_refused_where_a_modifier_needs_it(backend):
+    words = ["MODEL.ATTENTION.MODIFIERS", "talking_heads", "MODEL.ATTENTION.BACKEND", backend]
+    status, _, error = call_main("--cfg", DIGITS, "--print-config", "--opts", *words)
+    assert status == 2 and f"MODEL.ATTENTION.BACKEND {backend}: a modifier needs" in error
+    words[-1] = "reference"
+    status, _, _ = call_main("--cfg", DIGITS, "--print-config", "--opts", *words)
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ("sdpa", "WINDOW_ATTENTION_BACKEND sdpa: "),  # the model's scale is one per offset
+        ("fussed", "did you mean 'fused'?"),
+        ("fused", "WINDOW_ATTENTION_BACKEND fused does not apply"),
+    ],
+)
+def test_a_backend_of_the_environment_is_checked_too(said, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("WINDOW_ATTENTION_BACKEND", said)
+    monkeypatch.setattr("kernels.window_attention.interface.missing", lambda device: "none here")
+    for mode in ("--throughput", "--tag=x"):
+        argv = ["--cfg", DIGITS, "--device", "cpu", "--output", tmp_path, mode]
+        status, _, error = call_main(*argv)
+        assert status == 2 and words in error

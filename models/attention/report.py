@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kernels.window_attention import interface
+from registry import check_choice
 
 from .mixers import MIXERS
 from .softmax import SoftmaxAttention
@@ -40,11 +41,18 @@ def check_backends(model: nn.Module) -> None:
     the mode that it is in, on any machine. Works on the meta device too.
     """
     for module in model.modules():
-        if not isinstance(module, SoftmaxAttention) or module.is_open():
+        if not isinstance(module, SoftmaxAttention):
             continue
-        backend = module.spec.backend
+        key, backend = _backend(module)
         if backend in ("auto", "reference"):
             continue
+        if module.is_open():
+            if key == interface.ENVIRONMENT:  # a preference for all that have the choice
+                continue
+            raise ValueError(
+                f"{key} {backend}: a modifier needs the N x N matrix, which this backend does not"
+                " form; set it to auto or reference, or leave the modifier out"
+            )
         probe = copy.deepcopy(module).to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*probe.parameters(), *probe.buffers()):
@@ -53,7 +61,31 @@ def check_backends(model: nn.Module) -> None:
             dropout = module.spec.drop if module.training else 0.0
             reason = interface.why_never(backend, qkv, probe.terms(), dropout)
         if reason:
-            raise ValueError(f"MODEL.ATTENTION.BACKEND {backend}: {reason}")
+            raise ValueError(f"{key} {backend}: {reason}")
+
+
+def check_kernel(model: nn.Module) -> None:
+    """Raises ValueError where the fused kernel is forced and this machine has none for `model`,
+    which is where it will run, as in `why_not_fused`.
+    """
+    for module in model.modules():
+        if isinstance(module, SoftmaxAttention) and _backend(module)[1] == "fused":
+            reason = None if module.is_open() else _reason(module)
+            if reason:
+                raise ValueError(f"{_backend(module)[0]} fused does not apply: {reason}")
+
+
+def _backend(attention: SoftmaxAttention) -> tuple[str, str]:
+    """What decides on the backend of an attention module, and what it says.
+
+    Raises: ValueError where the environment names no backend.
+    """
+    said = os.environ.get(interface.ENVIRONMENT)
+    if attention.spec.backend != "auto" or not said:
+        return "MODEL.ATTENTION.BACKEND", attention.spec.backend
+    return interface.ENVIRONMENT, check_choice(
+        interface.ENVIRONMENT, said, ["auto", *interface.BACKENDS]
+    )
 
 
 def _reason(attention: nn.Module) -> str | None:
@@ -62,9 +94,7 @@ def _reason(attention: nn.Module) -> str | None:
     """
     if not isinstance(attention, SoftmaxAttention):
         return f"{type(attention).__name__} is no softmax attention"
-    backend = attention.spec.backend
-    if backend == "auto":
-        backend = os.environ.get(interface.ENVIRONMENT) or "auto"
+    backend = _backend(attention)[1]
     if backend not in ("auto", "fused"):
         return f"the backend is set to {backend}"
     if attention.is_open():

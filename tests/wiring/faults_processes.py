@@ -74,8 +74,8 @@ PROCESS_MUTANTS = mutants(
     ),
     (
         "attention_without_autocast",
-        "        with self.autocast():\n            self.logger",
-        "        with nullcontext():\n            self.logger",
+        "        with self.autocast():\n            check_on_device(self.model)",
+        "        with nullcontext():\n            check_on_device(self.model)",
         DESCRIBED,
     ),
     (

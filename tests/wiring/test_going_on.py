@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shutil
 import signal
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -47,6 +48,24 @@ def test_a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped(tm
     parts = rest["files"]
     for name in ("last.pth", "metrics.jsonl", "model.safetensors"):
         assert differences(whole[f"{PLACE}/{name}"], parts[f"{PLACE}/{name}"]) == []
+
+
+def test_a_folder_deleted_during_a_run_is_made_again_and_the_run_ends_well(tmp_path):
+    count = itertools.count(1)
+
+    def delete(*_):
+        if next(count) == 1:
+            shutil.rmtree(tmp_path / PLACE)
+
+    hook = register_optimizer_step_post_hook(delete)
+    try:
+        left = run(tmp_path, {"TRAIN.EPOCHS": 2, "LOG.PLOT": True})
+    finally:
+        hook.remove()
+    assert left["status"] == [0], left["errors"]
+    assert sum("was deleted during the run" in line for line in left["log"]) == 1
+    assert payload(tmp_path)["progress"]["epoch"] == 2
+    assert {f"{PLACE}/best.pth", f"{PLACE}/model.safetensors"} <= left["files"].keys()
 
 
 def losses_said(left: dict) -> list[float]:
