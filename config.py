@@ -499,7 +499,7 @@ KEYS: dict[str, Key] = {
     "AUG.REAREA": Key((0.02, 0.3333), pair(number(0, 1, "(]"), ascending=True),
         "share of the image's area that an erased region takes; its height / width lies in [0.3, "
         "3.33]"),
-    "AUG.RECOUNT": Key(1, AT_LEAST_1, "most regions erased per image"),
+    "AUG.RECOUNT": Key(1, integer(1, limit=1000), "most regions erased per image"),
     "AUG.MIXUP": Key(0.8, FROM_0, "alpha of the Beta distribution of mixup; 0 = off"),
     "AUG.CUTMIX": Key(1.0, FROM_0, "alpha of the Beta distribution of cutmix; 0 = off"),
     "AUG.CUTMIX_MINMAX": Key(None, optional(pair(SHARE, ascending=True)),

@@ -122,7 +122,7 @@ class Loader:
                 return FromWorkers(self._restarted())
             with starting_workers():
                 workers = iter(self._loader)
-            self._end = weakref.finalize(self, end_processes, workers, os.getpid())
+                self._end = weakref.finalize(self, end_processes, workers, os.getpid())
             return FromWorkers(workers)
         except Exception as error:
             raise self._failure(error) from None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.finite import NoScoreError, refuse_outputs, refuse_weights
 from engine.losses import upcast
 from engine.progress import peak_memory
-from engine.signals import StopSignal, signals_blocked
+from engine.signals import StopSignal
 from kernels.linear import evaluation
 from utils import RunError, write_text
 
@@ -171,10 +171,7 @@ def evaluate(
     progress = ProgressLines(loader, print_freq, device, logger)
     model.eval()
     try:
-        with signals_blocked():  # data workers never see a signal: the run ends them
-            batches = iter(loader)
-        if stop is not None:
-            batches = stop.until_stopped(batches)
+        batches = loader if stop is None else stop.until_stopped(loader)
         with evaluation(model):
             for index, (images, targets) in enumerate(batches):
                 images = images.to(device, non_blocking=True)

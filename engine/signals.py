@@ -145,18 +145,3 @@ class StopSignal:
         if self.world.control is not None:
             now = self._wait()
         return earlier or now
-
-
-@contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Processes started inside never see the stopping signals: data workers must live until the
-    last update is done.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

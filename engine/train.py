@@ -12,9 +12,10 @@ from checkpoint import names_as_metadata
 from engine.evaluate import EvalResult, NoScoreError
 from engine.guard import DivergedError
 from engine.report import Report
-from engine.signals import StopSignal, signals_blocked
+from engine.signals import StopSignal
 from engine.state import CheckpointFolder, TrainState
 from engine.trainer import Batch, Trainer
+from registry import UserError
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,14 @@ def train_epoch(
         trainer.statistics.start_epoch()
     report.start_epoch(state)
     trainer.parallel.train()
-    for window in ahead(trainer, loader, plan, stop):
+    begun = state.update
+
+    def rescue() -> None:
+        """Alone, a run can save what it did; in a group the others are waiting in an update."""
+        if trainer.world.size == 1 and state.update > begun:
+            save(trainer, folder, extra)
+
+    for window in saved_first(ahead(trainer, loader, plan, stop), rescue):
         trainer.update(window)
         trainer.advance(len(loader))
         if read := report.update(trainer):
@@ -181,14 +189,26 @@ def ahead(trainer: Trainer, loader: Any, plan: Plan, stop: StopSignal) -> Iterat
     return stop.until_stopped(windows(loader, trainer.state, window), together=True)
 
 
+def saved_first(windows: Iterator, rescue: Callable[[], None]) -> Iterator:
+    """The windows; where the next one cannot be had (a data worker was killed, the storage does not
+    answer) `rescue` comes before the error: between two updates nothing is half done.
+    """
+    while True:
+        try:
+            window = next(windows)
+        except StopIteration:
+            return
+        except UserError:
+            rescue()
+            raise
+        yield window
+
+
 def windows(loader: Any, state: TrainState, accumulation: int) -> Iterator[list[Batch]]:
     """Lists of `accumulation` micro-batches from the position on; a rest that does not fill a
     window is not trained on.
     """
-    # Workers start here, and must not die before the last update of a stopped run.
-    with signals_blocked():
-        batches = iter(loader.epoch(state.epoch, state.batch))
-    yield from full_windows(batches, accumulation)
+    yield from full_windows(loader.epoch(state.epoch, state.batch), accumulation)
 
 
 def full_windows(batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:

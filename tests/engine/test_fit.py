@@ -131,6 +131,37 @@ def test_inside_an_epoch_every_save_steps_updates_are_saved_and_its_end_before_v
     assert [call[1:] for call in recorder.of("save")] == positions
 
 
+class Failing(Loader):
+    """Its data end with an error where a third batch is asked for."""
+
+    def epoch(self, epoch: int, start_batch: int = 0):
+        for index, batch in enumerate(super().epoch(epoch, start_batch), start_batch):
+            if index == 2:
+                raise RunError("a data worker died")
+            yield batch
+
+
+@pytest.mark.parametrize("accumulation, updates", [(1, 2), (2, 1), (4, 0)])
+def test_worker_killed_the_updates_before_it_are_saved(accumulation, updates):
+    trainer = make_trainer(accumulation=accumulation)
+    recorder = Recorder(trainer)
+    with StopSignal(trainer.world) as stop, pytest.raises(RunError, match="a data worker died"):
+        fit(
+            trainer,
+            Failing(),
+            None,
+            plan=Plan(epochs=1),
+            folder=recorder,
+            report=recorder,
+            stop=stop,
+            extra={"config": {"SEED": 3}},
+        )
+    assert recorder.of("save") == ([("save", 0, 2)] if updates else [])
+    if updates:
+        assert recorder.payload["progress"]["update"] == updates
+        assert recorder.payload["config"] == {"SEED": 3}
+
+
 def test_a_limit_of_updates_validates_and_saves_where_it_stops():
     recorder, status = run(make_trainer(), accuracies=(10.0, 20.0, 30.0), max_steps=6)
     assert status == 0

@@ -9,7 +9,6 @@ from PIL import Image
 
 from config import load_config
 from data import build_data
-from engine.signals import signals_blocked
 from tests.helpers import ROOT, run_main
 
 OPTIONS = [
@@ -69,10 +68,9 @@ def test_closing_the_data_ends_every_loading_process_even_one_that_ignores_sigte
             ROOT / CONFIG, ["DATA.DATA_PATH", str(images), "DATA.BATCH_SIZE", "4", *OPTIONS]
         )
     )
-    with signals_blocked():
-        batches = data.train_loader.epoch(0), iter(data.val_loader)
-        for loader in batches:
-            next(loader)
+    batches = data.train_loader.epoch(0), iter(data.val_loader)
+    for loader in batches:
+        next(loader)
     assert len(multiprocessing.active_children()) == 4
     data.close()
     deadline = time.monotonic() + 20
