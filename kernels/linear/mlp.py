@@ -210,8 +210,8 @@ class _Sum:
         self.beta = 0
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if a.dtype == self.total.dtype:
-            self.total.addmm_(a, b, beta=self.beta)
+        if a.dtype == self.total.dtype:  # not addmm_, which PyTorch's FLOP counter leaves out
+            torch.addmm(self.total, a, b, beta=self.beta, out=self.total)
         elif self.beta:
             self.total.add_(a @ b)
         else:

@@ -130,7 +130,7 @@ class _Widened(torch.autograd.Function):
                 if need_x:
                     addmm_into(dx[part], None, g, wide)
                 if need_weight:
-                    dw.addmm_(g.t(), tokens[part].float())
+                    torch.addmm(dw, g.t(), tokens[part].float(), out=dw)
                 if need_bias:
                     db += g.sum(0)
         return (

@@ -7,6 +7,8 @@ deterministic, and one node each in a compiled or exported graph.
 """
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from kernels.derivatives import is_differentiated_again, plain_gradients
 from kernels.library.loader import after_loading
@@ -26,6 +28,7 @@ def register() -> None:
     for device in ("cpu", "cuda"):
         library.impl("window_attention_forward", _autocast(device), f"Autocast{device.upper()}")
     _registered.append(library)  # its registrations end with the object
+    register_flops()
 
 
 _registered: list[torch.library.Library] = []
@@ -69,6 +72,35 @@ def _fake_backward(
     return qkv.new_empty(qkv.shape), *(
         qkv.new_empty(shape, dtype=torch.float32) for shape in shapes
     )
+
+
+def register_flops() -> None:
+    """Tells PyTorch's FLOP counter how to count both operations; also one that is counting already,
+    which has a copy of what it knew at its start.
+    """
+    operations = torch.ops.idsw.window_attention_forward, torch.ops.idsw.window_attention_backward
+    for operation, formula in zip(operations, (_forward_flops, _backward_flops), strict=True):
+        if operation not in flop_registry:
+            register_flop_formula(operation)(formula)
+        for mode in _get_current_dispatch_mode_stack():
+            known = getattr(getattr(mode, "counter", None), "flop_registry", {})
+            known[operation] = flop_registry[operation]
+
+
+def _forward_flops(qkv, scale, bias, post, seed, window, *_, **__) -> int:
+    return 2 * _products(qkv, window)  # q kᵀ, and the map times v
+
+
+def _backward_flops(grad_out, qkv, lse, scale, bias, post, seed, window, *_, **__) -> int:
+    return 4 * _products(qkv, window)  # those of the plain formula: two for each in the forward
+
+
+def _products(qkv, window) -> int:
+    """FLOPs of one product for all heads, on whole windows."""
+    batch, height, width, channels = qkv
+    windows = -(-height // window[0]) * -(-width // window[1])
+    area = window[0] * window[1]
+    return 2 * batch * windows * area * area * (channels // 3)
 
 
 def _autocast(device: str):

@@ -7,6 +7,7 @@ from kernels.modes import without_autocast
 
 from .geometry import Geometry
 from .global_attention import GlobalAttention
+from .map_flops import modifier_flops
 from .modified import Modified
 from .modifiers import MapModifier
 from .softmax import weigh
@@ -123,9 +124,6 @@ class SharedMapAttention(Modified):
         """Multiply-accumulates for an image of `tokens` tokens: two projections, the map times v,
         and the refinement of the map.
         """
-        on_map = sum(
-            parameter.numel() for parameter in self.modifiers.parameters() if parameter.dim() > 1
-        )  # each once per pair
-        return 2 * tokens * self.geometry.dim * self.geometry.inner + tokens * tokens * (
-            self.geometry.inner + on_map
-        )
+        inner = self.geometry.inner
+        on_map = modifier_flops(list(self.modifiers.values()), self.num_heads, tokens)
+        return 2 * tokens * self.geometry.dim * inner + tokens * tokens * inner + on_map

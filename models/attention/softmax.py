@@ -21,6 +21,7 @@ from kernels.window_attention.reference import add_mask, merge_windows, split_wi
 from models.layers.init import trunc_normal
 
 from .geometry import Geometry, relative_coords_table
+from .map_flops import modifier_flops
 from .modifiers import LogitMixer, MapModifier, TermModifier
 from .modifiers.base import Modifier
 from .projection import Projection, present
@@ -144,9 +145,8 @@ class SoftmaxAttention(Projection):
         or replaced.
         """
         taps = (self.logit_tap, self.map_tap)
-        modifiers = [*self._stage(LogitMixer), *self._stage(MapModifier)]
         # torch 2.10 traces no bool of a list
-        return len(modifiers) > 0 or not all(is_untouched(tap, nn.Identity) for tap in taps)
+        return len(self._on_maps()) > 0 or not all(is_untouched(tap, nn.Identity) for tap in taps)
 
     def _open(
         self,
@@ -194,18 +194,27 @@ class SoftmaxAttention(Projection):
 
     def map_flops(self, layout: WindowLayout) -> int:
         """Multiply-accumulates for all windows of one map."""
-        return layout.num_windows * self.flops(layout.area)
+        on_maps = modifier_flops(self._on_maps(), self.num_heads, layout.area, layout)
+        return layout.num_windows * self._unmodified_flops(layout.area) + on_maps
 
     def flops(self, tokens: int) -> int:
-        """Multiply-accumulates for one window of `tokens` tokens, by Swin's count:
-        projections and the two products.
+        """Multiply-accumulates for one window of `tokens` tokens: by Swin's count, projections and
+        the two products, and what modifiers do to the map.
         """
+        on_map = modifier_flops(self._on_maps(), self.num_heads, tokens)
+        return self._unmodified_flops(tokens) + on_map
+
+    def _unmodified_flops(self, tokens: int) -> int:
         inner = self.geometry.inner
         return (
             tokens * self.dim * 3 * inner
             + 2 * tokens * tokens * inner
             + tokens * inner * self.out_dim
         )
+
+    def _on_maps(self) -> list[nn.Module]:
+        """What forms the N x N matrix anew, in its order."""
+        return [*self._stage(LogitMixer), *self._stage(MapModifier)]
 
 
 def _gives_the_same(parts: Iterable[nn.Module]) -> bool:

@@ -66,10 +66,6 @@ class TalkingHeadsAttention(GlobalAttention):
         """The mixing of the logits and that of the map."""
         return self.proj_l, self.proj_w
 
-    def flops(self, tokens: int) -> int:
-        """Multiply-accumulates for an image of `tokens` tokens, both mixings included."""
-        return super().flops(tokens) + 2 * tokens * tokens * self.num_heads**2
-
 
 class ClassAttention(nn.Module):
     """softmax(q kᵀ * D^-0.5) v with one query, the class token, over a context of tokens.

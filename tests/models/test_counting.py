@@ -5,13 +5,17 @@ attention.
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from kernels.linear import mlp, precision
+from kernels.window_attention import fused, operations
 from models import CaiT, PiT, SwinTransformer, SwinTransformerV2, T2TViT, VisionTransformer
 from models.attention import AttentionSpec
 from models.attention.mixers import MIXERS
+from models.attention.modifiers import MODIFIERS
 from models.counting import Macs, count_macs
 from models.swiftformer import SIZES, SwiftFormer
+from tests.models.builders import ATTENTION_FAMILIES, small
 
 SMALL = dict(mlp_ratio=2.0, img_size=32, num_classes=10)
 BARE = dict(qkv_bias=False, norm_eps=1e-5)
@@ -270,3 +274,63 @@ def test_swiftformer_s_count_is_the_known_one_but_for_the_product_with_w_g(size,
     macs = count_macs(model, torch.zeros(1, 3, 224, 224))
     assert round(model.flops() / 1e9, 4) == gmacs
     assert macs == Macs(linear=model.flops() - sum(side * side * dim for side, dim in sides))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in ("swin", "cait") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ATTENTION_FAMILIES
+        if name != "timm"  # which counts by running
+    ],
+)
+def test_flops_are_the_count_and_the_norms_under_every_modifier(family):
+    for names in ((), *((name,) for name in MODIFIERS.names()), ("talking_heads", "refiner")):
+        if family == "t2t" and {*names} & {"qk_residual", "init_identity"}:
+            continue  # refused: x is not as wide as q
+        model = small(family, attention=AttentionSpec(names))
+        macs = count_macs(model, torch.zeros(1, 3, 16, 16))
+        norms = model.flops() - macs.with_attention
+        assert norms == pytest.approx(macs.norm / 2, rel=0.2), names  # of the class token alone
+
+
+def flops(model: nn.Module, images: torch.Tensor) -> tuple[int, int]:
+    """What PyTorch's counter says of a forward, and of both passes."""
+    with FlopCounterMode(display=False) as counter:
+        y = model(images)
+        forward = counter.get_total_flops()
+        y.square().sum().backward()
+    return forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("backend", ["fused", "eager", "sdpa"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_pytorch_s_counter_sees_the_products_of_every_backend(backend, chunked, monkeypatch):
+    if backend == "fused" and fused.missing("cpu"):
+        pytest.skip(f"the CPU kernel is not here: {fused.missing('cpu')}")
+    images = torch.zeros(2, 3, 18, 20)  # 9 x 10 tokens, padded to windows of 4
+
+    def network(backend):
+        spec = AttentionSpec(backend=backend)
+        return small("swin", embed_dim=32, img_size=(18, 20), attention=spec)
+
+    plain = flops(network("reference"), images)
+    if chunked:
+        monkeypatch.setattr(mlp, "WHOLE_BYTES", 0)
+        monkeypatch.setattr(mlp, "PLAIN_BYTES", {True: 0, False: 0})
+        monkeypatch.setattr(precision, "CHUNK_BYTES", 1)
+    assert flops(network(backend), images) == plain
+
+
+def test_a_counter_that_runs_when_the_kernel_is_loaded_counts_it():
+    if fused.missing("cpu"):
+        pytest.skip(f"the CPU kernel is not here: {fused.missing('cpu')}")
+    model = small("swin", embed_dim=32, attention=AttentionSpec(backend="fused"))
+    right = flops(model, torch.zeros(1, 3, 16, 16))
+    operation = torch.ops.idsw.window_attention_forward
+    formula = flop_registry.pop(operation)
+    with FlopCounterMode(display=False) as counter:
+        flop_registry[operation] = formula
+        operations.register_flops()  # as loading does
+        model(torch.zeros(1, 3, 16, 16))
+    assert counter.get_total_flops() == right[0]
