@@ -79,6 +79,8 @@ class OffsetTerms:
             return table
         if len(table) == 1 and (name == "scale" or self.window != (1, 1)):
             return table.t()[:, :, None]  # one number per head
+        if self.prefix and self.window == (1, 1):
+            table = table[:1]  # which `matching` has repeated
         gathered = gather_offsets(table, self.window)
         neutral = {
             "scale": self.neutral.t()[:, :, None],
