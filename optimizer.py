@@ -28,6 +28,12 @@ FOLLOW_CONFIG = (
     "use_fallback",
     "fused",
     "foreach",
+    "amsgrad",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "dampening",
+    "decoupled_weight_decay",
 )
 
 

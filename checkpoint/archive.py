@@ -20,7 +20,9 @@ FAILURES = (
     ArithmeticError,
     AssertionError,
     AttributeError,
+    BufferError,
     EOFError,
+    ImportError,
     LookupError,
     MemoryError,
     OSError,
@@ -42,10 +44,58 @@ class Values(dict):
         self.update(state)
 
 
+class DType:
+    """Stands in for a pickled numpy.dtype: its short name and byte order."""
+
+    def __init__(self, name: str = "", *_: Any) -> None:
+        self.name = name
+        self.order = "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        """The byte order is the second entry."""
+        self.order = state[1] if state[1] in ("<", ">") else "<"
+
+
+def scalar(dtype: DType, raw: Any) -> bool | int | float:
+    """Stands in for NumPy's unpickling of one number, such as the best accuracy of a run: the plain
+    Python number.
+    """
+    form = NUMBERS[dtype.name]
+    data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+    return struct.unpack(dtype.order + form, data)[0]
+
+
+# NumPy's short names of numbers -> those of `struct`.
+NUMBERS = {
+    "b1": "?",
+    "i1": "b",
+    "i2": "h",
+    "i4": "i",
+    "i8": "q",
+    "u1": "B",
+    "u2": "H",
+    "u4": "I",
+    "u8": "Q",
+    "f2": "e",
+    "f4": "f",
+    "f8": "d",
+}
+# Calls in a pickle that take memory by its word alone.
+ALLOCATORS = re.compile(rb"c(builtins|__builtin__)\nbytearray\n|ctorch(\.\w+)*\n[A-Z]\w*Tensor\n")
+PICKLED = 1 << 26  # bytes at a file's start that are searched for them
+INFLATION = 100  # most times that an archive's content may be larger than the archive
+SMALL = 1 << 24  # bytes that any archive may hold
+
 # Classes that Swin's and other training scripts pickle beside the weights, and what is built
 # instead. torch's restricted unpickler fills plain and ordered dicts only, so a yacs node becomes
 # an ordered one (its flags become attributes).
-STAND_INS = [(OrderedDict, "yacs.config.CfgNode"), (Values, "argparse.Namespace")]
+STAND_INS = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    (Values, "argparse.Namespace"),
+    (DType, "numpy.dtype"),
+    (scalar, "numpy.core.multiarray.scalar"),
+    (scalar, "numpy._core.multiarray.scalar"),
+]
 
 
 def read_pickle(path: Path, file: BinaryIO) -> tuple[Any, bool]:
@@ -55,6 +105,8 @@ def read_pickle(path: Path, file: BinaryIO) -> tuple[Any, bool]:
     Raises: CheckpointError.
     """
     if not zipfile_starts(file):  # written before torch 1.6: no checksums
+        refuse_allocators(path, file.read(PICKLED))
+        file.seek(0)
         return unpickle(path, file), False
     archive = CheckedArchive(path, file)
     content = unpickle(path, archive)
@@ -64,7 +116,20 @@ def read_pickle(path: Path, file: BinaryIO) -> tuple[Any, bool]:
 
 def map_pickle(path: Path) -> Any:
     """The same without reading the tensors: they stay on disk until they are used, unchecked."""
+    with open(path, "rb") as file:
+        if zipfile_starts(file):
+            CheckedArchive(path, file)
     return unpickle(path, path, mmap=True)
+
+
+def refuse_allocators(path: Path, pickled: bytes) -> None:
+    """Raises CheckpointError for a pickle that would take memory without bringing its content."""
+    if found := ALLOCATORS.search(pickled):
+        name = found[0].decode().split("\n")[1]
+        raise CheckpointError(
+            f"{path} builds a {name} while it is read, which is refused: a small file could take"
+            " any amount of memory; save tensors and plain data where it was made"
+        )
 
 
 def zipfile_starts(file: BinaryIO) -> bool:
@@ -122,8 +187,32 @@ class CheckedArchive:
             raise CheckpointError(
                 f"{path} is truncated or corrupt ({error}); fetch or write it again"
             ) from error
+        self.check_size()
         self.check(record for record in self.records if "/data/" not in record.filename)
+        for record in self.records:
+            if record.filename.endswith("/data.pkl"):
+                refuse_allocators(path, self.raw(record))
         file.seek(0)
+
+    def check_size(self) -> None:
+        """Refuses an archive whose content is out of all proportion to it."""
+        holds = sum(record.file_size for record in self.records)
+        size = self.path.stat().st_size
+        if holds > SMALL + INFLATION * size:
+            raise CheckpointError(
+                f"{self.path} is an archive of {size:,} bytes that unpacks to {holds:,}, which no"
+                " checkpoint does; fetch or write it again"
+            )
+
+    def raw(self, record: zipfile.ZipInfo) -> bytes:
+        """The bytes of a record, whatever its checksum; none of a packed one that is broken."""
+        if record.compress_type == zipfile.ZIP_STORED:
+            self.file.seek(self.data_start(record))
+            return self.file.read(record.file_size)
+        try:
+            return self.archive.read(record)
+        except FAILURES:
+            return b""
 
     def data_start(self, record: zipfile.ZipInfo) -> int:
         """Where the bytes of a record begin: behind its header of 30 bytes, name and padding."""

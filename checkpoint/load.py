@@ -23,6 +23,7 @@ from .residual import (
     model_residual,
     side_named,
 )
+from .soundness import check_finite, check_form, same_kind
 from .weights import Weights, unwrap
 
 RULES = ("finetune", "exact")
@@ -70,6 +71,7 @@ def load_weights(
     check_option("resize", resize, RESIZE_METHODS)
     model = getattr(model, "_orig_mod", model)  # torch.compile keeps the model here
     weights = unwrap(state_dict)
+    check_form(weights, weights.source)
     starts = rule == "finetune" and head != "evaluate"
     if starts:
         check_initial(model, init_over, weights.source)
@@ -80,12 +82,14 @@ def load_weights(
     if rule == "finetune":
         state = fit(model, state, report, head, resize, grids)
     state = compare(model, state, report, rule, grids)
-    leave_outside(weights, report)
+    leave_outside(weights.outside, report)
+    report.text = describe(model.state_dict(), report)
     refuse_without_head(model, weights, report, head)
     if (report.missing or report.unexpected) and not (allow_partial and report.loaded):
         raise CheckpointError(
             f"{weights.source} does not fit the model: {'; '.join(reasons(model, report, rule))}"
         )
+    check_finite({key: state[key] for key in report.loaded}, weights.source)
     model.load_state_dict(state, strict=False)
     if starts and init_over and (notes := overwrite(model)):
         report.notes += notes
@@ -170,7 +174,7 @@ def compare(
     fits = {
         key: given[key]
         for key in wanted
-        if key in given and given[key].shape == wanted[key].shape and key not in scrambled
+        if key in given and fits_as_it_is(given[key], wanted[key]) and key not in scrambled
     }
     absent = [key for key in wanted if key not in fits]
     if rule == "finetune":
@@ -178,9 +182,7 @@ def compare(
     report.loaded = [key for key in fits if key not in report.fresh]
     report.missing = [key for key in absent if key not in report.fresh]
     report.shapes = {
-        key: f" (file {tuple(given[key].shape)}, model {tuple(wanted[key].shape)})"
-        for key in absent
-        if key in given
+        key: misfit(given[key], wanted[key]) for key in absent if key in given
     } | scrambled
     if report.unsure:
         report.notes.append(
@@ -190,13 +192,25 @@ def compare(
     report.unexpected = [key for key in given if key not in wanted]
     counted = sum(wanted[key].numel() for key in wanted if key not in report.fresh)
     report.coverage = sum(wanted[key].numel() for key in report.loaded) / max(counted, 1)
-    report.text = describe(wanted, report)
     return fits
 
 
-def leave_outside(weights: Weights, report: LoadReport) -> None:
+def fits_as_it_is(given: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor of the file may be copied: the same shape, and the same kind of numbers."""
+    return given.shape == wanted.shape and same_kind(given, wanted)
+
+
+def misfit(given: Tensor, wanted: Tensor) -> str:
+    """Both shapes, or both types where the shapes agree."""
+    shapes = [str(tuple(tensor.shape)) for tensor in (given, wanted)]
+    if shapes[0] == shapes[1]:
+        shapes = [str(tensor.dtype).removeprefix("torch.") for tensor in (given, wanted)]
+    return " (file {}, model {})".format(*shapes)
+
+
+def leave_outside(outside: Sequence[str], report: LoadReport) -> None:
     """Keys beside the network that the model does not have are left out, and named."""
-    left = [key for key in report.unexpected if key in weights.outside]
+    left = [key for key in report.unexpected if key in outside]
     if left and report.loaded:
         report.unexpected = [key for key in report.unexpected if key not in left]
         report.notes.append(f"left out, no part of the network: {list_keys(left)}")

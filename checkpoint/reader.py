@@ -16,7 +16,8 @@ from typing import Any
 from .archive import map_pickle, read_pickle
 from .errors import CheckpointError
 from .files import locate, refuse_other_files
-from .schema import check_swin, check_training
+from .plain import check_plain
+from .schema import check_numbers, check_swin, check_training
 from .sealed import is_safetensors
 from .weights import Weights, read_safetensors, select
 
@@ -33,13 +34,23 @@ class Checkpoint:
         source: path or URL as given, for messages.
         path: the file on this machine.
         checked: whether checksums have vouched for the content.
+        mapped: the tensors are on disk still, and their values are not looked at.
     """
 
-    def __init__(self, content: Any, source: str, path: Path, checked: bool = True) -> None:
+    def __init__(
+        self,
+        content: Any,
+        source: str,
+        path: Path,
+        checked: bool = True,
+        mapped: bool = False,
+    ) -> None:
+        check_plain(content, source)
         self.content = content
         self.source = source
         self.path = path
         self.checked = checked
+        self.mapped = mapped
         self.kind = kind_of(content)
         self._checked = False
 
@@ -73,6 +84,8 @@ class Checkpoint:
             )
         if not self._checked:
             check_training(self.content, self.source)
+            if not self.mapped:
+                check_numbers(self.content, self.source)
             self._checked = True
         return self.content
 
@@ -121,7 +134,7 @@ def peek_checkpoint(path: str | Path) -> Checkpoint:
     Raises: CheckpointError.
     """
     path = locate(path)
-    return Checkpoint(map_pickle(path), str(path), path)
+    return Checkpoint(map_pickle(path), str(path), path, mapped=True)
 
 
 def read_weights(source: str | Path, entry: str | None = None) -> Weights:

@@ -150,14 +150,17 @@ def config_modifiers(config) -> list[str] | None:
     attention = config["MODEL"].get("ATTENTION")
     if not isinstance(attention, Mapping):
         return []
-    return [str(entry) for entry in attention.get("MODIFIERS", ())]
+    modifiers = attention.get("MODIFIERS", ())
+    if not isinstance(modifiers, (list, tuple)):
+        raise CheckpointError("the config stored in the file has MODIFIERS that are no list")
+    return [str(entry) for entry in modifiers]
 
 
 def modifiers_residual(modifiers: list[str]) -> str:
     """['qk_residual(which=q)', ...] -> 'q'."""
     try:
         options = dict(map(parse_call, modifiers)).get("qk_residual")
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:
         raise CheckpointError(
             f"the config stored in the file has unreadable modifiers: {error}"
         ) from error

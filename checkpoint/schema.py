@@ -6,14 +6,19 @@ A schema is a `Rule` for a value, or a dict of schemas for a dict with at least 
 """
 
 import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
+from .soundness import check_finite, check_form
 
+MOST = 10**15  # of anything that is counted
+EPOCHS = 10**6
 FORMAT = 1  # of the training states that this program writes
 
 
@@ -24,9 +29,9 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def whole(minimum: int, maximum: float = math.inf) -> Rule:
+def whole(minimum: int, maximum: int = MOST) -> Rule:
     """A whole number in a range."""
-    limit = f"at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+    limit = f"at least {minimum}" if maximum == MOST else f"from {minimum} to {maximum}"
     return Rule(
         f"a whole number, {limit}",
         lambda value: type(value) is int and minimum <= value <= maximum,
@@ -75,7 +80,9 @@ def is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         real = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
         return real and bool(value.isfinite())
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 10**300
 
 
 def is_state_dict(value: Any) -> bool:
@@ -88,6 +95,15 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
+def is_settings(value: Any) -> bool:
+    """Text, numbers and None, in dicts and lists."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and is_settings(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(is_settings, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
 def are_names(value: Any) -> bool:
     """A list of text."""
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
@@ -98,11 +114,13 @@ TENSORS_OR_NONE = Rule(
     "a dict of tensors by name, or None", lambda v: v is None or TENSORS.holds(v)
 )
 MAPPING = Rule("a dict", lambda value: isinstance(value, Mapping))
+SETTINGS = Rule("a dict of plain data", lambda v: isinstance(v, Mapping) and is_settings(v))
 LIST = Rule("a list that is not empty", lambda value: isinstance(value, list) and len(value) > 0)
 TEXT = Rule("a string", lambda value: isinstance(value, str))
 NAMES = Rule("a list of strings", are_names)
 NUMBER = Rule("a number", is_number)
 NUMBER_OR_NONE = Rule("a number or None", lambda value: value is None or is_number(value))
+ABOVE_0 = Rule("a number above 0", lambda value: is_number(value) and value > 0)
 FROM_0 = Rule("a number, at least 0", lambda value: is_number(value) and value >= 0)
 PAIR = Rule(
     "two numbers",
@@ -116,11 +134,11 @@ WHOLE_OR_NONE = Rule(
 
 # The fields of engine.state.TrainState and Layout.
 PROGRESS = {
-    "epoch": whole(0),
+    "epoch": whole(0, EPOCHS),
     "batch": whole(0),
     "update": whole(0),
     "best": number(0, 100),
-    "best_epoch": whole(-1),
+    "best_epoch": whole(-1, EPOCHS),
 }
 LAYOUT = {
     "batch_size": whole(1),
@@ -172,19 +190,26 @@ TRAINING = {
     "layout": LAYOUT,
     "ranks": LIST,
 }
+SCALER = {
+    "scale": ABOVE_0,
+    "growth_factor": ABOVE_0,
+    "backoff_factor": ABOVE_0,
+    "growth_interval": whole(1),
+    "_growth_tracker": whole(0),
+}
 SCHEDULER = {
     "last_update": WHOLE_OR_NONE,
     "schedule": MAPPING,
 }
 DESCRIPTIONS = {
-    "config": MAPPING,
+    "config": SETTINGS,
     "images": MAPPING,
-    "metadata": MAPPING,
+    "metadata": SETTINGS,
     "class_names": NAMES,
 }
 SWIN = {
     "optimizer": OPTIMIZER,
-    "epoch": whole(0),
+    "epoch": whole(0, EPOCHS),
 }
 SWIN_OPTIONAL = {
     "max_accuracy": number(0, 100),
@@ -203,21 +228,57 @@ def check_training(content: Mapping[str, Any], source: str) -> None:
     """Raises CheckpointError, one line that names the entry, unless `content` is a whole training
     state of this program.
     """
+    with refusing_oddities(source):
+        check_entries(content, source)
+
+
+@contextmanager
+def refusing_oddities(source: str) -> Iterator[None]:
+    """Turns what values of unforeseen types raise when they are looked at into a refusal."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        refuse(source, f"its structure is not that of a training state ({first_line(e)})")
+
+
+def check_entries(content: Mapping[str, Any], source: str) -> None:
+    """All of it but the numbers in large tensors."""
     check(content, TRAINING, source, optional=DESCRIPTIONS)
     for name, known in (("progress", PROGRESS), ("layout", LAYOUT)):
         for field in content[name].keys() - known.keys():
-            refuse(source, f"{name}.{field} is no field of this version")
+            refuse(source, f"{name}.{str(field)[:40]} is no field of this version")
+    if content["progress"]["best_epoch"] > content["progress"]["epoch"]:
+        best, epoch = content["progress"]["best_epoch"], content["progress"]["epoch"]
+        refuse(source, f"progress.best_epoch is {best}, but progress.epoch {epoch}")
+    for entry in ("model", "ema"):
+        check_form(content[entry] or {}, f"checkpoint {source}: {entry}")
+    check(content["scaler"], {}, source, "scaler", optional=SCALER)
     check(content["lr_scheduler"], {}, source, "lr_scheduler", optional=SCHEDULER)
     check_average(content["model"], content["ema"], source)
     check_ranks(content["ranks"], content["layout"]["world_size"], source)
     check_optimizer(content["optimizer"], source)
+    check_steps(content["optimizer"], source)
     check_trained(content, source)
 
 
 def check_swin(content: Mapping[str, Any], source: str) -> None:
     """Raises CheckpointError unless the Swin repository's entries are as it writes them."""
-    check(content, SWIN, source, optional=SWIN_OPTIONAL)
-    check_optimizer(content["optimizer"], source)
+    with refusing_oddities(source):
+        check(content, SWIN, source, optional=SWIN_OPTIONAL)
+        check_optimizer(content["optimizer"], source)
+
+
+def check_numbers(content: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError where the weights or the moments of a training state are not numbers;
+    reads all of its tensors.
+    """
+    for entry in ("model", "ema"):
+        check_finite(content[entry] or {}, f"checkpoint {source}: {entry}")
+    for index, kept in content["optimizer"]["state"].items():
+        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+        check_finite(tensors, f"checkpoint {source}: optimizer.state[{index}]")
 
 
 def check(
@@ -287,18 +348,37 @@ def check_optimizer(optimizer: Mapping[str, Any], source: str) -> None:
                 check_moments(optimizer["state"][index], group, source, f"optimizer.state[{index}]")
 
 
+def check_steps(optimizer: Mapping[str, Any], source: str) -> None:
+    """Every update steps most parameters: none alone has had more steps than all others."""
+    state = optimizer["state"]
+    steps = {index: float(kept["step"]) for index, kept in state.items() if "step" in kept}
+    for index, step in steps.items():
+        if step != int(step):
+            refuse(source, f"optimizer.state[{index}].step is {step}, expected a whole number")
+    most = max(steps.values(), default=0)
+    ahead = [index for index, step in steps.items() if step == most]
+    if len(ahead) == 1 < len(steps) - 1:
+        refuse(source, f"optimizer.state[{ahead[0]}].step is {most:g}, that of all others is less")
+
+
 def check_moments(kept: Any, group: Mapping[str, Any], source: str, name: str) -> None:
     """What the optimizer keeps of one parameter."""
     if not isinstance(kept, Mapping):
         refuse(source, f"{name} is {shown(kept)}, expected a dict")
     names = moments(kept, group)
+    if not kept and remembers(group):
+        refuse(source, f"{name} is empty")
+    check_form({key: value for key, value in kept.items() if isinstance(value, Tensor)}, name)
     for moment in names:
         if moment not in kept:
             refuse(source, f"{name}.{moment} is missing")
         if moment == "step":
             check(kept[moment], FROM_0, source, f"{name}.step")
-        elif not isinstance(kept[moment], Tensor):
-            refuse(source, f"{name}.{moment} is {shown(kept[moment])}, expected a tensor")
+        elif not isinstance(kept[moment], Tensor) or not kept[moment].is_floating_point():
+            refuse(
+                source,
+                f"{name}.{moment} is {shown(kept[moment])}, expected a tensor of real numbers",
+            )
     if len({kept[moment].shape for moment in names if moment != "step"}) > 1:
         refuse(source, f"{name} holds {', '.join(names)} of different shapes")
 
@@ -317,11 +397,13 @@ def check_trained(content: Mapping[str, Any], source: str) -> None:
     """After updates that were not skipped, an optimizer with momentum keeps something."""
     optimizer = content["optimizer"]
     updates = content["progress"]["update"] - int(content["ranks"][0]["tally"][SKIPPED])
-    remembers = any(
-        group.get("betas") or group.get("momentum") for group in optimizer["param_groups"]
-    )
-    if updates > 0 and remembers and not optimizer["state"]:
+    if updates > 0 and any(map(remembers, optimizer["param_groups"])) and not optimizer["state"]:
         refuse(source, f"optimizer.state is empty after {updates} updates")
+
+
+def remembers(group: Mapping[str, Any]) -> bool:
+    """Whether the optimizer keeps something of each parameter of a group."""
+    return bool(group.get("betas") or group.get("momentum"))
 
 
 def refuse(source: str, problem: str) -> None:
@@ -338,4 +420,5 @@ def shown(value: Any) -> str:
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, (Mapping, list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
-    return repr(value)[:60]
+    text = reprlib.repr(value) if isinstance(value, (str, bytes, int, float)) else repr(value)
+    return " ".join(text.split())[:60]

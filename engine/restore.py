@@ -1,12 +1,13 @@
 """Whether what a checkpoint holds fits this run, as far as the file alone cannot tell."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from checkpoint import CheckpointError
+from checkpoint.soundness import same_kind
 from registry import UserError
 
 # What optimizers keep in the shape of the parameter, among what they keep.
@@ -29,6 +30,19 @@ def restoring(entry: str) -> Iterator[None]:
             f"the checkpoint's {entry} cannot be put back ({type(error).__name__}: {reason});"
             " resume from another checkpoint, or start from the weights with --pretrained"
         ) from error
+
+
+def check_kinds(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError where whole numbers stand for real ones, or the other way round; torch
+    would convert them without a word.
+    """
+    for name, tensor in model.state_dict().items():
+        if name in saved and not same_kind(saved[name], tensor):
+            given, wanted = (str(t.dtype).removeprefix("torch.") for t in (saved[name], tensor))
+            raise CheckpointError(
+                f"the checkpoint's {name} is of type {given}, that of the model {wanted}; resume"
+                " from another checkpoint"
+            )
 
 
 def check_shapes(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -18,7 +18,13 @@ from engine.agreement import DRIFTED, WeightCheck, agree, checksum
 from engine.clip import clip_gradients
 from engine.ema import ParameterEma
 from engine.guard import guarded_step
-from engine.restore import check_shapes, refuse_lost_moments, restoring, without_moments
+from engine.restore import (
+    check_kinds,
+    check_shapes,
+    refuse_lost_moments,
+    restoring,
+    without_moments,
+)
 from engine.state import Layout, TrainState, place
 from engine.statistics import UpdateStatistics
 from utils import World, autocast_factory, capture_rng, memory_format, restore_rng
@@ -231,12 +237,15 @@ class Trainer:
         """
         layout = Layout(**saved["layout"])
         self.state = place(TrainState(**saved["progress"]), layout, self.layout)
+        check_kinds(self.model, saved["model"])
         try:
             self.model.load_state_dict(saved["model"])
         except RuntimeError as error:
             raise CheckpointError(
                 f"the checkpoint holds another model: {' '.join(str(error).split())[:300]}"
             ) from error
+        if saved["ema"]:
+            check_kinds(self.model, saved["ema"])
         with restoring("ema"):
             self._restore_ema(saved["ema"])
         self.restore_optimizer(saved["optimizer"], saved["scaler"])

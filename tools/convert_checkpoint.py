@@ -25,6 +25,7 @@ from checkpoint import (
 )
 from checkpoint.grids import FileGrids, stated_grids
 from checkpoint.residual import SOURCES, file_residual, match_residual, side_named
+from checkpoint.soundness import check_form
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -69,6 +70,7 @@ def convert(args: argparse.Namespace) -> str:
     if Path(args.target).exists() and not args.force:
         raise CheckpointError(f"{args.target} exists; choose another name or add --force")
     weights = read_weights(args.source, args.entry)
+    check_form(weights, args.source)
     state, steps = to_reference(weights)
     source = source_side(args, weights, [name for name, _ in steps])
     goal = {"reference": source, "plain": "none", "qk_residual": args.which}[args.to]

@@ -84,7 +84,7 @@ def test_every_entry_is_needed(place):
         ("lr_scheduler", 3, "lr_scheduler is 3"),
         ("scaler", None, "scaler is None"),
         ("progress", [1], "progress is a list of 1, expected a dict of epoch, batch"),
-        ("progress.epoch", -1, "progress.epoch is -1, expected a whole number, at least 0"),
+        ("progress.epoch", -1, "progress.epoch is -1, expected a whole number, from 0 to"),
         ("progress.batch", 1.5, "progress.batch is 1.5"),
         ("progress.update", "5", "progress.update is '5'"),
         ("progress.update", True, "progress.update is True"),
@@ -115,7 +115,7 @@ def test_every_entry_is_needed(place):
         ("lr_scheduler.last_update", -3, "last_update is -3, expected a whole number, at least 0"),
         ("lr_scheduler.last_update", float("nan"), "last_update is nan"),
         ("lr_scheduler.schedule", "cosine", "schedule is 'cosine', expected a dict"),
-        ("config", "text", "config is 'text', expected a dict"),
+        ("config", "text", "config is 'text', expected a dict of plain data"),
     ],
 )
 def test_types_ranges_and_lengths_are_checked(place, value, says):
