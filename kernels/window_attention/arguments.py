@@ -55,7 +55,7 @@ def _check_term(
         raise ValueError(f"window_attention: {name} is on {table.device}, qkv on {device}")
     rows = (2 * terms.window[0] - 1) * (2 * terms.window[1] - 1)
     if table.dim() == 2:
-        fits = table.shape[0] in (1, rows) and table.shape[1] in (1, heads)
+        fits = table.shape[0] in (1, rows + terms.repeats) and table.shape[1] in (1, heads)
     else:
         pairs = (1, layout.area)
         fits = table.dim() == 3 and table.shape[0] in (1, heads) and table.shape[2] in pairs

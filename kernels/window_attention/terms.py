@@ -79,8 +79,8 @@ class OffsetTerms:
             return table
         if len(table) == 1 and (name == "scale" or self.window != (1, 1)):
             return table.t()[:, :, None]  # one number per head
-        if self.prefix and self.window == (1, 1):
-            table = table[:1]  # which `matching` has repeated
+        if self.repeats:
+            table = table[:1]
         gathered = gather_offsets(table, self.window)
         neutral = {
             "scale": self.neutral.t()[:, :, None],
@@ -88,6 +88,11 @@ class OffsetTerms:
             "post": gathered.new_ones(1),
         }[name]
         return self._with_prefix(gathered, neutral)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a table of the one offset of a single patch comes twice, see `matching`."""
+        return self.prefix > 0 and self.window == (1, 1)
 
     def matching(self, name: str, table: Tensor, neutral: float) -> Tensor:
         """`table` (T, heads) in the form of the term `name`: gathered, with `neutral` at the
@@ -98,7 +103,7 @@ class OffsetTerms:
         """
         term = getattr(self, FORMER_NAMES.get(name, name))
         if term is None or term.dim() == 2:
-            return table.expand(2, -1) if self.prefix and len(table) == 1 else table
+            return table.expand(2, -1) if self.repeats else table
         return self._with_prefix(gather_offsets(table, self.window), table.new_full((1,), neutral))
 
     def _with_prefix(self, gathered: Tensor, neutral: Tensor) -> Tensor:
