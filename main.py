@@ -12,7 +12,7 @@ with the state saved.
 
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -153,8 +153,10 @@ class Program:
             self.logger.info(products)
         if self.config.EVAL_MODE:
             return self.evaluate()
-        with FolderLock(self.folder) if self.world.is_main else nullcontext():
+        if not self.world.is_main:
             return self.train()
+        with FolderLock(self.folder) as lock:
+            return self.train(lock.check)
 
     def compare_programs(self) -> None:
         settings = arguments.shared(self.config, KEYS) | {"precision": str(self.dtype)}
@@ -240,7 +242,8 @@ class Program:
         weights = {name: int(checksum(tensor)) for name, tensor in tensors}
         agree(self.world, "the weights", weights, SAME_FILES, shown=False)
 
-    def train(self) -> int:
+    def train(self, check: Callable[[], None] = lambda: None) -> int:
+        """Trains. check: raises where the output folder is no longer this run's."""
         plain = to_dict(self.config)
         trainer, fresh, loaded = self.begin(plain)
         plan = arguments.training(self.config)
@@ -258,6 +261,7 @@ class Program:
             config=plain,
             images=self.data.fingerprints,
             classes=self.data.classes,
+            check=check,
             **plan,
         )
 

@@ -73,6 +73,7 @@ def train(
     config: dict[str, Any],
     classes: list[str],
     images: dict[str, str],
+    check: Callable[[], None] = lambda: None,
 ) -> int:
     """Trains to the end of the plan, or until a signal; returns the exit status.
 
@@ -84,13 +85,13 @@ def train(
         name: of the run.
         config, images, classes: plain data, for the checkpoints: the settings, what tells the
             images from others, and the names of their classes by label.
-        save_freq, keep: for `CheckpointFolder`.
+        save_freq, keep, check: for `CheckpointFolder`.
         print_freq, training_loss: for `Report`.
         tensorboard, wandb: for `MetricLog`.
         plot: draw the curves at the end.
     """
     world = trainer.world
-    checkpoints = CheckpointFolder(folder, save_freq, keep)
+    checkpoints = CheckpointFolder(folder, save_freq, keep, check)
     log = MetricLog(
         folder if world.is_main else None,
         resume_step=-1 if fresh else trainer.state.update,

@@ -98,10 +98,18 @@ def place(state: TrainState, saved: Layout, now: Layout) -> TrainState:
 
 class CheckpointFolder:
     """Writes the checkpoints of one run. save_freq: epochs between two ckpt_epoch files; keep: how
-    many of them stay, 0 all.
+    many of them stay, 0 all; check: called before each save, raises where the folder is another
+    run's.
     """
 
-    def __init__(self, folder: Path, save_freq: int = 1, keep: int = 3) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        save_freq: int = 1,
+        keep: int = 3,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.check = check
         self.folder = Path(folder)
         self.save_freq = save_freq
         self.keep = keep
@@ -120,6 +128,7 @@ class CheckpointFolder:
         if not self.folder.is_dir():
             LOGGER.warning("%s was deleted during the run; it is made again", self.folder)
             prepare_folder(self.folder)
+        self.check()
         with atomic_write(self.last) as file:
             try:
                 torch.save({"format": FORMAT, **payload}, file)

@@ -157,10 +157,7 @@ def test_nothing_but_damaged_checkpoints_is_not_written_over(mine, capsys):
     assert contents(mine) == before
 
 
-def test_a_second_run_in_the_same_folder_is_refused_but_an_evaluation_is_not(
-    mine, capsys, monkeypatch
-):
-    monkeypatch.setattr("engine.lock._alive", lambda holder, age: True)
+def test_a_second_run_in_the_same_folder_is_refused_but_an_evaluation_is_not(mine, capsys):
     with FolderLock(folder(mine)):
         before = contents(mine)
         assert "in use by process" in refused(capsys, arguments(mine, **QUICK))
