@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from data.sets import DATASETS
 from engine.clip import MODES
 from engine.ema import DECAY
 from engine.losses import SMOOTHING, Distillation
+from engine.wandb_run import FORBIDDEN, LONGEST
 from lr_scheduler import SHAPES
 from models import BACKBONES
 from optimizer import OPTIMIZERS
@@ -518,7 +520,18 @@ KEYS: dict[str, Key] = {
     # logging
     "LOG.TENSORBOARD": Key(True, switch(),
         "write TensorBoard events beside metrics.jsonl, where it is installed"),
-    "LOG.WANDB": Key(False, switch(), "report to Weights & Biases"),
+    "LOG.WANDB": Key(False, switch(),
+        "report to Weights & Biases, as MODEL.NAME/TAG; offline where there is no account or "
+        "network"),
+    "LOG.WANDB_PROJECT": Key("", text(rf"[^{re.escape(FORBIDDEN)}]{{1,{LONGEST}}}",
+        f"up to {LONGEST} characters, none of {FORBIDDEN}"),
+        "W&B project; '' = the first part of MODEL.NAME"),
+    "LOG.WANDB_ENTITY": Key("", text(rf".{{1,{LONGEST}}}", f"up to {LONGEST} characters"),
+        "W&B user or team; '' = the account's own"),
+    "LOG.WANDB_GROUP": Key("", text(rf".{{1,{LONGEST}}}", f"up to {LONGEST} characters"),
+        "W&B group, such as the seeds of one setting; '' = none"),
+    "LOG.WANDB_TAGS": Key([], sequence(text(".{1,64}", "text of up to 64 characters", empty=None)),
+        "W&B tags"),
     "LOG.PLOT": Key(True, switch(), "plot the curves after training"),
     # the run
     "OUTPUT": Key("output", text(), "folder of all runs; once read, OUTPUT/MODEL.NAME/TAG"),

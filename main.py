@@ -261,6 +261,7 @@ class Program:
             config=plain,
             images=self.data.fingerprints,
             classes=self.data.classes,
+            logged=self.logged,
             check=check,
             **plan,
         )
@@ -277,11 +278,13 @@ class Program:
             entry = None if checkpoint else model.ENTRY or None
             self.load_weights(checkpoint or read_checkpoint(model.PRETRAINED), entry)
         changes = [] if fresh else self.changes_since(checkpoint, plain)
+        self.logged = {} if fresh else checkpoint.training_state().get("logs", {})
         self.compare_weights()
         trainer = self.build_trainer()
         if checkpoint:
             resume(trainer, checkpoint, changes, len(self.data.train_loader))
             self.repair(trainer, checkpoint)
+        trainer.compare_processes("what to begin with", SAME_FILES)
         return trainer, fresh, loaded
 
     def repair(self, trainer: Trainer, checkpoint: Checkpoint) -> None:

@@ -4,6 +4,7 @@ answer.
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ LOGGER = logging.getLogger(__name__)
 BEAT = 5.0  # seconds between two signs of life, at most
 PATIENCE = 300.0  # seconds of waiting, at most, after which all stacks are logged
 POLL = 0.25  # seconds between two looks at the store while waiting, at most
+GLOO = "gloo|pair closure|(closed|reset) by peer|broken pipe"  # in its errors, which have no type
 REPEAT = "the same command, started again, goes on from the last checkpoint"
 
 
@@ -79,15 +81,9 @@ class Peers:
             raise PeerError(self._ended)
         if self._lost:
             raise PeerError(f"the store of the processes is lost ({self._lost}) at: {what}")
-        now = time.monotonic()
-        silent = self.silent(self.timeout)
-        if silent:
-            raise PeerError(f"{self.describe(silent)}, at: {what}; {REPEAT}")
-        if now - self._answered > self.timeout:
-            raise PeerError(
-                f"the store of the processes, on the first one or its launcher, has not answered"
-                f" for {now - self._answered:.0f} s, at: {what}; {REPEAT}"
-            )
+        found = self.find_lost(self.timeout)
+        if found:
+            raise PeerError(f"{found}, at: {what}; {REPEAT}")
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -102,28 +98,34 @@ class Peers:
             self._what = before
             self._told = self._told and before is not None
 
-    def silent(self, seconds: float) -> list[int]:
-        """The processes without a sign of life for so long, as far as this one has watched."""
+    def find_lost(self, seconds: float) -> str:
+        """Which processes have given no sign of life for so long, as far as this one has watched,
+        in words; "" for none.
+        """
         now = time.monotonic()
-        signs = list(self._signs.items())
-        return [rank for rank, (_, when) in signs if now - when > seconds]
-
-    def describe(self, ranks: list[int]) -> str:
-        """That these processes are silent, in words."""
-        now = time.monotonic()
-        longest = max(now - self._signs[rank][1] for rank in ranks)
-        names = ", ".join(map(str, sorted(ranks)))
+        unanswered = now - self._answered
+        if unanswered > seconds:
+            return (
+                "the store of the processes, kept by process 0 or its launcher, has not answered"
+                f" for {unanswered:.0f} s: it was stopped, has ended or cannot be reached"
+            )
+        ages = {rank: now - when for rank, (_, when) in list(self._signs.items())}
+        silent = {rank: age for rank, age in ages.items() if age > seconds}
+        if not silent:
+            return ""
+        names = ", ".join(map(str, sorted(silent)))
         return (
-            f"process {names} of {self.size} has given no sign of life for {longest:.0f} s: it was"
-            " stopped, has ended or cannot be reached"
+            f"process {names} of {self.size} has given no sign of life for"
+            f" {max(silent.values()):.0f} s: it was stopped, has ended or cannot be reached"
         )
 
     def explain(self, error: BaseException) -> PeerError | None:
         """What a failed collective means, in a line; None for any other error."""
         text = " ".join(str(error).split())
-        if not isinstance(error, dist.DistError) and "gloo" not in text:
+        plain = type(error) is RuntimeError and re.search(GLOO, text, re.IGNORECASE)
+        if not isinstance(error, dist.DistError) and not plain:
             return None
-        if "imed out" not in text and "imeout" not in text:
+        if not re.search("timed? ?out", text, re.IGNORECASE):
             self._look_for(0.2)
             return PeerError(
                 self._ended
@@ -134,10 +136,9 @@ class Peers:
         self._look_for(3 * self.interval + 1)
         if self._ended:
             return PeerError(self._ended)
-        silent = self.silent(1.5 * self.interval)
-        reason = "all of them live, so that one is busy or stuck: see the stacks in the logs"
-        if silent:
-            reason = self.describe(silent)
+        reason = self.find_lost(1.5 * self.interval) or (
+            "all of them live, so that one is busy or stuck: see the stacks in the logs"
+        )
         return PeerError(
             f"another process did not come to an exchange within {self.timeout:g} s"
             f" (TRAIN.GROUP_TIMEOUT): {reason}; {REPEAT}"
@@ -201,7 +202,7 @@ class Peers:
     def _look(self, what: str, since: float) -> None:
         """Reads the others' signs of life, and asks for stacks where the wait is long."""
         now = time.monotonic()
-        for rank in range(self.size):
+        for rank in [rank for rank in range(self.size) if rank != self.rank]:
             key = f"alive/{rank}"
             sign = self.store.get(key) if self.store.check([key]) else b""
             if self._signs.get(rank, (None, now))[0] != sign:

@@ -7,9 +7,10 @@
 Every round times each model once, in an order that rotates, so that a busy machine slows all of
 them alike; a ratio is the median over rounds of the ratio within a round. The same random images
 for all. A training step is forward, cross entropy, backward and an AdamW update. "plain formula" is
-this project's model with the reference backend for attention; its other layers are ours. "timm,
-eager attention" is the original Swin's sequence of operations throughout. bfloat16 is autocast.
-Inference is inside `models.evaluation`, as in validation; other projects' models do not know it.
+this project's model with the reference backend for attention; its other layers are ours. "timm" is
+its default, for both Swins the original's sequence of operations; "timm, fused attention" is Swin
+with PyTorch's fused attention. bfloat16 is autocast. Inference is inside `models.evaluation`, as in
+validation; other projects' models do not know it.
 Peak memory (Linux) is what training steps of one model alone add to the resident size of a process
 of its own.
 """
@@ -31,6 +32,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import environment
+from benchmarks.model_speed import fused_attention
 from models import SwinTransformer, SwinTransformerV2, evaluation
 from models.attention import AttentionSpec
 
@@ -45,16 +47,12 @@ def without_drop_path(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def eager_timm(name: str) -> torch.nn.Module:
-    """timm's model with softmax attention operation by operation, as in the original Swin; its
-    SwinV2 has no other form.
+def fused_timm(name: str) -> torch.nn.Module:
+    """timm's model with PyTorch's fused attention, which timm calls experimental in Swin; its
+    SwinV2 has none.
     """
-    fused = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(False)
-    try:
+    with fused_attention(True):
         return timm.create_model(name, drop_path_rate=0.0)
-    finally:
-        timm.layers.set_fused_attn(bool(fused))
 
 
 IDENTITY = AttentionSpec(("qk_residual", "crpw"))
@@ -69,7 +67,7 @@ FAMILIES = {
             ),
             "plain formula": lambda: SwinTransformer(drop_path_rate=0.0, attention=PLAIN_FORMULA),
             "timm": lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0),
-            "timm, eager attention": lambda: eager_timm("swin_tiny_patch4_window7_224"),
+            "timm, fused attention": lambda: fused_timm("swin_tiny_patch4_window7_224"),
             "torchvision": lambda: without_drop_path(torchvision.models.swin_t()),
         },
     ),
@@ -259,7 +257,7 @@ def main() -> None:
         for row in measure(family, arguments)
     ]
     versions = {
-        **environment("cpu", timm, torchvision),
+        **environment("cpu"),
         "batch": arguments.batch,
         "rounds": arguments.rounds,
     }

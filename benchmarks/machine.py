@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(device: str = "cpu", *packages) -> dict:
-    """As a dictionary of plain values; packages: modules whose version counts.
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
+
+
+def environment(device: str = "cpu") -> dict:
+    """As a dictionary of plain values; of packages the installed version.
 
     The commit is that of the environment variable BENCHMARK_COMMIT where it is set, as for code
     copied without its repository.
@@ -28,8 +32,8 @@ def environment(device: str = "cpu", *packages) -> dict:
         "date": now.isoformat(timespec="seconds"),
         "commit": os.environ.get("BENCHMARK_COMMIT") or git("rev-parse", "HEAD"),
         "uncommitted files": len(git("status", "--porcelain").splitlines()),
+        **{name: version(name) for name in PACKAGES},
         "torch": torch.__version__,
-        **{package.__name__: package.__version__ for package in packages},
         "python": platform.python_version(),
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -39,6 +43,7 @@ def environment(device: str = "cpu", *packages) -> dict:
         return found | {
             "CUDA": torch.version.cuda,
             "device": properties.name,
+            "driver": driver(),
             "multiprocessors": properties.multi_processor_count,
             "memory GiB": properties.total_memory >> 30,
             "capability": list(torch.cuda.get_device_capability()),
@@ -51,6 +56,24 @@ def environment(device: str = "cpu", *packages) -> dict:
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         ),
     }
+
+
+def version(package: str) -> str:
+    """The installed version, or that there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def driver() -> str:
+    """The version of the GPU's driver, as its own tool says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return (done.stdout.strip().splitlines() or ["unknown"])[0]
 
 
 def processor() -> str:

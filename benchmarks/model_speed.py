@@ -99,6 +99,34 @@ def steps_of(
     return {"inference": infer, "training step": train}
 
 
+@contextlib.contextmanager
+def fused_attention(on: bool) -> Iterator[None]:
+    """timm models built inside use PyTorch's fused attention, also where timm calls that
+    experimental, as in Swin; or nowhere.
+    """
+    import timm
+
+    before = timm.layers.use_fused_attn(), timm.layers.use_fused_attn(experimental=True)
+    timm.layers.set_fused_attn(on, experimental=True)
+    try:
+        yield
+    finally:
+        timm.layers.set_fused_attn(*before)
+
+
+def timm_models(family: Family, device: torch.device) -> dict[str, torch.nn.Module]:
+    """timm's counterpart with each kind of attention that it has, named by what it uses."""
+    import timm
+
+    found = {}
+    for on, name in ((False, "timm, unfused attention"), (True, "timm, fused attention")):
+        with fused_attention(on):
+            model = timm.create_model(family.counterpart, drop_path_rate=0.0).to(device)
+        if on == any(getattr(module, "fused_attn", False) for module in model.modules()):
+            found[name] = model
+    return found
+
+
 def rivals(family: Family, images: Tensor) -> dict[str, dict[str, Callable]]:
     """Each model run eagerly: {who: {kind: step}}."""
     from models.attention import AttentionSpec
@@ -111,11 +139,8 @@ def rivals(family: Family, images: Tensor) -> dict[str, dict[str, Callable]]:
         family.make(attention=sharpened).to(device), images, "fused"
     )
     if family.counterpart:
-        import timm
-
-        found["timm"] = steps_of(
-            timm.create_model(family.counterpart, drop_path_rate=0.0).to(device), images
-        )
+        for name, model in timm_models(family, device).items():
+            found[name] = steps_of(model, images)
     return found
 
 
@@ -127,13 +152,8 @@ def compiled_rivals(family: Family, images: Tensor) -> dict[str, dict[str, Calla
         "fused, compiled": steps_of(family.make().to(device), images, compiled=True),
     }
     if family.counterpart:
-        import timm
-
-        found["timm, compiled"] = steps_of(
-            timm.create_model(family.counterpart, drop_path_rate=0.0).to(device),
-            images,
-            compiled=True,
-        )
+        for name, model in timm_models(family, device).items():
+            found[f"{name}, compiled"] = steps_of(model, images, compiled=True)
     return found
 
 

@@ -206,6 +206,7 @@ DESCRIPTIONS = {
     "images": MAPPING,
     "metadata": SETTINGS,
     "class_names": NAMES,
+    "logs": MAPPING,
 }
 SWIN = {
     "optimizer": OPTIMIZER,

@@ -7,19 +7,17 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from utils import RunError, one_line
+from engine.wandb_run import LogError, WandbOptions, WandbRun
+from utils import one_line
 
 _logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
-
-
-class LogError(RunError):
-    """A log that cannot be written as asked, in one line."""
 
 
 class MetricLog:
@@ -36,7 +34,8 @@ class MetricLog:
             as that of a run never stopped. -1: begin anew. None: add to what is there. What is
             dropped stays in metrics.jsonl.bak.
         tensorboard: also event files in folder/tensorboard.
-        wandb: also a W&B run, named `name`, with `config` (plain values).
+        wandb: also a W&B run, named `name`, with `config` (plain values); None: none.
+        known: as `WandbRun` takes it.
     Raises: LogError if the file cannot be read or opened, or W&B is asked for and not installed. A
         TensorBoard that is missing or cannot write is a warning, since it is on by default.
     """
@@ -47,9 +46,10 @@ class MetricLog:
         *,
         resume_step: int | None = None,
         tensorboard: bool = True,
-        wandb: bool = False,
+        wandb: WandbOptions | None = None,
         name: str = "",
         config: dict | None = None,
+        known: Mapping[str, Any] | None = None,
     ):
         self.path = Path(folder) / FILE if folder is not None else None
         self._lines = None
@@ -69,8 +69,12 @@ class MetricLog:
         self._present = {(e["step"], e["kind"]) for e in entries if e["step"] == resume_step}
         if tensorboard:
             self._board = _open_tensorboard(folder, resume_step)
-        if wandb:
-            self._run = _open_wandb(folder, name, config or {}, resume_step)
+        if wandb is not None:
+            fresh = resume_step is None or resume_step < 0
+            with self._surviving("Weights & Biases", LogError):
+                self._run = WandbRun(
+                    folder, wandb, name=name, config=config or {}, fresh=fresh, known=known
+                )
 
     def write(self, step: int, epoch: int | float, kind: str, **scalars: float) -> None:
         """Adds an entry; scalars are numbers or one-element tensors (which are waited for). NaN and
@@ -88,13 +92,22 @@ class MetricLog:
                 self._board.add_scalar(name, value, step)
         if self._run is not None:
             with self._surviving("Weights & Biases"):
-                self._run.log({**numbers, "epoch": epoch}, step=step)
+                self._run.log(step, {**numbers, "epoch": epoch})
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint has to hold for the logs to go on: plain data."""
+        return {} if self._run is None else {"wandb": self._run.mark}
 
     @contextmanager
-    def _surviving(self, output: str) -> Iterator[None]:
-        """Turns any failure inside into a warning, the first time."""
+    def _surviving(self, output: str, ending: type[BaseException] | tuple = ()) -> Iterator[None]:
+        """Turns any failure inside, but for those that end the run, into a warning, the first
+        time.
+        """
         try:
             yield
+        except ending:
+            raise
         except Exception as error:  # libraries raise anything
             if output not in self._failed:
                 self._failed.add(output)
@@ -234,23 +247,3 @@ def _open_tensorboard(folder: Path, resume_step: int | None):
     except Exception as error:  # it passes on what its file system raises
         _logger.warning("TensorBoard is not written, the run goes on: %s", one_line(error))
         return None
-
-
-def _open_wandb(folder: Path, name: str, config: dict, resume_step: int | None):
-    try:
-        import wandb
-    except ImportError as problem:
-        raise LogError(
-            "LOG.WANDB is on but wandb is not installed: `pip install wandb`, or set it to False"
-        ) from problem
-    mark = folder / "wandb_id.txt"
-    if resume_step is None or resume_step < 0 or not mark.exists():
-        mark.write_text(wandb.util.generate_id())
-    return wandb.init(
-        project=name.split("/")[0] or None,
-        name=name or None,
-        config=config,
-        dir=str(folder),
-        id=mark.read_text().strip(),
-        resume="allow",
-    )

@@ -18,6 +18,7 @@ from engine.signals import StopSignal, exit_status
 from engine.state import CheckpointFolder
 from engine.train import Evaluate, Plan, fit, validate
 from engine.trainer import Trainer
+from engine.wandb_run import WandbOptions
 
 
 def make_trainer(
@@ -67,12 +68,13 @@ def train(
     keep: int,
     print_freq: int,
     tensorboard: bool,
-    wandb: bool,
+    wandb: WandbOptions | None,
     plot: bool,
     training_loss: str,
     config: dict[str, Any],
     classes: list[str],
     images: dict[str, str],
+    logged: dict[str, Any] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> int:
     """Trains to the end of the plan, or until a signal; returns the exit status.
@@ -88,6 +90,7 @@ def train(
         save_freq, keep, check: for `CheckpointFolder`.
         print_freq, training_loss: for `Report`.
         tensorboard, wandb: for `MetricLog`.
+        logged: of the checkpoint gone on from, `MetricLog.mark`.
         plot: draw the curves at the end.
     """
     world = trainer.world
@@ -99,7 +102,9 @@ def train(
         tensorboard=tensorboard,
         wandb=wandb,
         config=config,
+        known=(logged or {}).get("wandb"),
     )
+    world.meet("the logs of process 0")
     with log, StopSignal(world) as stop:
         report = Report(
             world,
@@ -127,6 +132,7 @@ def train(
                 "images": images,
                 "metadata": weights_metadata(trainer.model),
                 "class_names": classes,
+                "logs": log.mark,
             },
         )
         report.finish(trainer.state, checkpoints, signal, plot=plot)

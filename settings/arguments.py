@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.losses import describe_loss
 from engine.train import Plan
+from engine.wandb_run import WandbOptions
 from settings.reading import look_up
 from settings.rules import family
 
@@ -54,14 +55,22 @@ def training(config: Any) -> dict[str, Any]:
             max_steps=train.MAX_STEPS,
             max_nonfinite=train.MAX_NONFINITE,
         ),
-        name=config.MODEL.NAME,
+        name=f"{config.MODEL.NAME}/{config.TAG}",
         save_freq=config.SAVE_FREQ,
         keep=train.KEEP,
         print_freq=config.PRINT_FREQ,
         tensorboard=config.LOG.TENSORBOARD,
-        wandb=config.LOG.WANDB,
+        wandb=wandb(config),
         plot=config.LOG.PLOT,
     )
+
+
+def wandb(config: Any) -> WandbOptions | None:
+    """Of `engine.logs.MetricLog`."""
+    log = config.LOG
+    if not log.WANDB:
+        return None
+    return WandbOptions(log.WANDB_PROJECT, log.WANDB_ENTITY, log.WANDB_GROUP, log.WANDB_TAGS)
 
 
 def loss_in_words(config: Any, mixing: bool) -> str:

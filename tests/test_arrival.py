@@ -15,6 +15,10 @@ from tests.wiring.models import arrival_in_model, model_keys, model_settings
 from tests.wiring.runs import SETTINGS, differences, nested, run
 
 ELSEWHERE = {
+    **{
+        f"LOG.WANDB_{leaf}": "acts with LOG.WANDB; tests/wiring/test_runs.py"
+        for leaf in ("PROJECT", "ENTITY", "GROUP", "TAGS")
+    },
     "MODEL.TIMM.PRETRAINED": "fetches weights; a test below answers for the network",
     "TRAIN.GROUP_TIMEOUT": "acts between processes; tests/engine/test_distributed.py",
     "TRAIN.CHECK_RANKS": "acts between processes; tests/engine/test_distributed.py",

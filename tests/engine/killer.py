@@ -3,7 +3,8 @@
 
 PLACE: update (an update is done, nothing saved yet), save (a checkpoint is written but has not
 taken its name), validate (an evaluation is done); term, termgroup: SIGTERM after the update, to
-this process or to its whole process group (data workers and launcher too), as schedulers send it.
+this process or to its whole process group (data workers and launcher too), as schedulers send it;
+stop: SIGSTOP, after which the process does nothing more; say: a line on standard error and on.
 It happens when UPDATE updates are reached, and not again after a restart by torchrun.
 """
 
@@ -17,6 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main  # noqa: E402
 import utils  # noqa: E402
 from engine import train, trainer  # noqa: E402
+
+SIGNALS = {
+    "update": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "termgroup": signal.SIGTERM,
+}
 
 
 def arm(place: str, update: int, rank: int) -> None:
@@ -38,8 +46,10 @@ def arm(place: str, update: int, rank: int) -> None:
 
     def count(running, *_) -> None:
         reached["update"] = running.state.update
-        if place in ("update", "term", "termgroup") and reached["update"] == update:
-            fire(signal.SIGKILL if place == "update" else signal.SIGTERM)
+        if place in SIGNALS and reached["update"] == update:
+            fire(SIGNALS[place])
+        if place == "say" and reached["update"] == update:
+            print("REACHED", file=sys.stderr, flush=True)
 
     trainer.Trainer.advance = after(trainer.Trainer.advance, count)
     if place == "save":

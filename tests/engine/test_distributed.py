@@ -63,6 +63,12 @@ def test_a_signal_to_one_process_stops_both_after_the_same_update(ranks):
     assert [rank["no_signal"] for rank in ranks] == [0, 0]
 
 
+def test_all_processes_evaluate_the_running_statistics_that_are_saved(ranks):
+    first, second = [one["statistics"] for one in ranks]
+    assert first["own"] != second["own"]
+    assert first["evaluated"] == second["evaluated"] == [first["own"]] * 2  # network and average
+
+
 def test_values_travel_between_processes(ranks):
     assert [rank["mean"] for rank in ranks] == [1.5, 1.5]
     assert [rank["broadcast"] for rank in ranks] == ["from 0", "from 0"]

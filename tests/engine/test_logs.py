@@ -3,13 +3,13 @@
 import json
 import logging
 import sys
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 from engine.logs import LogError, MetricLog, read_metrics
+from engine.wandb_run import WandbOptions
 
 
 def entries(log, first, last):
@@ -94,7 +94,7 @@ def test_numbers_that_are_not_finite_are_null_in_valid_json(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with MetricLog(None, wandb=True) as log:
+    with MetricLog(None, wandb=WandbOptions()) as log:
         log.write(1, 0, "train", loss=1.0)
     assert not list(tmp_path.iterdir())
 
@@ -129,29 +129,78 @@ def test_missing_tensorboard_is_a_warning(tmp_path, monkeypatch, caplog):
     assert "pip install tensorboard" in caplog.text and read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_wandb_is_given_the_numbers_and_continues_under_its_id(tmp_path, monkeypatch):
-    calls = []
-    run = SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
-    )
-    fake = SimpleNamespace(
-        init=lambda **options: calls.append(options) or run,
-        util=SimpleNamespace(generate_id=iter(["id42", "id43"]).__next__),
-    )
+class FakeWandb:
+    """Weights & Biases as far as it is used, without the helpers that newer releases have lost."""
+
+    def __init__(self, failing: tuple = ()) -> None:
+        self.failing, self.started, self.logged, self.finished = failing, [], [], 0
+
+    def init(self, **options):
+        self.started.append(options)
+        if "init" in self.failing and options.get("mode") != "offline" or "all" in self.failing:
+            raise OSError("no network")
+        return self
+
+    def log(self, values, step):
+        if "log" in self.failing:
+            raise BrokenPipeError("its process is gone")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+        if "log" in self.failing:
+            raise BrokenPipeError("its process is gone")
+
+
+def open_wandb(folder, monkeypatch, failing=(), **options):
+    fake = FakeWandb(failing)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for resume_step in (-1, 1):
-        with open_log(
-            tmp_path, resume_step=resume_step, wandb=True, name="swin/tag", config={"a": 1}
-        ) as log:
-            log.write(resume_step + 2, 0, "train", loss=1.0)
-    started = [call for call in calls if isinstance(call, dict)]
-    assert [call["id"] for call in started] == ["id42", "id42"]
-    assert started[0]["config"] == {"a": 1}
-    assert started[0]["project"] == "swin"
-    assert (1, {"train/loss": 1.0, "epoch": 0}) in calls and calls[-1] == "finish"
+    options = {"wandb": WandbOptions(), "name": "swin/tag", "resume_step": -1, **options}
+    with open_log(folder, **options) as log:
+        log.write((options["resume_step"] or 0) + 2, 0, "train", loss=1.0)
+        return fake, log.mark["wandb"] if log.mark else None
+
+
+def test_wandb_is_given_the_numbers_and_continues_under_its_id(tmp_path, monkeypatch):
+    fake, mark = open_wandb(tmp_path, monkeypatch, config={"a": 1})
+    [started] = fake.started
+    assert started["config"] == {"a": 1} and started["project"] == "swin"
+    assert mark == {"id": started["id"], "name": "swin/tag"}
+    assert fake.logged == [(1, {"train/loss": 1.0, "epoch": 0})] and fake.finished == 1
+    again, _ = open_wandb(tmp_path, monkeypatch, resume_step=1)
+    assert again.started[0]["id"] == started["id"] and again.started[0]["resume"] == "allow"
+    moved, _ = open_wandb(tmp_path / "moved", monkeypatch, resume_step=1, known=mark)
+    assert moved.started[0]["id"] == started["id"]
+    for folder, options in (
+        (tmp_path, {}),  # begun anew
+        (tmp_path / "other", {"resume_step": 1, "known": mark, "name": "swin/other"}),
+    ):
+        assert open_wandb(folder, monkeypatch, **options)[1]["id"] != started["id"]
+
+
+def test_wandb_gets_project_entity_group_and_tags(tmp_path, monkeypatch):
+    options = WandbOptions("mine", "us", "seeds", ["a", "b"])
+    [started] = open_wandb(tmp_path, monkeypatch, wandb=options)[0].started
+    assert [started[key] for key in ("project", "entity", "group", "tags")] == [
+        "mine",
+        "us",
+        "seeds",
+        ["a", "b"],
+    ]
+    [started] = open_wandb(tmp_path, monkeypatch, name="a:100%/tag")[0].started
+    assert started["project"] == "a_100_"
+
+
+@pytest.mark.parametrize("failing", ["init", "all", "log"])
+def test_wandb_that_fails_never_ends_the_run(failing, tmp_path, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING):
+        fake, _ = open_wandb(tmp_path, monkeypatch, failing=(failing,))
+    assert "no network" in caplog.text or "its process is gone" in caplog.text
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert bool(fake.logged) == (failing == "init")  # offline, for `wandb sync`
 
 
 def test_missing_wandb_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(LogError, match="pip install wandb"):
-        open_log(tmp_path, wandb=True)
+        open_log(tmp_path, wandb=WandbOptions())

@@ -11,11 +11,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
 
 from engine.guard import DivergedError  # noqa: E402
 from engine.signals import StopSignal  # noqa: E402
-from tests.engine.small import Loader, make_trainer, run_fit, weights  # noqa: E402
+from engine.train import validate  # noqa: E402
+from tests.engine.small import Loader, Silent, evaluation, make_trainer, run_fit, weights  # noqa: E402
 from tests.engine.two_programs import QUICK, run_cases  # noqa: E402
 from utils import World  # noqa: E402
 
@@ -89,6 +91,23 @@ def signal_to_one_rank(world) -> dict:
     return {"update": trainer.state.update}
 
 
+def running_statistics(world) -> dict:
+    """What each process evaluates of a BatchNorm that has seen other images than the others'."""
+    seen = []
+
+    def look(model, **_):
+        seen.append(model[2].running_mean.tolist())
+        return evaluation()
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(24, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
+    trainer = make_trainer(world=world, model=model, ema=True)
+    trainer.update([my_half(next(Loader().epoch(0)), world)])
+    own = model[2].running_mean.tolist()
+    with StopSignal(world) as stop:
+        validate(trainer, look, Silent(), stop)
+    return {"own": own, "evaluated": seen}
+
+
 def no_signal(world) -> int:
     with StopSignal(world) as stop:
         return max([stop.poll() for _ in range(5)] + [stop.agree()])
@@ -101,6 +120,7 @@ def main() -> None:
             "nan": nan_on_one_rank(world),
             "divergence": divergence(world),
             "signal": signal_to_one_rank(world),
+            "statistics": running_statistics(world),
             "no_signal": no_signal(world),
             "mean": world.mean(world.rank + 1.0),
             "broadcast": world.broadcast(f"from {world.rank}"),

@@ -251,8 +251,8 @@ ENGINE_MUTANTS = [
         ),
         (
             "wandb_begins_another_run",
-            "config or {}, resume_step)",
-            "config or {}, None)",
+            "fresh = resume_step is None or resume_step < 0",
+            "fresh = True",
             LOGS.format("wandb_is_given_the_numbers_and_continues_under_its_id"),
         ),
     ),

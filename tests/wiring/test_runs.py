@@ -324,10 +324,22 @@ def test_what_a_user_can_mend_is_told_in_one_line(settings, words, tmp_path):
 
 def test_weights_and_biases_is_told_the_name_and_the_settings(tmp_path):
     told = Mock()
-    told.util.generate_id.return_value = "id"
-    run(tmp_path, {"LOG.WANDB": True, "TRAIN.KEEP": 5}, wandb=told)
+    places = {
+        "LOG.WANDB_PROJECT": "p",
+        "LOG.WANDB_ENTITY": "e",
+        "LOG.WANDB_GROUP": "g",
+        "LOG.WANDB_TAGS": ["t"],
+    }
+    run(tmp_path, {"LOG.WANDB": True, "TRAIN.KEEP": 5} | places, wandb=told)
     options = told.init.call_args.kwargs
-    assert options["name"] == "small" and options["config"]["TRAIN"]["KEEP"] == 5
+    assert [options[name] for name in ("project", "entity", "group", "tags")] == [
+        "p",
+        "e",
+        "g",
+        ["t"],
+    ]
+    assert payload(tmp_path)["logs"] == {"wandb": {"id": options["id"], "name": "small/default"}}
+    assert options["name"] == "small/default" and options["config"]["TRAIN"]["KEEP"] == 5
     assert [call.kwargs["step"] for call in told.init.return_value.log.call_args_list] == [
         1,
         2,
