@@ -23,16 +23,25 @@ class UserError(Exception):
     """
 
 
-def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The closest of `words` to `word`, whatever the case; None if none is close."""
-    folded = {other.lower(): other for other in words}
-    found = difflib.get_close_matches(str(word).lower(), folded, n=1, cutoff=cutoff)
-    return folded[found[0]] if found else None
+CLOSE = 0.6  # the share of two words that agrees where one may be a misspelling of the other
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The closest of `words` to `word`, whatever the case; None if none is close. Dashes before
+    a flag, and the sections before a key, make no two words alike.
+    """
+    folded = {other.lower().lstrip("-"): other for other in words}
+    wanted = str(word).lower().lstrip("-")
+    for found in difflib.get_close_matches(wanted, folded, n=5, cutoff=CLOSE):
+        ends = (wanted.rpartition(".")[2], found.rpartition(".")[2])
+        if difflib.SequenceMatcher(None, *ends).ratio() >= CLOSE:
+            return folded[found]
+    return None
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of an error about a name: "; did you mean 'x'?", or "" where nothing is close."""
-    guess = nearest(word, words, cutoff=0.4)
+    guess = nearest(word, words)
     return f"; did you mean {guess!r}?" if guess else ""
 
 

@@ -14,8 +14,6 @@ from .resize import resize_absolute, resize_bias_table, resize_map
 
 # What other people's models call the layer to the classes.
 HEAD_NAMES = ("head", "fc")
-# SwinV2's largest coordinate, log2(9) / 3, where the window is the pretrained one.
-UNSHIFTED_REACH = 1.0567
 
 
 def fit(
@@ -43,7 +41,6 @@ def fit(
         fitted[key] = fit_tensor(key, state[key], wanted[key], own, grids, resize)
         if fitted[key] is not state[key]:
             report.resized.append(key)
-    warn_of_transfer(fitted, wanted, report)
     return fitted
 
 
@@ -192,27 +189,3 @@ def fit_table(
 def offsets(grid: Grid) -> Grid:
     """Relative offsets (2 rows - 1, 2 columns - 1) of a grid."""
     return 2 * grid[0] - 1, 2 * grid[1] - 1
-
-
-def warn_of_transfer(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], report: LoadReport
-) -> None:
-    """SwinV2 with another window, but coordinates that do not know the window of pre-training."""
-    tables = [
-        key
-        for key in state
-        if key.endswith("relative_coords_table")
-        and key in wanted
-        and state[key].shape != wanted[key].shape
-    ]
-    stages = {
-        int(key.split(".")[1]): (state[key].shape[1] + 1) // 2
-        for key in tables
-        if wanted[key].abs().max() < UNSHIFTED_REACH
-    }
-    if stages:
-        windows = ", ".join(f"stage {stage}: {window}" for stage, window in sorted(stages.items()))
-        report.notes.append(
-            f"the file's windows ({windows}) differ from the model's and PRETRAINED_WINDOW_SIZES"
-            " does not say so: its position bias will be stretched"
-        )

@@ -24,6 +24,7 @@ from .residual import (
     side_named,
 )
 from .soundness import check_finite, check_form, same_kind
+from .transfer import stretched
 from .weights import Weights, unwrap
 
 RULES = ("finetune", "exact")
@@ -79,6 +80,8 @@ def load_weights(
     kept = [] if head == "reset" and rule == "finetune" else kept_heads(model, state)
     state = match_classes(weights, state, kept, classes, report, remedy(rule, head))
     grids = FileGrids(weights, state)
+    if note := stretched(state, model.state_dict()):
+        note_transfer(note, rule, weights, report)
     if rule == "finetune":
         state = fit(model, state, report, head, resize, grids)
     state = compare(model, state, report, rule, grids)
@@ -98,6 +101,13 @@ def load_weights(
         partial = report.missing or report.unexpected or report.unsure
         logger.log(logging.WARNING if partial else logging.INFO, report.text)
     return report
+
+
+def note_transfer(note: str, rule: str, weights: Weights, report: LoadReport) -> None:
+    """Another function than the file's is not exact; raises CheckpointError then."""
+    if rule == "exact":
+        raise CheckpointError(f"{weights.source}: {note}; set it to these, stage by stage")
+    report.notes.append(f"{note}: it will be stretched")
 
 
 def remedy(rule: str, head: str) -> str:

@@ -116,7 +116,8 @@ def resume(
         resume_swin(trainer, checkpoint, batches_per_epoch)
     else:
         LOGGER.warning(
-            "%s holds weights alone: training starts at epoch %d with them",
+            "%s is no training state of this program or of Swin: its weights alone are taken, and"
+            " training starts at epoch %d with them",
             checkpoint.source,
             trainer.state.epoch,
         )

@@ -20,9 +20,14 @@ from .counting import count_macs
 
 _logger = logging.getLogger(__name__)
 
+# One of each kind that fits; not every vit_* does.
 FITTING = (
-    "vit_*, deit_*, deit3_*, beit_*, beitv2_*, cait_* and others that use timm.layers.Attention on"
-    " one grid of patches"
+    "vit_small_patch16_224",
+    "deit_small_patch16_224",
+    "deit3_small_patch16_224",
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "cait_xxs24_224",
 )
 INSTEAD = {
     "swinv2": "swinv2",
@@ -146,13 +151,15 @@ def timm_model(
         )
     drops = {"pos_drop_rate": drop_rate, "proj_drop_rate": drop_rate} if drop_rate else {}
     without_numbers = torch.get_default_device().type == "meta"  # nothing to load into
-    net = _create(
+    net, problem = _create(
         text,
         pretrained and not without_numbers,
         dict(num_classes=num_classes, in_chans=in_chans),
         dict(img_size=size, drop_path_rate=drop_path_rate, **drops),
     )
     exchange_attention(net, text, spec)
+    if problem:  # built without the image size and the rates, which would quietly be others
+        raise ValueError(f"timm cannot build {text}: {problem}")
     net.__class__ = _mixed(type(net))
     net.input_shape = (in_chans, *size)
     if use_checkpoint:
@@ -181,9 +188,11 @@ def _keep_function(net: nn.Module, head_reset: bool) -> None:
             parameter.zero_()
 
 
-def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.Module:
+def _create(
+    text: str, pretrained: bool, always: dict, transformer: dict
+) -> tuple[nn.Module, Exception | None]:
     """timm's model; one that does not take the arguments `transformer` is built without them, to be
-    refused by name.
+    refused by name: then with what timm said.
     """
     import timm  # here: it takes seconds
 
@@ -198,9 +207,11 @@ def _create(text: str, pretrained: bool, always: dict, transformer: dict) -> nn.
         options = _read_options(name, options, always | transformer)
     except ValueError as error:
         raise ValueError(f"timm cannot build {text}: {error}") from error
+    problem = None
     for arguments in (always | transformer, always):
         try:
-            return timm.create_model(name, pretrained=pretrained, **(arguments | options))
+            net = timm.create_model(name, pretrained=pretrained, **(arguments | options))
+            return net, problem
         except TypeError as error:
             problem = error
         except (RuntimeError, AssertionError, OSError) as error:
@@ -244,13 +255,9 @@ def exchange_attention(net: nn.Module, name: str, spec: AttentionSpec) -> None:
     grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
     if not found or grid is None:
         raise ValueError(
-            f"timm model {name} ({type(net).__name__}) {_why(net, bool(found))}; models that fit:"
-            f" {FITTING}"
-            + "".join(
-                f"; MODEL.TYPE {kind} is similar"
-                for part, kind in INSTEAD.items()
-                if name.startswith(part)
-            )
+            f"timm model {name} ({type(net).__name__}) {_why(net, bool(found))}; those that fit"
+            " have timm's Attention on one grid of patches, such as"
+            f" {', '.join(FITTING)}{_similar(name)}"
         )
     if not isinstance(getattr(net, "patch_drop", None), (nn.Identity, type(None))):
         raise ValueError(
@@ -264,6 +271,12 @@ def exchange_attention(net: nn.Module, name: str, spec: AttentionSpec) -> None:
             leaf,
             replacement(module)(module, tuple(grid), getattr(net, "num_prefix_tokens", 0), spec),
         )
+
+
+def _similar(name: str) -> str:
+    """The end of a refusal: a family of this project that does what the model does."""
+    kind = next((kind for part, kind in INSTEAD.items() if name.startswith(part)), None)
+    return f"; MODEL.TYPE {kind} is similar" if kind else ""
 
 
 def _why(net: nn.Module, found: bool) -> str:

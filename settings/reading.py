@@ -47,7 +47,7 @@ class Given:
         self.files += 1
         if self.files > FILES:
             raise ConfigError(f"{path}: BASE: more than {FILES} files are read; name each once")
-        content = read_yaml(path, named_by)
+        content = read_yaml(path, named_by, above)
         here = path.resolve()
         if here in above:
             cycle = (*above[above.index(here) :], here)
@@ -233,10 +233,13 @@ for _type, _pattern in _NUMBERS.items():
     )
 
 
-def read_yaml(path: Path, named_by: str) -> dict:
-    """The mapping in a YAML file; {} if it is empty. Raises: ConfigError."""
+def read_yaml(path: Path, named_by: str, above: tuple[Path, ...] = ()) -> dict:
+    """The mapping in a YAML file; {} if it is empty. `above`: files that name it, none of which can
+    be meant. Raises: ConfigError.
+    """
     if not _is_file(path):
-        raise ConfigError(f"{named_by}: {show(str(path))} is not a file{_similar_file(path)}")
+        similar = _similar_file(path, above)
+        raise ConfigError(f"{named_by}: {show(str(path))} is not a file{similar}")
     where = show_name(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -268,10 +271,11 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _similar_file(path: Path) -> str:
+def _similar_file(path: Path, above: tuple[Path, ...]) -> str:
     """The end of an error about a missing file: a file of the same folder with a similar name."""
     try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+        files = [entry for entry in path.parent.iterdir() if entry.is_file()]
+        names = [entry.name for entry in files if entry.resolve() not in above]
     except (OSError, ValueError):
         return ""
     guess = nearest(path.name, [name for name in names if name != path.name])

@@ -321,6 +321,18 @@ def test_random_values_give_a_configuration_or_a_config_error_and_nothing_else()
                 assert "\n" not in str(error) and len(str(error)) < 2000
 
 
+def test_flags_that_only_look_alike_in_their_dashes_are_not_suggested(capsys):
+    for given in ("--amp", "--foo", "--lr", "--xyz"):
+        assert "did you mean" not in usage_error(capsys, "--cfg", str(NAMED), given, "3")
+
+
+def test_a_file_is_not_said_to_mean_itself(tmp_path):
+    (tmp_path / "child.yaml").write_text("BASE: [chld.yaml]")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "child.yaml")
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "given, nearest",
     [

@@ -70,6 +70,9 @@ def test_values_are_literals_and_bare_words_are_text():
 def test_the_nearest_spelling_ignores_the_case_and_distant_words():
     assert nearest("ROD", ["rod", "wheel"]) == "rod"
     assert nearest("xylophone", ["rod", "wheel"]) is None
+    assert nearest("--amp", ["--zip", "--tag", "--eval"]) is None
+    assert nearest("MODEL.FOO", ["MODEL.EMA", "MODEL.TYPE", "MODEL.VIT.POOL"]) is None
+    assert nearest("TRAIN.EPOCH", ["TRAIN.KEEP", "TRAIN.EPOCHS"]) == "TRAIN.EPOCHS"
     with pytest.raises(ValueError, match="SIZE is 'larg'; allowed are small, large; did you mean"):
         check_choice("SIZE", "larg", ["small", "large"])
 

@@ -340,14 +340,40 @@ def test_one_channel_takes_the_sum_of_the_first_convolution():
         assert torch.allclose(model(grey), source(grey.expand(1, 3, 32, 32)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes, warned", [((0, 0), True), ((4, 4), False)])
-def test_a_swinv2_window_change_without_the_pretrained_window_is_pointed_out(sizes, warned):
-    model = build(SwinTransformerV2, img_size=64, window_size=8, pretrained_window_sizes=sizes)
-    report = load_weights(model, build(SwinTransformerV2).state_dict())
-    assert (
-        warned == any("PRETRAINED_WINDOW_SIZES" in note for note in report.notes)
-        and report.coverage == 1
-    )
+@pytest.mark.parametrize(
+    ("window", "sizes", "warned"),
+    [
+        (8, (0, 0), True),
+        (8, (4, 4), False),
+        (2, (4, 4), False),
+        (2, (0, 0), True),
+        (4, (8, 8), True),
+        (4, (0, 0), False),
+        (4, (4, 4), False),
+        ((4, 2), (4, 4), False),
+    ],
+)
+def test_a_swinv2_window_change_without_the_pretrained_window_is_pointed_out(window, sizes, warned):
+    released = build(SwinTransformerV2).state_dict()  # window 4
+    options = dict(img_size=64, window_size=window, pretrained_window_sizes=sizes)
+    model = build(SwinTransformerV2, **options)
+    report = load_weights(model, released)
+    said = [note for note in report.notes if "PRETRAINED_WINDOW_SIZES" in note]
+    assert len(said) == warned and report.coverage == 1
+    if not warned:
+        load_weights(model, released, rule="exact")
+        return
+    assert "stage 0 to 4, stage 1 to 4" in said[0]
+    assert "set it to these" in refused(model, released, rule="exact")
+
+
+def test_a_file_of_windows_that_were_transferred_once_goes_on_so():
+    fine_tuned = build(
+        SwinTransformerV2, img_size=64, window_size=8, pretrained_window_sizes=(4, 4)
+    ).state_dict()
+    for sizes, agree in [((4, 4), True), ((0, 0), False), ((8, 8), False)]:
+        model = build(SwinTransformerV2, img_size=64, window_size=8, pretrained_window_sizes=sizes)
+        assert agree != any("stretched" in note for note in load_weights(model, fine_tuned).notes)
 
 
 def test_half_precision_files_load_in_the_models_precision():

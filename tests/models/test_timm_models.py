@@ -15,6 +15,7 @@ from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS, TermModifier
 from models.attention.softmax import SoftmaxAttention
 from models.build import ModelError
+from models.timm_models import FITTING
 from optimizer import LayerIds, parameter_groups
 from tests.models.builders import randomise
 
@@ -270,7 +271,7 @@ def test_dropout_of_the_map_is_the_configs_or_timms():
                 " class.*vit_.*MODEL.TYPE sasa_resnet"
             ),
         ),
-        ("convnext_atto", "timm model convnext_atto .ConvNeXt. has no attention.*models that fit"),
+        ("convnext_atto", "timm model convnext_atto .ConvNeXt. has no attention.*those that fit"),
         ("swin_tiny_patch4_window7_224", "but .*WindowAttention.*MODEL.TYPE swin"),
         (
             "eva02_tiny_patch14_224",
@@ -291,6 +292,31 @@ def test_dropout_of_the_map_is_the_configs_or_timms():
 def test_what_does_not_fit_is_refused_by_name(text, words):
     with pytest.raises(ValueError, match=words):
         timm_model(text, 5, 224)
+
+
+def test_the_models_that_a_refusal_names_fit():
+    with torch.device("meta"):
+        for name in FITTING:
+            timm_model(name, 5, 224)
+    with pytest.raises(ValueError, match="such as vit_small_patch16_224") as caught:
+        timm_model("vit_base_patch16_rope_224", 5, 224)
+    assert "vit_*" not in str(caught.value)
+    with pytest.raises(ValueError) as caught:
+        timm_model("swinv2_tiny_window8_256", 5, 256)
+    assert str(caught.value).count("is similar") == 1
+
+
+def test_a_model_that_cannot_have_the_image_size_is_not_built_without_it(monkeypatch):
+    real = timm.create_model
+
+    def create(name, img_size=None, **options):
+        if img_size is not None:
+            raise TypeError("unexpected argument 'img_size'")
+        return real(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(ValueError, match="unexpected argument 'img_size'"):
+        timm_model(f"vit_tiny_patch16_224({SMALL})", 5, 32)
 
 
 def test_a_mixer_is_refused_with_the_reason():
