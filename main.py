@@ -29,7 +29,7 @@ from checkpoint import (
 )
 from config import KEYS, dump_config, get_config, load_config, parse_args, to_dict
 from data import build_data
-from engine.agreement import agree, checksum, describe_code
+from engine.agreement import agree, checksums, describe_code, tell_differences
 from engine.console import lasting_streams, print_all
 from engine.evaluate import EvalResult, evaluate, write_per_class
 from engine.lock import FolderLock
@@ -151,6 +151,7 @@ class Program:
         products = describe_products(self.dtype, self.world.device.type)
         if products:
             self.logger.info(products)
+        self.compare_computation(products)
         if self.config.EVAL_MODE:
             return self.evaluate()
         if not self.world.is_main:
@@ -167,6 +168,12 @@ class Program:
         images = {f"{split} images": text for split, text in self.data.fingerprints.items()}
         facts = {**images, "classes": self.data.class_names}
         agree(self.world, "the data", facts, "copy the same files to all machines")
+
+    def compare_computation(self, products: str) -> None:
+        if self.world.control is not None:
+            with self.autocast():
+                attention = describe_attention(self.model)
+            tell_differences(self.world, "what computes the model", f"{attention}; {products}")
 
     def build_model(self, num_classes: int | None = None) -> torch.nn.Module:
         order = utils.memory_format(self.config.MODEL.CHANNELS_LAST)
@@ -239,8 +246,7 @@ class Program:
 
     def compare_weights(self) -> None:
         tensors = self.model.state_dict().items()
-        weights = {name: int(checksum(tensor)) for name, tensor in tensors}
-        agree(self.world, "the weights", weights, SAME_FILES, shown=False)
+        agree(self.world, "the weights", checksums(dict(tensors)), SAME_FILES, shown=False)
 
     def train(self, check: Callable[[], None] = lambda: None) -> int:
         """Trains. check: raises where the output folder is no longer this run's."""

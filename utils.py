@@ -93,7 +93,7 @@ class World:
 
         Raises: RunError.
         """
-        store.set(f"device/{self.rank}", self.device.type)
+        store.set(f"device/{self.rank}", f"{self.device.type} {self.size}")
         if self.is_main:
             kinds = [store.get(f"device/{rank}").decode() for rank in range(self.size)]
             others = [rank for rank, kind in enumerate(kinds) if kind != kinds[0]]
@@ -101,10 +101,11 @@ class World:
             store.set("device", verdict or "equal")
         verdict = store.get("device").decode()
         if verdict != "equal":
-            rank, other, first = verdict.split()
+            rank, device, size, first, first_size = verdict.split()
             raise RunError(
-                f"process {rank} runs on {other}, process 0 on {first}: give all processes the"
-                " same DEVICE (--device), and machines that have it"
+                f"process {rank} runs on {device} as one of {size}, process 0 on {first} as one of"
+                f" {first_size}: give all processes the same DEVICE (--device) and WORLD_SIZE, and"
+                " machines that have the device"
             )
 
     @property

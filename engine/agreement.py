@@ -5,6 +5,7 @@ differently, they train different networks from then on.
 """
 
 import hashlib
+import logging
 import platform
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from utils import PACKAGES, RunError, World
 
+LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("main", "registry", "utils", *(name for name in PACKAGES if name != "run"))
 SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h")
@@ -47,6 +49,21 @@ def agree(
         return
     all_texts = world.gather(texts)
     refuse_differences(what, world.broadcast(all_texts), remedy, shown)
+
+
+def tell_differences(world: World, what: str, text: str) -> None:
+    """Logs a warning on the main process where the others' text is not its own."""
+    world.meet(what)
+    texts = world.gather(text) or []
+    others = [rank for rank, other in enumerate(texts) if other != text]
+    if others:
+        LOGGER.warning(
+            "%s is not the same on process %d: %s; here: %s",
+            what,
+            others[0],
+            short(texts[others[0]], 300),
+            short(text, 300),
+        )
 
 
 def refuse_differences(
@@ -190,6 +207,17 @@ def checksum(tensor: Tensor) -> Tensor:
     if bits.dim() > 1:
         bits = bits.sum(tuple(range(1, bits.dim())), dtype=torch.int64)
     return (bits * row_weights(bits.shape, bits.device)).sum(dtype=torch.int64)
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of each tensor, read with one wait for each device."""
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    found = {}
+    for device in {one.device for one in sums.values()}:
+        names = [name for name, one in sums.items() if one.device == device]
+        values = torch.stack([sums[name] for name in names]).tolist()
+        found |= dict(zip(names, values, strict=True))
+    return {name: found[name] for name in sums}
 
 
 @lru_cache(maxsize=1024)

@@ -85,7 +85,8 @@ class Report:
             self.bar.update(accumulation)
         if (state.batch // accumulation - 1) % self.print_freq:
             return None
-        read = trainer.statistics.read()
+        with self.world.waiting("the device"):
+            read = trainer.statistics.read()
         lr = trainer.optimizer.param_groups[0]["lr"]
         LOGGER.info(self._line(trainer, read), extra={"progress": True})
         if self.bar is not None:
@@ -143,7 +144,8 @@ class Report:
         if not complete:
             return
         state = trainer.state
-        read = trainer.statistics.read()
+        with self.world.waiting("the device"):
+            read = trainer.statistics.read()
         loss = self.world.mean(read["loss_mean"])
         LOGGER.info(
             "EPOCH %d training takes %s (%.1f images/s)",

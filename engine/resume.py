@@ -50,6 +50,7 @@ def choose(
         LOGGER.warning(
             "going on with this output folder's own %s, not with --resume %s", found.path, path
         )
+    world.meet("the choice of a checkpoint")
     path = world.broadcast(found.path if found else path)
     if found or path is None:
         return found

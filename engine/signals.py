@@ -133,7 +133,8 @@ class StopSignal:
             return 0
         work, number = self._pending
         self._pending = None
-        work.wait()
+        with self.world.waiting("the exchange of signals"):
+            work.wait()
         return int(number)
 
     def agree(self) -> int:

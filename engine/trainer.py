@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import CheckpointError
-from engine.agreement import DRIFTED, WeightCheck, agree, checksum
+from engine.agreement import DRIFTED, WeightCheck, agree, checksums
 from engine.clip import clip_gradients
 from engine.ema import ParameterEma
 from engine.guard import guarded_step
@@ -106,11 +106,12 @@ class Trainer:
         device.
         """
         loss = torch.zeros((), device=self.device)
-        for index, (images, targets) in enumerate(batches):
-            with self._reduction(last=index + 1 == len(batches)):
-                part = self._forward(images, targets) / len(batches)
-                self.scaler.scale(part).backward()
-            loss += part.detach()
+        with self.world.waiting("the gradients of an update"):
+            for index, (images, targets) in enumerate(batches):
+                with self._reduction(last=index + 1 == len(batches)):
+                    part = self._forward(images, targets) / len(batches)
+                    self.scaler.scale(part).backward()
+                loss += part.detach()
         self.scaler.unscale_(self.optimizer)
         # Gradients, and so the norm, are the same on all processes.
         norm = clip_gradients(self.parameters, self.clip, self.clip_mode, self.classifier)
@@ -191,8 +192,7 @@ class Trainer:
                     tensors[name] = value
                 else:
                     numbers[name] = value
-        sums = {name: int(checksum(tensor)) for name, tensor in tensors.items()}
-        agree(self.world, what, numbers | sums, remedy, shown=False)
+        agree(self.world, what, numbers | checksums(tensors), remedy, shown=False)
 
     def share_statistics(self) -> None:
         """Gives all processes the main one's running statistics of BatchNorm, which are those that

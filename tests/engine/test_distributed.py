@@ -1,6 +1,7 @@
 """Two processes (torchrun, gloo): what they must agree on."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tests.engine.runs import run
 from tests.engine.small import Loader, make_trainer
 from tests.engine.two_ranks import flat, no_dropout
+from utils import RunError, World
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,13 @@ def test_every_other_difference_is_told_too_and_places_may_differ(more):
 
 
 @pytest.mark.slow
+def test_another_computation_of_the_same_is_a_warning(more):
+    assert [one["attention"][:2] for one in more] == [[0, ""], [0, ""]]
+    log = "\n".join(more[0]["attention"][2])
+    assert "not the same on process 1: by another kernel" in log
+
+
+@pytest.mark.slow
 def test_slow_beginnings_and_long_saving_outlast_the_group_timeout(more):
     assert [one["slow"][:2] for one in more] == [[0, ""], [0, ""]]
     assert more[0]["slow"][3] > 3
@@ -136,3 +145,23 @@ def test_a_rank_that_hangs_ends_the_wait_with_the_stacks_of_all(more):
     assert status == 1 and "TRAIN.GROUP_TIMEOUT" in errors and "all of them live" in errors
     logs = ["\n".join(one["stuck"][2]) for one in more]
     assert all("all stacks" in text for text in logs) and "in stuck" in logs[1]
+
+
+def test_processes_on_other_devices_are_refused_before_they_form_a_group():
+    store, said = torch.distributed.HashStore(), {}
+
+    def compare(rank: int) -> None:
+        world = World.__new__(World)
+        world.rank, world.size = rank, 2
+        world.device = torch.device("cpu" if rank else "cuda")
+        with pytest.raises(RunError) as refusal:
+            world._compare_devices(store)
+        said[rank] = str(refusal.value)
+
+    threads = [threading.Thread(target=compare, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert said[0] == said[1]
+    assert said[0].startswith("process 1 runs on cpu as one of 2, process 0 on cuda")

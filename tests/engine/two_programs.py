@@ -47,6 +47,10 @@ def other_code(real=main.describe_code):
     return real() | {"source of models": "changed"}
 
 
+def other_attention(model):
+    return "by another kernel"
+
+
 def other_weights(*args, real=main.build_model):
     model = real(*args)
     model.head.weight.data[0, 0] += 1e-3
@@ -97,6 +101,7 @@ CASES = {name: ({}, one, [], []) for name, one in SETTINGS_OF_ONE.items()} | {
     "places": ({}, PLACES, [], []),
     "images": ({}, {}, [], [("sklearn.datasets.load_digits", other_images)]),
     "code": ({}, {}, [], [("main.describe_code", other_code)]),
+    "attention": ({}, {}, [], [("main.describe_attention", other_attention)]),
     "weights": ({}, {}, [], [("main.build_model", other_weights)]),
     "drift": (EVERY, {}, [], [("engine.trainer.Trainer.advance", nudged)]),
     "average": (
