@@ -26,8 +26,9 @@ def gelu_into(
     bias: (width,) in float32.
     saved: (rows, width), in 16 bits where act is float32, else of its dtype.
 
-    All are contiguous, and there are no gradients.
+    All are contiguous. Raises: ValueError where a gradient would be recorded: there is none.
     """
+    _refuse_gradients(act, before, bias)
     torch.ops.idsw.gelu_forward(before, bias, saved, act)
     return act
 
@@ -38,9 +39,15 @@ def gelu_backward_into(
     """act = gelu(saved + bias) once more; grad, which comes as the gradient of act, becomes that of
     saved; returns that of bias in float32.
 
-    Shapes and dtypes as for `gelu_into`. The sums are the same with any number of threads.
+    Shapes, dtypes and errors as for `gelu_into`. The sums are the same with any number of threads.
     """
+    _refuse_gradients(act, grad, saved, bias)
     return torch.ops.idsw.gelu_backward(saved, bias, act, grad)
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError("gelu: it has no gradient; call torch.nn.functional.gelu for one")
 
 
 @loader.after_loading

@@ -50,7 +50,7 @@ class PreparedLinear:
     ):
         self.dtype = dtype
         self.inner = computed_in(dtype, kind)
-        self.width = len(weight)
+        self.width, self.columns = weight.shape
         self.weight = weight.detach().to(self.inner)
         self.bias = None if bias is None else bias.detach().to(self.inner)
         self.by_onednn = can_pack(self.weight, kind)
@@ -59,6 +59,11 @@ class PreparedLinear:
 
     def __call__(self, x: Tensor, gelu: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """(..., in) -> (..., out) of `dtype`, by default of the layer's own."""
+        if x.shape[-1] != self.columns:
+            raise ValueError(
+                f"a linear layer of {self.columns} channels got {tuple(x.shape)}; the last"
+                " dimension must be those channels"
+            )
         dtype = dtype or self.dtype
         width = self.width
         result_bytes = x.numel() // x.shape[-1] * width * self.inner.itemsize

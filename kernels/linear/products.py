@@ -47,6 +47,7 @@ def _pays_narrow(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
     return (
         bias is not None
         and x.dtype == dtype == torch.float32
+        and columns == weight.shape[1]
         and 0 < columns <= NARROW
         and x.numel() // columns * len(weight) * 4 > precision.CHUNK_BYTES
         and can_pack(weight, "cpu")

@@ -11,6 +11,18 @@ def check_arguments(
     qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, dropout: float = 0.0
 ) -> None:
     """Raises ValueError, in one line, for what has no result or that of another question."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"window_attention: dropout {dropout} is not in [0, 1)")
+    if torch.compiler.is_compiling():
+        _check(qkv, terms, layout, num_heads)
+        return
+    given, like = (layout, num_heads), (qkv.shape, qkv.dtype, qkv.device)
+    if terms.checked.get(given) != like:  # terms that are kept are checked once
+        _check(qkv, terms, layout, num_heads)
+        terms.checked[given] = like
+
+
+def _check(qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int) -> None:
     if not qkv.is_floating_point():
         raise ValueError(f"window_attention: qkv is {_name(qkv)}; a floating-point dtype is needed")
     if qkv.dim() != 4 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
@@ -24,8 +36,6 @@ def check_arguments(
             f"window_attention: the layout is on {layout.tokens.device}, qkv on {qkv.device};"
             " window_layout(..., device=qkv.device) makes one there"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"window_attention: dropout {dropout} is not in [0, 1)")
     for name in ("scale", "bias", "post"):
         table = getattr(terms, name)
         if table is not None:

@@ -76,22 +76,23 @@ def missing(device: torch.device | str) -> str | None:
     On a GPU the first call also compares it with the specification, for each card of its own, so
     that a card, driver or compiler it does not fit costs speed, not results.
     """
-    device = torch.device(device)
+    if isinstance(device, str):
+        device = torch.device(device)
     return _missing(device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
 def _missing(kind: str, index: int | None) -> str | None:
-    if kind != "cuda":
-        return loader.missing(kind)
-    if index is None:
+    if kind == "cuda" and index is None:
         index = torch.cuda.current_device() if loader.device_reason() is None else 0
-    if index not in _cards:
-        _cards[index] = _look_at_card(f"cuda:{index}")
-    return _cards[index]
+    place = (kind, index)
+    if place not in _answers:
+        cuda = kind == "cuda"
+        _answers[place] = _look_at_card(f"cuda:{index}") if cuda else loader.missing(kind)
+    return _answers[place]
 
 
-_cards: dict[int, str | None] = {}  # why no kernel runs there, by number
+_answers: dict[tuple[str, int | None], str | None] = {}
 
 
 def _look_at_card(device: str) -> str | None:

@@ -37,6 +37,13 @@ def add_mask(logits: Tensor, mask: Tensor | None) -> Tensor:
     return (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(logits.dtype)).flatten(0, 1)
 
 
+def unit(x: Tensor) -> Tensor:
+    """(..., D) divided by its norms, or by 1e-12 where they are less; float16 has no 1e-12, and
+    zeros (padding) would be 0 / 0: there it is the least number above 0.
+    """
+    return F.normalize(x, dim=-1, eps=6e-8 if x.dtype == torch.float16 else 1e-12)
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -50,12 +57,12 @@ def softmax_attention(
 
     q, k, v: (B*nW, heads, N, D).
     mask: (nW, N, N) or None.
-    cosine: q and k are divided by their norms first (at least 1e-12).
+    cosine: q and k are divided by their norms first (see `unit`).
     dropout: probability with which an entry of the map is dropped. The softmax runs in float32 or
         wider.
     """
     if cosine:
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = unit(q), unit(k)
     logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
     bias = terms.dense("bias")
     attn = add_mask(logits if bias is None else logits + bias, mask).softmax(-1)

@@ -9,7 +9,7 @@ from kernels.derivatives import is_transformed
 
 from .arguments import check_arguments
 from .layout import WindowLayout
-from .reference import merge_windows, split_windows, window_attention_reference
+from .reference import merge_windows, split_windows, unit, window_attention_reference
 from .terms import OffsetTerms
 
 
@@ -42,7 +42,7 @@ def window_attention_sdpa(
         return window_attention_reference(qkv, terms, layout, num_heads, cosine, dropout)
     q, k, v = split_windows(qkv, layout, num_heads)
     if cosine:
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = unit(q), unit(k)
     q = (q * terms.dense("scale")).to(v.dtype)
     bias = terms.masked_bias(layout)
     if bias is not None:  # (nW or 1, heads, N, N) -> one for every window of every image

@@ -50,6 +50,7 @@ class OffsetTerms:
         self.prefix = prefix
         self.neutral = self.scale if neutral is None else neutral
         self._cache: dict = {}
+        self.checked: dict = {}  # what these terms were found to fit, see arguments.py
         if self.scale is None:
             raise TypeError("OffsetTerms: no scale is given; pass one of shape (1 or T, heads)")
 

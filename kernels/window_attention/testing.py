@@ -5,14 +5,11 @@ any dtype. How a compiled kernel is called on a case: testing_call.py; how its r
 testing_accuracy.py.
 """
 
-import contextlib
 import functools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.window_attention import OffsetTerms, window_layout
@@ -126,29 +123,16 @@ def specification(drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
         table = getattr(drawn, name)
         tables[name] = None if table is None else table.to(wide, copy=True).requires_grad_()
     terms = OffsetTerms(c.window, **tables)
-    with _norms_of(dtype):
-        q, k, v = split_windows(qkv, layout, c.heads)
-        if not c.dropout:
-            y = softmax_attention(q, k, v, terms, layout.mask, c.cosine)
-        else:
-            y = dropped_attention(q, k, v, terms, layout.mask, c.cosine, drawn.seed, c.dropout)
+    q, k, v = split_windows(qkv, layout, c.heads)
+    if not c.dropout:
+        y = softmax_attention(q, k, v, terms, layout.mask, c.cosine)
+    else:
+        y = dropped_attention(q, k, v, terms, layout.mask, c.cosine, drawn.seed, c.dropout)
     out = merge_windows(y, layout)
     out.backward(drawn.grad_out.to(dtype))
     found = {"out": out.detach(), "qkv": qkv.grad}
     found.update({name: t.grad for name, t in tables.items() if t is not None})
     return found
-
-
-@contextlib.contextmanager
-def _norms_of(dtype: torch.dtype) -> Iterator[None]:
-    """In float16 the bound of the norms, 1e-12, is 0, and padding would be 0 / 0: another there."""
-    normalize = F.normalize
-    if dtype == torch.float16:
-        F.normalize = functools.partial(normalize, eps=6e-8)
-    try:
-        yield
-    finally:
-        F.normalize = normalize
 
 
 def by_part(found: dict[str, Tensor], case: Case) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from kernels.window_attention import (
     relative_position_index,
     window_attention,
 )
-from kernels.window_attention.reference import add_mask, merge_windows, split_windows
+from kernels.window_attention.reference import add_mask, merge_windows, split_windows, unit
 from models.layers.init import trunc_normal
 
 from .geometry import Geometry, relative_coords_table
@@ -161,8 +161,7 @@ class SoftmaxAttention(Projection):
         """
         q, k, v = split_windows(qkv, layout, self.num_heads)
         if self.cosine:
-            q = F.normalize(q, dim=-1)
-            k = F.normalize(k, dim=-1)
+            q, k = unit(q), unit(k)
         logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
         if terms.bias is not None:
             logits = logits + terms.dense("bias")

@@ -4,9 +4,11 @@ take: odd memory, tensors without values.
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.linear import evaluation, run_linear
+from kernels.linear.gelu import gelu_backward_into, gelu_into
 from kernels.window_attention import (
     BACKENDS,
     OffsetTerms,
@@ -137,6 +139,41 @@ def test_integers_are_no_input_of_a_linear_layer(recorded):
         for run in (module, lambda x: run_linear(module.fc1, x)):
             with pytest.raises(TypeError, match="got int64"):
                 run(torch.ones(3, 4, dtype=torch.int64))
+
+
+def test_a_linear_layer_says_how_many_channels_it_takes():
+    module = Mlp(4, 8)
+    with evaluation(module), torch.no_grad():
+        for run in (module, lambda x: run_linear(module.fc1, x)):
+            with pytest.raises(ValueError, match=r"of 4 channels got \(3, 6\)"):
+                run(torch.ones(3, 6))
+    for x in (torch.ones(3000, 6), torch.ones(3000, 6, requires_grad=True)):
+        with pytest.raises(RuntimeError, match="3000x6"):  # PyTorch's own words
+            run_linear(nn.Linear(4, 4000), x)
+
+
+@needs_kernel
+def test_the_gelu_refuses_to_lose_a_gradient():
+    rows, act = torch.ones(3, 8, requires_grad=True), torch.empty(3, 8)
+    for run in (lambda: gelu_into(act, rows), lambda: gelu_backward_into(act, act, rows)):
+        with pytest.raises(ValueError, match="no gradient"):
+            run()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto", "open"])
+def test_padding_is_no_number_of_cosine_attention_in_float16(backend):
+    layout = window_layout((7, 10), WINDOW, (2, 2))
+    qkv = torch.randn(1, 7, 10, 96, generator=torch.Generator().manual_seed(0)).half()
+    terms = OffsetTerms(WINDOW, torch.full((1, HEADS), 8.0))
+    right = window_attention(qkv.double(), terms, layout, HEADS, True, 0.0, "reference")
+    if backend == "open":
+        model = small("swinv2", img_size=(14, 20), attention=AttentionSpec(("talking_heads",)))
+        assert model.half()(torch.ones(1, 3, 14, 20).half()).isfinite().all()
+        return
+    if backend == "fused" and fused.missing("cpu"):
+        pytest.skip(f"the CPU kernel is not here: {fused.missing('cpu')}")
+    y = window_attention(qkv, terms, layout, HEADS, True, 0.0, backend)
+    torch.testing.assert_close(y.double(), right, rtol=1e-2, atol=1e-2)
 
 
 DRY_RUNS = [

@@ -42,7 +42,7 @@ def test_a_card_whose_kernel_fails_its_check_does_without_and_the_others_keep_th
         looked_at.append(device)
         return "output is off by 0.5" if device == "cuda:1" else None
 
-    monkeypatch.setattr(fused, "_cards", {})
+    monkeypatch.setattr(fused, "_answers", {})
     monkeypatch.setattr(fused.loader, "missing", lambda device: None)
     monkeypatch.setattr(fused.selfcheck, "find_fault", find_fault)
     with FakeTensorMode():
