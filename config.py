@@ -622,8 +622,8 @@ def load_config(path: str | os.PathLike | None, opts: Sequence[Any] = ()) -> Cfg
 
 
 def notes(cfg: CfgNode) -> list[str]:
-    """One line for each setting that is accepted for Swin's sake and does nothing, and for rates
-    that look like a slip.
+    """One line for each setting that is accepted for Swin's sake and does nothing, for rates that
+    look like a slip, and for an initial value that pretrained weights replace.
     """
     found = []
     for key, reason in SUPERSEDED.items():
@@ -635,5 +635,12 @@ def notes(cfg: CfgNode) -> list[str]:
         found.append(
             f"TRAIN.MIN_LR {train.MIN_LR:g} is above TRAIN.BASE_LR {train.BASE_LR:g}: the rate will"
             " rise"
+        )
+    model = cfg.MODEL
+    start = model.ATTENTION.LOGIT_SCALE_INIT
+    if model.PRETRAINED and start != KEYS["MODEL.ATTENTION.LOGIT_SCALE_INIT"].default:
+        found.append(
+            f"MODEL.ATTENTION.LOGIT_SCALE_INIT {start:g} has no effect on scales that"
+            " MODEL.PRETRAINED brings"
         )
     return found

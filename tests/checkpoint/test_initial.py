@@ -10,7 +10,7 @@ import timm
 import torch
 
 from checkpoint import CheckpointError, load_weights
-from config import load_config
+from config import load_config, notes
 from models import build_model, timm_model
 from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS, ProjectionModifier
@@ -164,3 +164,10 @@ def test_consent_to_set_initial_values_arrives_at_timm(fetched, released):
     eye = torch.eye(16).repeat(2, 1)
     assert torch.equal(model.blocks[0].attn.qkv.weight[:32], eye)
     assert torch.equal(model.pos_embed, released.pos_embed)
+
+
+def test_an_initial_scale_that_pretrained_weights_replace_is_told():
+    start = ["MODEL.TYPE", "swinv2", "MODEL.ATTENTION.LOGIT_SCALE_INIT", 5.0]
+    assert notes(load_config(None, start)) == []
+    (note,) = notes(load_config(None, [*start, "MODEL.PRETRAINED", "x.pth"]))
+    assert "LOGIT_SCALE_INIT 5 has no effect on scales that MODEL.PRETRAINED brings" in note

@@ -5,6 +5,7 @@ on grids of a single patch too.
 import pytest
 import torch
 
+from kernels.window_attention import OffsetTerms
 from models import PiT
 from models.attention import AttentionSpec, Geometry, GlobalAttention
 from models.attention.modifiers import MODIFIERS, TermModifier
@@ -55,6 +56,15 @@ def test_pairs_of_a_class_token_are_neutral_and_those_of_patches_as_without_one(
         torch.testing.assert_close(term[:, prefix:, prefix:], patches.expand(2, area, area))
         for of_class in (term[:, :prefix], term[:, :, :prefix]):
             assert torch.equal(of_class, torch.full_like(of_class, neutral))
+
+
+def test_a_table_of_one_offset_is_a_table():
+    """Bias and factor have a row per offset, the scale may be one number per head."""
+    row = torch.tensor([[2.0, 3.0]])
+    terms = OffsetTerms((1, 1), row, bias=row, post=row, prefix=1)
+    assert terms.dense("scale").shape == (2, 1, 1)
+    assert terms.dense("bias")[0].tolist() == [[0, 0], [0, 2]]
+    assert terms.dense("post")[1].tolist() == [[1, 1], [1, 3]]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -2,6 +2,8 @@
 logits.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -65,7 +67,7 @@ class ContinuousRelativePositionWeight(TermModifier):
                 "crpw(renormalise=True) needs apply=probs: before the softmax the rows are"
                 " normalised anyway"
             )
-        if init_std < 0 or hidden_std < 0:
+        if not (0 <= init_std < math.inf and 0 <= hidden_std < math.inf):
             raise ValueError(
                 f"crpw(init_std={init_std}, hidden_std={hidden_std}): a standard deviation is at"
                 " least 0"
