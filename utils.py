@@ -495,7 +495,9 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of a device or of this machine is full."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and EXHAUSTED.search(str(error)) is not None
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError):
+        return False
+    return EXHAUSTED.search(str(error)) is not None
 
 
 def print_error(error: BaseException) -> None:

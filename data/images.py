@@ -131,8 +131,7 @@ def _from_levels(image: Image.Image) -> Image.Image:
         )
     bits = tags.get(_BITS, 16)
     bits = bits[0] if isinstance(bits, tuple) else bits
-    levels = np.asarray(image).astype(np.int64) >> (bits - 8)
-    levels = levels.clip(0, 255).astype(np.uint8)
+    levels = (np.asarray(image) >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if tags.get(_POLARITY) == _WHITE_IS_ZERO:
         levels = 255 - levels
     return Image.fromarray(levels).convert("RGB")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import utils
 from data import loader as loader_module
 from data import waiting
 from data.datasets import ImageDataset
@@ -311,6 +312,13 @@ def test_worker_killed_between_two_epochs(root):
     with pytest.raises(DataError, match=DEATH):
         list(loader.epoch(1))
     loader.close()
+
+
+def test_worker_killed_is_not_told_as_a_device_that_is_full(capsys):
+    report = RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed")
+    utils.print_error(worker_failure(report))
+    told = capsys.readouterr().err
+    assert "a data worker died" in told and "device" not in told
 
 
 def test_worker_killed_before_the_loader_is_closed(root):
