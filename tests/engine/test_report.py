@@ -325,7 +325,8 @@ def test_the_picture_is_told_the_length_of_an_epoch_and_what_the_training_loss_i
 def test_the_mean_loss_of_an_epoch_is_over_all_processes(tmp_path):
     trainer, _, _, _ = train(epochs=0)
     trainer.statistics.add(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(True))
-    world = SimpleNamespace(is_main=True, mean=lambda value: value + 10)
+    world = World("cpu")
+    world.mean = lambda value: value + 10
     with MetricLog(tmp_path, tensorboard=False) as metrics:
         report = Report(
             world, metrics, layout=trainer.layout, batches=6, epochs=1, print_freq=1, timer=Clock()
