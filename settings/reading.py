@@ -220,7 +220,7 @@ class _Loader(yaml.SafeLoader):
 
 # A part of what YAML 1.1 reads as numbers, so that what is written by `dump_config` reads back.
 _NUMBERS = {
-    "int": r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+|0b[01]+",
+    "int": r"[-+]?(0|[1-9](_?[0-9])*)|0x[0-9a-fA-F]+|0b[01]+",
     "float": r"[-+]?[0-9]+\.[0-9]*([eE][-+][0-9]+)?|\.[0-9]+([eE][-+][0-9]+)?|[-+]?\.inf|\.nan",
 }
 _Loader.yaml_implicit_resolvers = {

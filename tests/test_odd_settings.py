@@ -85,7 +85,7 @@ def test_a_file_reached_thousands_of_times_is_refused(tmp_path):
 
 
 def test_text_that_yaml_1_1_reads_otherwise_is_taken_as_it_is_written(tmp_path):
-    for word in ("2020-10-12", "0012", "1:30", "run_100%", "{}", "1_0:00.5"):
+    for word in ("2020-10-12", "0012", "1__0", "1:30", "run_100%", "{}", "1_0:00.5"):
         path = tmp_path / "text.yaml"
         path.write_text(f"TAG: {word!r}" if word == "{}" else f"TAG: {word}")
         assert load_config(path).TAG == word
