@@ -23,7 +23,15 @@ from .huggingface import from_huggingface
 from .initial import check_initial
 from .load import LoadReport, load_weights
 from .openmmlab import from_openmmlab
-from .reader import SWIN, TRAINING, Checkpoint, peek_checkpoint, read_checkpoint, read_weights
+from .reader import (
+    SWIN,
+    TRAINING,
+    Checkpoint,
+    check_file,
+    peek_checkpoint,
+    read_checkpoint,
+    read_weights,
+)
 from .residual import from_qk_residual, loses_bias, model_residual, to_qk_residual
 from .save import save_weights, weights_metadata
 from .schema import FORMAT
@@ -37,6 +45,7 @@ __all__ = [
     "SWIN",
     "TRAINING",
     "Weights",
+    "check_file",
     "check_initial",
     "check_same_classes",
     "detect",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import CheckpointError, first_line
 
@@ -33,6 +34,7 @@ FAILURES = (
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
+    SafetensorError,
 )
 
 
@@ -120,6 +122,16 @@ def map_pickle(path: Path) -> Any:
         if zipfile_starts(file):
             CheckedArchive(path, file)
     return unpickle(path, path, mmap=True)
+
+
+def can_be_mapped(path: Path, file: BinaryIO) -> bool:
+    """Whether `map_pickle` can read a file: an archive whose tensors are not packed. Raises:
+    CheckpointError for one whose directory or small records are damaged.
+    """
+    if not zipfile_starts(file) or path.suffix == ".safetensors":  # torch goes by the name
+        return False
+    records = CheckedArchive(path, file).records
+    return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
 def refuse_allocators(path: Path, pickled: bytes) -> None:

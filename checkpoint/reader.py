@@ -13,17 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .archive import map_pickle, read_pickle
+from .archive import can_be_mapped, map_pickle, read_pickle
 from .errors import CheckpointError
 from .files import locate, refuse_other_files
 from .plain import check_plain
 from .schema import check_numbers, check_swin, check_training
-from .sealed import is_safetensors
+from .sealed import check_header, is_safetensors
 from .weights import Weights, read_safetensors, select
 
 TRAINING, SWIN, WEIGHTS = "training", "swin", "weights"
 # Entries that training states of this program alone have.
 OWN_ENTRIES = {"progress", "layout", "ranks"}
+
+
+QUICK = 1 << 24  # bytes of a file that is read as a whole for a short look
 
 
 class Checkpoint:
@@ -135,6 +138,34 @@ def peek_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = locate(path)
     return Checkpoint(map_pickle(path), str(path), path, mapped=True)
+
+
+def check_file(source: str | Path, entry: str | None = None, run: bool = False) -> None:
+    """Looks at a file of weights without reading its tensors: whether it is whole as far as its
+    header and directory tell, safe, and has the `entry`. run: it may be a training state to go on
+    with.
+
+    Raises: CheckpointError.
+    """
+    path = locate(source)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            file.seek(0)
+            refuse_other_files(path, head)
+            if is_safetensors(head):
+                check_header(path, file)
+                return
+            mapped = can_be_mapped(path, file)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not mapped and head[:1] == b"\x80" and path.stat().st_size > QUICK:
+        return  # a pickle of before torch 1.6, which can only be read as a whole
+    checkpoint = peek_checkpoint(path) if mapped else read_checkpoint(path)
+    if run and checkpoint.kind == TRAINING:
+        checkpoint.training_state()
+    else:
+        checkpoint.weights(entry)
 
 
 def read_weights(source: str | Path, entry: str | None = None) -> Weights:

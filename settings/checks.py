@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoint import check_initial, locate
+from checkpoint import check_file, check_initial
 from data.build import check_transforms
 from engine.teacher import check_timm_teacher
 from lr_scheduler import build_schedule, scaled_rates
@@ -90,20 +90,26 @@ def check_weights_are_given(config: Any) -> None:
 
 
 def check_files(config: Any, read: Callable[[str], Any]) -> None:
-    """Refuses files of weights that are not there or cannot be read, and a teacher's YAML that
-    cannot be used. URLs are left to the run. `read` makes a configuration of a YAML.
+    """Refuses files of weights that are not there, damaged as far as a short look tells, or without
+    the entry, and a teacher's YAML that cannot be used. URLs are left to the run. `read` makes a
+    configuration of a YAML.
 
     Raises: UserError, one line.
     """
     if config.THROUGHPUT_MODE:
         return
-    sources = [config.MODEL.RESUME, config.MODEL.PRETRAINED]
-    if not config.EVAL_MODE:
-        sources.append(config.TRAIN.DISTILL.TEACHER_WEIGHTS)
+    model, evaluate = config.MODEL, config.EVAL_MODE
+    entry = model.ENTRY or None
+    sources = [
+        (model.RESUME, entry if evaluate else None),
+        (model.PRETRAINED, None if evaluate and model.RESUME else entry),
+    ]
+    if not evaluate:
+        sources.append((config.TRAIN.DISTILL.TEACHER_WEIGHTS, None))
         check_teacher_file(config.TRAIN.DISTILL.TEACHER, read)
-    for source in sources:
+    for source, chosen in sources:
         if source and "://" not in source:
-            locate(source)
+            check_file(source, chosen, run=source == model.RESUME and not evaluate)
 
 
 def check_teacher_file(teacher: str, read: Callable[[str], Any]) -> None:

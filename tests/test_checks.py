@@ -1,8 +1,12 @@
 """What is told before a run begins: mistakes of every kind, in the order of the work."""
 
+from unittest.mock import patch
+
 import pytest
+import torch
 
 import main as program
+from checkpoint import save_weights
 from config import get_config, load_config, parse_args
 from registry import UserError
 from settings.checks import check_files, check_settings, draft_model
@@ -150,6 +154,22 @@ def test_the_teacher_of_a_yaml_must_be_a_model_that_can_be_built(tmp_path):
     cfg = configured(DIGITS, *TEACHER, str(teacher), *weights)
     with pytest.raises(UserError, match="did you mean 'crpw'"):
         check_files(cfg, load_config)
+
+
+@pytest.mark.parametrize("flag", ["--pretrained", "--resume"])
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_damage_to_a_weights_file_is_told_before_the_data_are_looked_for(
+    tmp_path, flag, name, capsys
+):
+    whole = save_weights(tmp_path / name, {"head.weight": torch.ones(300, 300)}).read_bytes()
+    argv = ["--cfg", str(ROOT / DIGITS), flag, str(tmp_path / name)]
+    with patch("main.build_data", side_effect=AssertionError("the data were looked for")):
+        for part in (whole[:-200], whole[: len(whole) // 2], whole[:300], b"no weights"):
+            (tmp_path / name).write_bytes(part)
+            assert program.main(argv) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+        torch.save({"student": {"w": torch.ones(1)}, "teacher": {"w": torch.ones(1)}}, argv[-1])
+        assert program.main(argv) == 2 and "MODEL.ENTRY" in capsys.readouterr().err
 
 
 def test_files_that_a_mode_does_not_read_are_not_asked_for():
