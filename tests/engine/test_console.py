@@ -13,11 +13,9 @@ import main as program
 import utils
 from engine.console import LastingStream, lasting_streams, print_all
 from engine.logs import MetricLog, read_metrics
-from tests.engine.runs import arguments, folder, metrics
 from tests.helpers import ROOT
+from tests.wiring.runs import PLACE, command, metrics
 from utils import RunError
-
-QUICK = {"TRAIN__MAX_STEPS": 2, "TRAIN__SAVE_STEPS": 0, "DATA__NUM_WORKERS": 0}
 
 
 class Gone(io.StringIO):
@@ -39,11 +37,11 @@ class Gone(io.StringIO):
 def test_closed_standard_streams_do_not_end_a_run_and_the_log_says_so_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone(after=500, tty=True))
     monkeypatch.setattr(sys, "stderr", Gone(errno.EIO, tty=True))  # the progress bar's
-    assert program.main(arguments(tmp_path, **QUICK)) == 0
-    log = (folder(tmp_path) / "log_rank0.txt").read_text()
+    assert program.main(command(tmp_path, {"TRAIN.MAX_STEPS": 2})) == 0
+    log = (tmp_path / PLACE / "log_rank0.txt").read_text()
     assert log.count("standard output is gone, the run goes on: [Errno 32]") == 1
     assert log.count("standard error is gone, the run goes on: [Errno 5]") == 1
-    assert "best accuracy" in log and len(metrics(folder(tmp_path))) == 4
+    assert "best accuracy" in log and len(metrics(tmp_path, "train")) == 2
 
 
 def test_an_error_keeps_its_status_where_nobody_can_read_it(monkeypatch, capsys):
@@ -64,6 +62,7 @@ def test_settings_cut_short_by_a_reader_are_fine_and_by_a_full_disk_are_not(
     assert capsys.readouterr().err.count("cannot be written") == (status == 2)
 
 
+@pytest.mark.slow
 def test_the_interpreters_last_flush_cannot_fail():
     text = (
         "import sys\nfrom engine.console import lasting_streams\n"
@@ -146,6 +145,15 @@ def test_a_log_file_on_a_full_disk_or_without_permission_is_told_once(tmp_path, 
     logger.info("one")
     logger.info("two")
     assert len(messages) == 1
+
+
+def test_a_log_that_is_rotated_goes_on(tmp_path):
+    logger = utils.create_logger(tmp_path, "name", rank=3)
+    logger.info("one")
+    (tmp_path / "log_rank3.txt").rename(tmp_path / "log_rank3.txt.1")
+    logger.info("two")
+    (tmp_path / "log_rank3.txt.1").unlink()
+    logger.info("three")
 
 
 def test_tensorboard_that_cannot_write_is_a_warning(tmp_path, caplog):

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import main as program
 from engine.evaluate import evaluate
 from engine.finite import NoScoreError, first_nonfinite
 from engine.throughput import throughput
-from tests.engine.runs import arguments, folder
 from tests.engine.small import Loader, Net
+from tests.wiring.runs import payload, run
 
 
 def score(model, **options):
@@ -57,15 +56,12 @@ def test_outputs_that_are_not_finite_are_counted():
     assert 0 < bad < 8 and not caught.value.by_weights and "float32" in str(caught.value)
 
 
-def test_an_evaluation_of_damaged_weights_is_one_line(tmp_path, capsys):
-    settings = {"TRAIN__MAX_STEPS": 1, "TRAIN__SAVE_STEPS": 0, "DATA__NUM_WORKERS": 0}
-    assert program.main(arguments(tmp_path, **settings)) == 0
-    content = torch.load(folder(tmp_path) / "last.pth", weights_only=True)
+def test_an_evaluation_of_damaged_weights_is_one_line(tmp_path):
+    run(tmp_path)
+    content = payload(tmp_path)
     name = next(name for name in content["model"] if name.endswith("mlp.fc1.bias"))
     content["model"][name][1] = math.nan
     torch.save({"model": content["model"], "metadata": content["metadata"]}, tmp_path / "bad.pth")
-    capsys.readouterr()
-    argv = [*arguments(tmp_path), "--eval", "--pretrained", str(tmp_path / "bad.pth")]
-    assert program.main(argv) == 2
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and name in said.err and "Acc@1" not in said.out
+    left = run(tmp_path, words=("--eval", "--pretrained", str(tmp_path / "bad.pth")))
+    assert left["status"] == [2] and name in left["errors"] and left["errors"].count("\n") == 1
+    assert not any("Acc@" in line for line in left["log"])

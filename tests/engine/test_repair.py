@@ -1,5 +1,6 @@
 """A run killed at any write is completed by the same command, and what it names is there."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -13,6 +14,7 @@ from engine.resume import newest
 from engine.state import CheckpointFolder
 from tests.engine.runs import differences
 from tests.engine.small import Loader, evaluation, make_trainer, run_fit
+from utils import RunError
 
 OPTIONS = {"ema": True, "mix": True}
 SCORES = (10.0, 30.0, 20.0, 30.0)  # of the average; the second epoch is the best
@@ -74,7 +76,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_write_and_started_again_leaves_the_same_files(
     whole, tmp_path, monkeypatch, before
 ):
@@ -93,6 +95,35 @@ def test_a_run_killed_at_any_write_and_started_again_leaves_the_same_files(
         assert differences(contents(folder), contents(whole)) == [], number
     # of each epoch: two saves, its own checkpoint, the best one and its weights
     assert number == 2 * (2 + 1 + 2)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_at_any_write_loses_no_epoch(whole, tmp_path, monkeypatch):
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        count, sync = itertools.count(), os.fsync
+
+        def full(handle, count=count, number=number, sync=sync):
+            if next(count) == 2 * number:  # each file, then its folder
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.os.fsync", full)
+            try:
+                start(folder, epochs=2)
+            except RunError as error:
+                assert "No space left on device (free on that disk:" in str(error)
+                assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+            else:
+                break
+        checkpoint = newest(folder)
+        done = checkpoint.training_state()["progress"]["update"] if checkpoint else 0
+        assert done == (0 if number == 0 else 2 if number < 6 else 4)
+        start(folder, epochs=2)
+        assert differences(contents(folder), contents(whole)) == [], number
+    assert number == 10
 
 
 @pytest.mark.parametrize("epochs", [2, 4], ids=["the last is the best", "an earlier one is"])

@@ -2,11 +2,17 @@
 was not.
 """
 
+import os
 import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 
 from tests.engine.runs import arguments, assert_same_run, checkpoint, folder, run, train
+from tests.helpers import ROOT
 
 
 def slow(value):
@@ -38,7 +44,7 @@ def killed_then_resumed(output, place: str, update: int, rank: int = 0, nproc: i
     return train(output, nproc)
 
 
-@pytest.mark.parametrize("place", ["update", slow("save"), slow("validate")])
+@pytest.mark.parametrize("place", ["update", slow("save"), slow("batch"), slow("validate")])
 def test_a_run_killed_anywhere_and_resumed_ends_bit_identical(tmp_path, undisturbed, place):
     update = random.Random(f"one process, {place}").randrange(4, 2 * STEPS[1])
     assert_same_run(killed_then_resumed(tmp_path, place, update), undisturbed(1))
@@ -58,6 +64,50 @@ def test_torchrun_restarts_a_killed_process_and_the_run_ends_bit_identical(tmp_p
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert_same_run(folder(tmp_path), undisturbed(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place, nproc, rank",
+    [
+        ("termgroupbatch", 1, 0),
+        ("termbatch", 2, 1),
+        pytest.param("termgroupbatch", 2, 1, marks=pytest.mark.long),
+        ("termsave", 1, 0),
+    ],
+)
+def test_sigterm_in_an_evaluation_or_a_save_keeps_the_epoch_and_the_run_ends_bit_identical(
+    tmp_path, undisturbed, place, nproc, rank
+):
+    update = str(STEPS[nproc])
+    stopped = run(
+        "tests/engine/killer.py", place, update, str(rank), *arguments(tmp_path), nproc=nproc
+    )
+    assert stopped.returncode == (143 if nproc == 1 else 1), stopped.stderr
+    assert "stopped by signal 15" in stopped.stdout
+    progress = checkpoint(folder(tmp_path))["progress"]
+    assert (progress["update"], progress["best_epoch"]) == (STEPS[nproc], -1)
+    assert_same_run(train(tmp_path, nproc), undisturbed(nproc))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_run_killed_at_random_times_ends_bit_identical(tmp_path, undisturbed, kills):
+    """Row 2: the whole process group, data workers too, by the clock alone."""
+    draw = random.Random(kills)
+    for _ in range(kills):
+        with subprocess.Popen(
+            [sys.executable, "main.py", *arguments(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(3, 9))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert_same_run(train(tmp_path), undisturbed(1))
 
 
 @pytest.mark.slow

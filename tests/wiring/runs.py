@@ -177,12 +177,7 @@ def run(
 
     words: more flags. times: how often it is called. numbers: log lines keep theirs.
     """
-    chosen = SETTINGS | {"OUTPUT": str(folder / "output")} | (settings or {})
-    folder.mkdir(parents=True, exist_ok=True)
-    base = folder / "base.yaml"
-    base.write_text(yaml.safe_dump(nested(SETTINGS)))
-    argv = ["--cfg", str(base), *words, "--opts"]
-    argv += [str(word) for pair in chosen.items() for word in pair]
+    argv = command(folder, settings, words)
     log, errors = Lines(), io.StringIO()
     root = logging.getLogger()
     root.addHandler(log)
@@ -200,6 +195,16 @@ def run(
         "behind_bar": log.behind_bar,
         "files": {str(path.relative_to(folder)): content(path) for path in files},
     }
+
+
+def command(folder: Path, settings: dict | None = None, words: tuple = ()) -> list[str]:
+    """The arguments of main.py for `run`."""
+    chosen = SETTINGS | {"OUTPUT": str(folder / "output")} | (settings or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / "base.yaml"
+    base.write_text(yaml.safe_dump(nested(SETTINGS)))
+    argv = ["--cfg", str(base), *words, "--opts"]
+    return argv + [str(word) for pair in chosen.items() for word in pair]
 
 
 def without(line: str, folder: Path) -> str:
