@@ -43,18 +43,30 @@ def to_pair(size: int | tuple[int, int] | list[int]) -> Size:
 
 
 def window_partition(x: Tensor, window_size: int | Size) -> Tensor:
-    """(B, H, W, C) -> (B*nW, Mh, Mw, C); H and W must be multiples of the window."""
+    """(B, H, W, C) -> (B*nW, Mh, Mw, C). Raises: ValueError where H and W are no multiples of the
+    window.
+    """
     rows, columns = to_pair(window_size)
     batch, height, width, channels = x.shape
+    _check_whole(height, width, rows, columns)
     x = x.view(batch, height // rows, rows, width // columns, columns, channels)
     return x.transpose(2, 3).reshape(-1, rows, columns, channels)
 
 
 def window_reverse(windows: Tensor, window_size: int | Size, height: int, width: int) -> Tensor:
-    """(B*nW, Mh, Mw, C) -> (B, H, W, C): undoes `window_partition`."""
+    """(B*nW, Mh, Mw, C) -> (B, H, W, C): undoes `window_partition`, with the same error."""
     rows, columns = to_pair(window_size)
+    _check_whole(height, width, rows, columns)
     x = windows.view(-1, height // rows, width // columns, rows, columns, windows.shape[-1])
     return x.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
+
+
+def _check_whole(height: int, width: int, rows: int, columns: int) -> None:
+    if height % rows or width % columns:
+        raise ValueError(
+            f"a grid of {height}x{width} tokens cannot be cut into windows of {rows}x{columns}; pad"
+            " it to whole windows first"
+        )
 
 
 def relative_position_index(window_size: int | Size, device: torch.device | None = None) -> Tensor:

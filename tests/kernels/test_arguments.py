@@ -15,6 +15,8 @@ from kernels.window_attention import (
     fused,
     window_attention,
     window_layout,
+    window_partition,
+    window_reverse,
 )
 from kernels.window_attention.reference import split_windows
 from models.attention import AttentionSpec
@@ -92,6 +94,13 @@ def test_the_open_path_asks_for_the_same_grid_and_rows():
 def test_a_layout_that_cannot_be_is_refused(given):
     with pytest.raises(ValueError, match="0 <= shift < window"):
         window_layout(*given)
+
+
+def test_a_grid_of_no_whole_windows_is_neither_cut_nor_put_together():
+    with pytest.raises(ValueError, match="grid of 7x8 tokens cannot be cut into windows of 4x4"):
+        window_partition(torch.ones(1, 7, 8, 2), 4)
+    with pytest.raises(ValueError, match="cannot be cut"):
+        window_reverse(torch.ones(49, 4, 4, 2), 4, 7, 7)  # whose number would fit 16 images
 
 
 @needs_kernel

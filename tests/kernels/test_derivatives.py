@@ -136,7 +136,17 @@ OPERATIONS = [
         ((1, 2, 4, 5, 3),) * 3 + ((2, 3, 2),) * 2,
     ),
 ]
-every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+FIRST = {str(operation): number for number, operation in reversed([*enumerate(OPERATIONS)])}
+every_operation = pytest.mark.parametrize(
+    "operation",
+    [
+        operation
+        if FIRST[str(operation)] == number
+        else pytest.param(operation, marks=pytest.mark.slow)
+        for number, operation in enumerate(OPERATIONS)
+    ],
+    ids=str,
+)
 
 
 @pytest.fixture(autouse=True)
