@@ -60,7 +60,7 @@ def _same(old: list, new: list) -> bool:
 
 
 class Evaluation:
-    """See `evaluation`. `clear` drops what is prepared, after writes that are not seen."""
+    """See `evaluation`."""
 
     def __init__(self, models: Sequence[nn.Module]):
         for model in models:
@@ -74,18 +74,20 @@ class Evaluation:
 
     def __enter__(self) -> "Evaluation":
         global _after_steps
-        if not self._modules:
-            self._modules = [module for model in self._models for module in model.modules()]
-            self._caches = {id(module): EvalCache() for module in self._modules}
-        _thread.open = (*_opened(), self)
         with _lock:
+            if self not in _everywhere:
+                self._modules = [module for model in self._models for module in model.modules()]
+                self._caches = {id(module): EvalCache() for module in self._modules}
             _everywhere.append(self)
             if _after_steps is None:
                 _after_steps = register_optimizer_step_post_hook(_forget_all)
+        _thread.open = (*_opened(), self)
+        self.clear()
         return self
 
     def __exit__(self, *_) -> None:
         global _after_steps
+        self.clear()
         left = list(_opened())
         left.remove(self)
         _thread.open = tuple(left)
@@ -99,7 +101,13 @@ class Evaluation:
                 _after_steps = None
 
     def clear(self) -> None:
-        """Forgets what is prepared; the next forward prepares it anew."""
+        """Forgets what is prepared, in contexts around this one too; the next forward prepares it
+        anew.
+        """
+        _forget_all()
+
+    def forget(self) -> None:
+        """Forgets what is prepared here."""
         for cache in list(self._caches.values()):
             cache.clear()
 
@@ -120,9 +128,9 @@ def evaluation(*models: nn.Module) -> Evaluation:
     dispatch mode, and for modules that were not part of `models` at the start.
 
     Seen inside: new tensors, new memory, writes in place, steps of optimizers. Not seen: writes
-    through `parameter.data`, a NumPy view or another process; call `clear()` of what the context
-    returns after these, or leave it. Leaving drops what was prepared. May be nested; the outermost
-    keeps.
+    through `parameter.data`, a NumPy view or another process, and new values of what is neither
+    parameter nor buffer; call `clear()` of what the context returns after these, or leave it.
+    Entering and leaving drop what was prepared, in contexts around this one too.
 
     Raises: TypeError for what is no module.
     """
@@ -138,9 +146,9 @@ def may_prepare_weights() -> bool:
 
 
 def kept_for(module: nn.Module) -> EvalCache | None:
-    """Where a forward of `module` may keep what it prepares: in the outermost evaluation of this
-    thread that it is part of. None where weights must not be prepared; while gradients are recorded
-    it is emptied too.
+    """Where a forward of `module` may keep what it prepares: in an evaluation that this thread has
+    entered and that it is part of. None where weights must not be prepared; while gradients are
+    recorded it is emptied too.
     """
     opened = _opened()
     if not opened or torch.compiler.is_compiling():
@@ -156,8 +164,10 @@ def _opened() -> tuple[Evaluation, ...]:
 
 
 def _forget_all(*_) -> None:
-    """After a step of any optimizer: fused ones write without counting it."""
+    """Empties all evaluations; also after a step of any optimizer, for fused ones write without
+    counting it.
+    """
     with _lock:
         opened = list(_everywhere)
     for one in opened:
-        one.clear()
+        one.forget()

@@ -64,7 +64,7 @@ class Modified(nn.Module):
         built_in = zip(self.built_in(), self.built_in_kinds, strict=False)
         parts = [part for part, its in built_in if issubclass(its, kind)]
         for modifier in self.modifiers.values():
-            parts += [part for part in modifier.members() if isinstance(part, kind)]
+            parts += [part for part in _members(modifier) if isinstance(part, kind)]
         return parts
 
     def _initialise(self, key: str) -> None:
@@ -76,6 +76,19 @@ class Modified(nn.Module):
 
     def _own_values(self) -> list[tuple[int, Tensor]]:
         return [(_version(p), p.detach().clone()) for p in self._own_parameters()]
+
+
+def _members(modifier: nn.Module) -> tuple[Modifier, ...]:
+    """Raises: ValueError for a module in place of a modifier that does not say what it changes."""
+    members = modifier.members() if hasattr(modifier, "members") else (modifier,)
+    for member in members:
+        if not isinstance(member, Modifier):
+            raise ValueError(
+                f"{type(member).__name__} in place of an attention modifier does not say what it"
+                " changes; derive it from ProjectionModifier, TermModifier, LogitMixer or"
+                " MapModifier"
+            )
+    return members
 
 
 def _version(parameter: Tensor) -> int:

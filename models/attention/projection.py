@@ -1,6 +1,7 @@
 """The projection of tokens to queries, keys and values, with what modifiers do to it."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .geometry import Geometry
 from .modified import Modified
 from .modifiers import ProjectionModifier
 
+T = TypeVar("T")
 # per channel: below, adding the input to q and k touches fewer numbers than adding the identity to
 # a (3C, C) weight
 FEW_TOKENS = 1.5
@@ -141,6 +143,6 @@ class Projection(Modified):
         )
 
 
-def present(values: Iterable[Tensor | None]) -> list[Tensor]:
+def present(values: Iterable[T | None]) -> list[T]:
     """Those that are not None."""
     return [value for value in values if value is not None]

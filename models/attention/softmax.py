@@ -3,7 +3,6 @@ and SwinV2 forms.
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +84,12 @@ class SoftmaxAttention(Projection):
         while the parameters stay the same.
         """
         cache = kept_for(self)
-        parts = [*self.term_modules(), *self._stage(TermModifier)]
-        if cache is None or not _gives_the_same(parts):
+        if cache is None:
             return self._modified_terms()
-        sources = [*self.term_parameters(), *present(self._buffers.values())]
-        for part in parts:
-            sources += [*part.parameters(), *part.buffers()]
+        read = _read_by([*self.term_modules(), *self._stage(TermModifier)])
+        if read is None:
+            return self._modified_terms()
+        sources = [*self.term_parameters(), *present(self._buffers.values()), *read]
         return cache.get("terms", sources, self._modified_terms)
 
     def _modified_terms(self) -> OffsetTerms:
@@ -216,18 +215,22 @@ class SoftmaxAttention(Projection):
         return [*self._stage(LogitMixer), *self._stage(MapModifier)]
 
 
-def _gives_the_same(parts: Iterable[nn.Module]) -> bool:
-    """Whether modules may be called once for many forwards: nothing in them is hooked, replaced or
-    in training.
+def _read_by(modules: list[nn.Module]) -> list[Tensor] | None:
+    """All parameters and buffers of modules; None where these may not be called once for many
+    forwards: something in them is hooked, replaced or in training.
     """
-    return all(
-        (isinstance(module, Modifier) or type(module).__module__.startswith("torch.nn.modules."))
-        and "parametrizations" not in module._modules
-        and is_untouched(module, type(module))
-        and not module.training
-        for part in parts
-        for module in part.modules()
-    )
+    read, waiting = [], list(modules)
+    while waiting:
+        module = waiting.pop()
+        known = isinstance(module, Modifier) or type(module).__module__.startswith("torch.nn.mod")
+        if module.training or not known or not is_untouched(module, type(module)):
+            return None
+        if "parametrizations" in module._modules:
+            return None
+        read += module._parameters.values()
+        read += module._buffers.values()
+        waiting += present(module._modules.values())
+    return present(read)
 
 
 def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:

@@ -74,3 +74,40 @@ def test_adapters_learn_merge_and_come_off(family, dora):
     torch.testing.assert_close(logits(merged), learned, rtol=1e-3, atol=1e-3)
     with evaluation(merged):
         torch.testing.assert_close(logits(merged), learned, rtol=1e-3, atol=1e-3)
+
+
+SAVED = ["crpw", "qkv", "cpb_mlp", "attn", "blocks.0.mlp", "pre_mlp", "patch_embed", "downsample"]
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_modules_that_are_saved_whole_learn(saved):
+    attention = AttentionSpec(("qk_residual(drop_bias=True)", "crpw"))
+    plain = randomise(small("swinv2", attention=attention, pre_mlp="stage"), 0.2)
+    config = peft.LoraConfig(r=2, target_modules=["head"], modules_to_save=[saved])
+    model = peft.get_peft_model(plain, config).eval()
+    before = logits(model)
+    # drop_bias leaves q_bias without effect
+    parameters = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if f".{saved}.modules_to_save" in name and "q_bias" not in name
+    ]
+    model(IMAGES).square().sum().backward()
+    assert parameters and all(p.grad is not None and p.grad.any() for p in parameters)
+    with evaluation(model):
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(1.5)
+        assert (logits(model) - before).abs().max() > 1e-4
+
+
+def test_scalings_of_ia3_act_and_learn():
+    config = peft.IA3Config(
+        target_modules=["qkv", "fc2"], feedforward_modules=["fc2"], init_ia3_weights=False
+    )
+    before = logits(network("swinv2"))
+    model = peft.get_peft_model(network("swinv2"), config).eval()
+    assert (logits(model) - before).abs().max() > 1e-3
+    model(IMAGES).sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)

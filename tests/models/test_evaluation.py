@@ -64,21 +64,23 @@ def test_weights_and_tables_are_prepared_once_inside_and_never_outside(family, p
     assert len(preparations) == 17 and len(terms) == 4
 
 
-def test_leaving_forgets_and_an_inner_context_or_an_exception_does_not_disturb(preparations):
+def test_entering_leaving_and_clearing_forget_in_every_context(preparations):
     model = sharpened()
     with evaluation(model) as outer:
         logits(model)
-        with pytest.raises(KeyError), evaluation(nn.ModuleList([model])):
-            logits(model)
+        with pytest.raises(KeyError), evaluation(nn.ModuleList([model])) as inner:
+            for expected in (34, 34):
+                logits(model)
+                assert len(preparations) == expected
+            by_data(model)
+            inner.clear()
+            changed = logits(model)
+            assert len(preparations) == 51
             raise KeyError
+        assert torch.equal(logits(model), changed) and len(preparations) == 68
+    with outer, outer:
         logits(model)
-        assert len(preparations) == 17
-        outer.clear()
-        logits(model)
-        assert len(preparations) == 34
-    with evaluation(model), outer, outer:
-        logits(model)
-    assert len(preparations) == 51 and outer.cache(model.layers[0].blocks[0].attn) is None
+    assert len(preparations) == 85 and outer.cache(model.layers[0].blocks[0].attn) is None
     with pytest.raises(TypeError, match="takes modules"):
         evaluation(print)
 

@@ -328,3 +328,12 @@ def test_a_tap_that_is_replaced_or_hooked_in_any_way_opens_the_attention():
     attention.logit_tap.register_forward_pre_hook(lambda *_: seen.append(1))
     logits(model)
     assert seen == [1]
+
+
+def test_a_module_in_place_of_a_modifier_or_a_part_of_one_is_refused_not_left_out():
+    for place in ("crpw", "talking_heads.pre"):
+        model = small("swin", attention=AttentionSpec((place.partition(".")[0],)))
+        modifiers = model.layers[0].blocks[0].attn.modifiers
+        replace(modifiers, place, nn.Sequential(modifiers.get_submodule(place)))
+        with pytest.raises(ValueError, match="Sequential in place of an attention modifier"):
+            model(IMAGES)
