@@ -163,7 +163,10 @@ class ZipSource:
         self._bytes = np.empty(total, dtype=np.uint8)
         if total:
             logger.info(
-                "caching %d images of %s, %.1f GB", len(cached), self.archive.path, total / 1e9
+                "caching %d images of %s, %.1f GB",
+                len(cached),
+                printable(self.archive.path),
+                total / 1e9,
             )
         for index, end in zip(cached.tolist(), ends.tolist()):
             try:
@@ -329,6 +332,6 @@ def _check_memory(needed: int, path: str) -> None:
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise DataError(
-            f"DATA.CACHE_MODE would hold {needed / 1e9:.0f} GB of '{path}' per process, the machine"
-            f" has {present / 1e9:.0f} GB; use part with more processes, or no"
+            f"DATA.CACHE_MODE would hold {needed / 1e9:.0f} GB of '{printable(path)}' per process,"
+            f" the machine has {present / 1e9:.0f} GB; use part with more processes, or no"
         )

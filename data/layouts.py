@@ -100,12 +100,17 @@ def same_classes(train: list[str], val: list[str], dataset: str, place: str) -> 
     )
 
 
-def scan(root: Path, split: str, classes: list[str], dataset: str) -> FileList:
+def scan(
+    root: Path, split: str, classes: list[str], dataset: str, known: tuple[str, ...] = ()
+) -> FileList:
     """The images of root/split/<class>/; says what it leaves out and which classes have none.
 
+    known: extensions of other files that belong there.
     Raises: DataError where a training class, or all, have none.
     """
     files, left_out = scan_classes(root / split, classes)
+    for extension in known:
+        left_out.pop(extension, None)
     place = printable(root / split)
     _tell_left_out(place, left_out)
     _check_empty(place, files, classes, dataset, split == "train")

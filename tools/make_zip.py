@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
 def _pack_all(source: Path, target: Path) -> int:
     sources = folder(source)
     for split in ("train", "val"):
-        print(f"{target / split}.zip: {pack(getattr(sources, split), target, split)} images")
+        count = pack(getattr(sources, split), target, split)
+        print(f"{printable(target / split)}.zip: {count} images")
     return 0
 
 

@@ -18,6 +18,7 @@ from data.sources import ArraySource, Sources
 # Every TEST_EVERY-th image of each class, from its first on, is a test image: 1 433 training and
 # 364 test images.
 TEST_EVERY = 5
+IMAGES, LARGEST = 1797, 2**33
 
 
 @data_set(
@@ -31,6 +32,7 @@ TEST_EVERY = 5
 )
 def digits(request: Request) -> Sources:
     """The digits enlarged to the model's size, grey, by bilinear or bicubic interpolation."""
+    check_size(request.size)
     images, labels = load()
     test = is_test(labels)
 
@@ -62,6 +64,16 @@ def is_test(labels: np.ndarray) -> np.ndarray:
     for label in np.unique(labels):
         test[np.flatnonzero(labels == label)[::TEST_EVERY]] = True
     return test
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Refuses a size at which all digits, as float32, would take more than LARGEST bytes."""
+    needed = 4 * IMAGES * size[0] * size[1]
+    if needed > LARGEST:
+        raise DataError(
+            f"DATA.IMG_SIZE {size[0]} x {size[1]}: the digits would take {needed / 2**30:.0f} GiB,"
+            f" more than {LARGEST / 2**30:.0f}; they are 8 x 8 pixels, choose a smaller size"
+        )
 
 
 def enlarge(images: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.catalogue import Request, data_set
-from data.errors import DataError, layout_error
+from data.errors import DataError, layout_error, printable
 from data.files import FileList, class_folders
 from data.layouts import scan
 from data.names import words
@@ -36,15 +36,17 @@ def tiny_imagenet(request: Request) -> Sources:
         root = root / "tiny-imagenet-200"
     annotations = root / "val" / "val_annotations.txt"
     for needed in (root / "wnids.txt", annotations, root / "val" / "images"):
-        if not needed.exists():
+        if not (needed.is_file() if needed.suffix else needed.is_dir()):
             raise _layout_error(root, needed.parent)
     classes = sorted(_text(root / "wnids.txt").split())
     labels = {wnid: label for label, wnid in enumerate(classes)}
     train = None
     if request.train:
-        train = FileSource(root / "train", scan(root, "train", classes, request.dataset))
+        # beside the images of each class lies a list of boxes
+        files = scan(root, "train", classes, request.dataset, known=(".txt",))
+        train = FileSource(root / "train", files)
     val = FileSource(root / "val" / "images", FileList(_annotated(annotations, labels)))
-    return Sources(train, val, classes)
+    return Sources(train, val, list(map(printable, classes)))
 
 
 def _text(path: Path) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from data.affine import Affine, ArrayBatches, warp
 from data.catalogue import DATASETS
+from data.errors import DataError
 from data.randomness import Key
 from data.sets.digits import enlarge, is_test, load
 from data.sources import Sources
@@ -161,3 +162,19 @@ def test_an_epoch_is_cheap():
     for first in range(0, 1433, 64):
         data.__getitems__([Key(0, index) for index in range(first, min(first + 64, 1433))])
     assert time.process_time() - started < 1.0  # about 0.1 s; the rest is room for a busy machine
+
+
+def test_digits_of_a_size_that_no_machine_holds_are_refused():
+    with pytest.raises(DataError, match="4096 x 4096: the digits would take 112 GiB"):
+        read("digits", size=(4096, 4096))
+
+
+def test_an_evaluation_enlarges_no_training_digits(monkeypatch):
+    enlarged = []
+
+    def record(images, *_):
+        enlarged.append(len(images))
+        return images
+
+    monkeypatch.setattr("data.sets.digits.enlarge", record)
+    assert read("digits", train=False).train is None and enlarged == [364]

@@ -130,7 +130,8 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"x")
 
 
-@pytest.mark.parametrize("side", [20_000, 2**31 - 1])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [12_000, 20_000, 2**31 - 1])
 def test_an_image_that_announces_too_many_pixels_is_not_decoded(side):
     with pytest.raises(UnreadableImage, match=f"more than {images.MAX_PIXELS}"):
         decode(png_header(side, side))
@@ -161,6 +162,11 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(error, monkeypatch):
     monkeypatch.setattr(images, "as_rgb", fail)
     with pytest.raises(UnreadableImage, match="damaged image"):
         decode(JPEG)
+
+
+def test_postscript_is_not_run():
+    with pytest.raises(UnreadableImage, match="PostScript, which is a program"):
+        decode(encoded(picture(0), "EPS"))
 
 
 def test_only_regular_files_are_read_and_none_is_waited_for(tmp_path, monkeypatch):

@@ -186,9 +186,12 @@ def test_imagenet22k_names_with_quotes_and_unicode_are_decoded_as_json(tmp_path)
 
 
 @pytest.mark.parametrize("inner", ["", "tiny-imagenet-200"])
-def test_tiny_imagenet_takes_validation_labels_from_the_annotations(tmp_path, inner):
+def test_tiny_imagenet_takes_validation_labels_from_the_annotations(tmp_path, inner, caplog):
     tiny_imagenet(tmp_path / inner)
+    boxes = tmp_path / inner / "train" / "n02124075" / "n02124075_boxes.txt"
+    boxes.write_text("n02124075_0.JPEG\t0\t0\t1\t1\n")
     sources = read("tiny_imagenet", tmp_path)
+    assert "left out" not in caplog.text  # the lists of boxes belong there
     assert sources.classes == ["n01443537", "n02124075", "n04067472"]
     assert sources.val.labels.tolist() == [1, 0, 2] and sources.train.labels.tolist() == [0, 1, 2]
 

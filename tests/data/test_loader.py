@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -351,6 +352,20 @@ def test_worker_killed_while_it_sends_a_batch(root, error, monkeypatch):
     with pytest.raises(DataError, match=r"died \(pid [0-9]+, exit status -9\)"):
         loader._next(waiting.FromWorkers(None))
     loader.close()
+
+
+def test_worker_killed_with_the_thread_that_pins_memory():
+    """torch does not look after that thread where it has a timeout."""
+
+    class Iterator:
+        _pin_memory_thread = threading.Thread()  # not alive
+
+        def __next__(self):
+            raise RuntimeError("DataLoader timed out after 5 seconds")
+
+    with pytest.raises(RuntimeError) as caught:
+        waiting.FromWorkers(Iterator()).get()
+    assert re.search(DEATH, str(worker_failure(caught.value)))
 
 
 def test_workers_that_cannot_be_started_are_told(root, monkeypatch):

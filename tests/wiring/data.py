@@ -68,6 +68,7 @@ DATA_CASES = (
     Case("DEVICE", "cpu", BY_CUDA),
     Case("DATA.NUM_WORKERS", 2),
     Case("DATA.NUM_WORKERS", 2, DIGITS),
+    Case("DATA.TIMEOUT", 7.0),
     Case("DATA.TIMEOUT", 7.0, {"DATA.NUM_WORKERS": 2}),
     Case("DATA.REPEATED_AUG", 2),
     Case("DATA.REPEATED_AUG", 2, DIGITS),
@@ -168,6 +169,7 @@ def data_seen(settings: dict[str, Any]) -> dict[str, Any] | str:
                 "val": plain(list(islice(data.val_loader, 4))),
                 "second": plain(list(islice(second.val_loader, 4))),
                 "about": [data.num_classes, data.class_names, data.mean, data.std],
+                "patience": [data.train_loader.timeout, data.val_loader.timeout],
                 "memory": len(pickle.dumps(second.train_loader.dataset)),
             }
         return seen | {"asked": asked}
