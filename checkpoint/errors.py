@@ -15,7 +15,13 @@ def list_keys(keys: Iterable[str], limit: int = 5) -> str:
     """First `limit` names, then how many more there are."""
     keys = list(keys)
     more = f", ... and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
+    return ", ".join(map(brief, keys[:limit])) + more
+
+
+def brief(key: str) -> str:
+    """A name of a file in one line of at most 120 characters."""
+    shown = key if key.isprintable() else repr(key)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."
 
 
 def first_line(error: BaseException) -> str:

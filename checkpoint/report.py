@@ -96,4 +96,5 @@ def reasons(model: nn.Module, report: LoadReport, rule: str) -> list[str]:
 def family(keys: Iterable[str]) -> str | None:
     """The version of Swin that some of the keys belong to, None if none does."""
     keys = list(keys)
-    return next((name for part, name in FAMILIES.items() if any(part in key for key in keys)), None)
+    stages = [key for key in keys if key.startswith("layers.")]  # BEiT has such tables too
+    return next((FAMILIES[part] for part in FAMILIES if any(part in key for key in stages)), None)

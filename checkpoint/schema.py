@@ -269,6 +269,9 @@ def check_swin(content: Mapping[str, Any], source: str) -> None:
     with refusing_oddities(source):
         check(content, SWIN, source, optional=SWIN_OPTIONAL)
         check_optimizer(content["optimizer"], source)
+        check_steps(content["optimizer"], source)
+        check_kept(content["optimizer"], f"{content['epoch'] + 1} epochs", source)
+        check_moment_numbers(content["optimizer"], source)
 
 
 def check_numbers(content: Mapping[str, Any], source: str) -> None:
@@ -277,7 +280,12 @@ def check_numbers(content: Mapping[str, Any], source: str) -> None:
     """
     for entry in ("model", "ema"):
         check_finite(content[entry] or {}, f"checkpoint {source}: {entry}")
-    for index, kept in content["optimizer"]["state"].items():
+    check_moment_numbers(content["optimizer"], source)
+
+
+def check_moment_numbers(optimizer: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError where a moment is not a number."""
+    for index, kept in optimizer["state"].items():
         tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
         check_finite(tensors, f"checkpoint {source}: optimizer.state[{index}]")
 
@@ -398,8 +406,14 @@ def check_trained(content: Mapping[str, Any], source: str) -> None:
     """After updates that were not skipped, an optimizer with momentum keeps something."""
     optimizer = content["optimizer"]
     updates = content["progress"]["update"] - int(content["ranks"][0]["tally"][SKIPPED])
-    if updates > 0 and any(map(remembers, optimizer["param_groups"])) and not optimizer["state"]:
-        refuse(source, f"optimizer.state is empty after {updates} updates")
+    if updates > 0:
+        check_kept(optimizer, f"{updates} updates", source)
+
+
+def check_kept(optimizer: Mapping[str, Any], after: str, source: str) -> None:
+    """An optimizer with momentum has kept something of a training."""
+    if any(map(remembers, optimizer["param_groups"])) and not optimizer["state"]:
+        refuse(source, f"optimizer.state is empty after {after}")
 
 
 def remembers(group: Mapping[str, Any]) -> bool:

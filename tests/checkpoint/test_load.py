@@ -140,6 +140,11 @@ def test_partial_loading_is_possible_when_asked_for_and_is_a_warning(caplog):
     assert caplog.records[-1].levelno == logging.WARNING and "missing: norm.weight" in caplog.text
 
 
+def test_names_of_a_file_stay_in_one_short_line():
+    message = refused(build(), {"two\nlines": torch.ones(1), "x" * 10**6: torch.ones(1)})
+    assert r"'two\nlines'" in message and len(message) < 1000
+
+
 def test_almost_all_is_not_called_all():
     state = stripped(build())
     del state["layers.0.blocks.0.norm1.bias"]

@@ -92,6 +92,13 @@ def test_swins_training_states_are_checked_too(tmp_path, place, value, says):
         read_checkpoint(path).swin_state()
 
 
+def test_swins_training_state_without_its_moments_is_refused(tmp_path):
+    emptied = {"state": {}, "param_groups": [{"params": [0, 1], "betas": (0.9, 0.999)}]}
+    torch.save(swin_state(optimizer=emptied), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="optimizer.state is empty after 8 epochs"):
+        read_checkpoint(tmp_path / "a.pth").swin_state()
+
+
 @pytest.mark.parametrize(
     "content", [STATE, {"model": STATE}, {"model": STATE, "epoch": 3}], ids=str
 )
