@@ -141,7 +141,10 @@ class WeightCheck:
         self._sent: tuple[list[str], list[Tensor], dist.Work] | None = None
 
     def after_update(
-        self, update: int, position: Mapping[str, int], tensors: Callable[[], Mapping[str, Tensor]]
+        self,
+        update: int,
+        position: Callable[[], Mapping[str, int]],
+        tensors: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         """Moves what is under way one step on, and begins anew where it is time; every process must
         call it after every update.
@@ -153,7 +156,7 @@ class WeightCheck:
         self._receive(update)
         self._send()
         if update % self.every == 0:
-            self._take(position, tensors())
+            self._take(position(), tensors())
 
     def _take(self, position: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
         sums = [checksum(tensor) for tensor in tensors.values()]

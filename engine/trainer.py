@@ -150,7 +150,7 @@ class Trainer:
         self.scheduler.step_update(
             (state.epoch * batches_per_epoch + state.batch - 1) // self.layout.accumulation
         )
-        self.weight_check.after_update(state.update, self.position(), self.replicated)
+        self.weight_check.after_update(state.update, self.position, self.replicated)
 
     def position(self) -> dict[str, int]:
         """Where the run stands, for a comparison of processes."""

@@ -98,7 +98,7 @@ def stuck(trainer, batches, real=Trainer.update):
 
 # name: settings of both, settings of the second, what is patched on the second (or the first).
 CASES = {name: ({}, one, [], []) for name, one in SETTINGS_OF_ONE.items()} | {
-    "places": ({}, PLACES, [], []),
+    "places": (EVERY, PLACES, [], []),
     "images": ({}, {}, [], [("sklearn.datasets.load_digits", other_images)]),
     "code": ({}, {}, [], [("main.describe_code", other_code)]),
     "attention": ({}, {}, [], [("main.describe_attention", other_attention)]),
