@@ -12,6 +12,7 @@ from checkpoint.grids import MIXES, PAIRS, POSITIONS, TABLE, FileGrids, model_gr
 from checkpoint.weights import Weights
 from config import load_config, to_dict
 from models import build_model
+from tools.convert_checkpoint import main as convert
 
 SWIN = {"PATCH_SIZE": 4, "EMBED_DIM": 8, "DEPTHS": [1, 1], "NUM_HEADS": [1, 2], "APE": True}
 SWIN |= {"WINDOW_SIZE": (2, 4)}
@@ -146,6 +147,16 @@ def test_a_file_of_weights_states_its_grids(family, tmp_path):
             fresh, _ = configured(family, (24, 16))
             with pytest.raises(CheckpointError, match=r"\(file \d+x\d+ tokens, model \d+x\d+\)"):
                 load_weights(fresh, weights, rule="exact")
+
+
+def test_a_converted_file_states_the_grids_that_its_source_knew(tmp_path):
+    source, config = configured("vit", (16, 24))
+    model, _ = configured("vit", (24, 16))
+    torch.save({"model": striped(source), "config": config}, tmp_path / "a.pth")
+    target = tmp_path / "a.safetensors"
+    assert convert([str(tmp_path / "a.pth"), str(target)]) == 0
+    load_weights(model, read_weights(target))
+    assert_striped(model)
 
 
 def test_the_grids_of_a_config_are_those_of_the_model_it_builds():
