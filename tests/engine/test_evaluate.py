@@ -19,6 +19,7 @@ from sklearn.metrics import (
 from torch import nn
 
 from engine.evaluate import ProgressLines, Totals, evaluate, write_per_class
+from kernels.linear import kept_for
 from utils import RunError
 
 # the children only evaluate
@@ -160,6 +161,7 @@ def test_model_runs_in_eval_mode_without_gradients_and_gets_its_mode_back(traini
     class Watch(Lookup):
         def forward(self, images):
             assert not self.training and not torch.is_grad_enabled()
+            assert kept_for(self) is not None  # weights are prepared
             return super().forward(images)
 
     model = Watch().train(training)

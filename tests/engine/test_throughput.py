@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.throughput import describe, throughput
+from kernels.linear import kept_for
 from models.counting import count_macs
 
 
@@ -27,6 +28,7 @@ class Net(nn.Module):
     def forward(self, x):
         assert not self.training and x.shape[1:] == (3, 8, 6)
         self.passes += 1
+        self.prepared = kept_for(self.head) is not None
         y = self.head(self.conv(x).mean((2, 3)))
         self.dtypes.add(y.dtype)
         return y
@@ -37,6 +39,9 @@ class Net(nn.Module):
 
 def test_counts_times_and_restores():
     model = Net().train()
+    throughput(model, 4, (8, 6), 3, "cpu", iters=1)
+    assert model.prepared  # weights, inside `evaluation`
+    model.passes = 0
     result = throughput(model, 4, (8, 6), 3, "cpu", iters=3, warmup=2, count=count_macs)
     assert model.training and model.passes == 3 + 2 + 3  # three more to count
     assert result["macs_with_attention"] == result["macs_without_attention"] == Net.MACS
