@@ -83,7 +83,6 @@ FEW = integer(1, limit=2**12)
 BLOCKS = integer(1, limit=1000)
 BLOCKS_OR_NONE = integer(0, limit=1000)
 EXPANSION = number(0, ends="(]", limit=1000)
-PROCESSES = integer(0, limit=1024)
 FOLDER = text(
     r"(?!/)(?!.*(^|/)\.\.?(/|$)).+", "text without a leading / and without ..", empty=None
 )  # a part of the output path
@@ -159,7 +158,7 @@ KEYS: dict[str, Key] = {
     "DATA.CACHE_MODE": Key("part", choice("no", "full", "part"),
         "zip mode, images in memory: none; all; this process' share"),
     "DATA.PIN_MEMORY": Key(True, switch(), "page-locked host memory, for faster copies to a GPU"),
-    "DATA.NUM_WORKERS": Key(8, PROCESSES,
+    "DATA.NUM_WORKERS": Key(8, integer(0, limit=256),
         "loading processes per process; 0 = load in the training process"),
     "DATA.TIMEOUT": Key(1800.0, FROM_0,
         "seconds to wait for a batch before giving up, with or without loading processes; 0 = for "
@@ -477,7 +476,8 @@ KEYS: dict[str, Key] = {
     "TRAIN.CHECK_RANKS": Key(100, STEPS,
         "updates between two comparisons of the weights of all processes, which also come before "
         "each checkpoint; 0 = none"),
-    "TRAIN.THREADS": Key(0, PROCESSES, "CPU threads of torch per process; 0 = torch's choice"),
+    "TRAIN.THREADS": Key(0, integer(0, limit=1024),
+        "CPU threads of torch per process; 0 = torch's choice"),
     # augmentation, in training
     "AUG.COLOR_JITTER": Key(0.4, FROM_0,
         "strength of brightness, contrast and saturation jitter; acts only where AUTO_AUGMENT is "

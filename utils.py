@@ -509,7 +509,7 @@ def print_error(error: BaseException) -> None:
         if wanted:
             said = f"this machine has no {int(wanted[1]) / 2**30:.2f} GiB of memory left"
         message = (
-            f"{said}. The device is full: lower DATA.BATCH_SIZE"
+            f"{said}. Memory is full: lower DATA.BATCH_SIZE"
             " (--batch-size; raise --accumulation-steps by the same factor to keep the result), or"
             " add --use-checkpoint"
         )
