@@ -44,12 +44,19 @@ def same_kind(given: Tensor, wanted: Tensor) -> bool:
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raises CheckpointError that names the tensors that hold NaN or infinity."""
-    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    broken = [name for name, tensor in tensors.items() if not is_finite(unmasked(name, tensor))]
     if broken:
         raise CheckpointError(
             f"{source}: {list_keys(broken, limit=3)} holds NaN or infinity: the training that wrote"
             " it had diverged; take an earlier checkpoint"
         )
+
+
+def unmasked(name: str, tensor: Tensor) -> Tensor:
+    """The tensor without the -inf by which an attention mask hides padding."""
+    if name.rpartition(".")[2] != "attn_mask" or not tensor.is_floating_point():
+        return tensor
+    return tensor.masked_fill(tensor == -torch.inf, 0)
 
 
 def is_finite(tensor: Tensor) -> bool:

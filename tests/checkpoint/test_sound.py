@@ -11,6 +11,7 @@ import torch
 
 from checkpoint import Checkpoint, CheckpointError, load_weights, peek_checkpoint, read_checkpoint
 from checkpoint.plain import check_plain
+from checkpoint.soundness import check_finite
 from engine.resume import newest
 from engine.state import CheckpointFolder
 from tests.checkpoint.states import changed, training_state
@@ -163,3 +164,11 @@ def test_settings_stored_in_a_file_may_be_anything(tmp_path):
             load_weights(torch.nn.Linear(3, 2), weights)
         except CheckpointError as error:
             assert "config stored in the file" in str(error)
+
+
+def test_the_minus_infinity_of_a_mask_over_padding_is_sound():
+    mask = torch.tensor([[0.0, -math.inf]])
+    check_finite({"layers.0.blocks.1.attn_mask": mask}, "file")
+    for name, tensor in (("w", mask), ("attn_mask", -mask), ("attn_mask", mask * math.nan)):
+        with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+            check_finite({name: tensor}, "file")

@@ -1,14 +1,19 @@
 """Loading processes must not outlive the program, nor keep it from ending."""
 
 import multiprocessing
+import os
+import signal
 import time
 
 import pytest
+import torch
 from numpy.random import default_rng
 from PIL import Image
 
+import main
 from config import load_config
 from data import build_data
+from engine.trainer import Trainer
 from tests.helpers import ROOT, run_main
 
 OPTIONS = [
@@ -79,3 +84,29 @@ def test_closing_the_data_ends_every_loading_process_even_one_that_ignores_sigte
     assert not multiprocessing.active_children()
     assert len(list(data.train_loader.epoch(1))) == 4  # and it can be used again
     data.close()
+
+
+@pytest.mark.slow
+def test_worker_killed_in_a_run_is_one_line_and_the_run_goes_on_from_there(
+    images, tmp_path, monkeypatch, capsys
+):
+    update = Trainer.update
+
+    def kill_after(trainer, batches):
+        update(trainer, batches)
+        if trainer.state.update == 1:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGKILL)
+
+    arguments = ["--cfg", ROOT / CONFIG, "--data-path", images, "--batch-size", 4, "--epochs", 1]
+    arguments += ["--output", tmp_path / "output", "--device", "cpu", "--opts", *OPTIONS]
+    arguments = list(map(str, arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", kill_after)
+        assert main.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("main.py: error: a data worker died") and told.count("\n") == 1
+    last = next((tmp_path / "output").rglob("last.pth"))
+    assert torch.load(last)["progress"]["update"] in (2, 3)  # a batch may have been on its way
+    assert main.main(arguments) == 0
+    assert torch.load(last)["progress"]["update"] == 4
