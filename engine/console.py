@@ -26,6 +26,7 @@ class LastingStream:
         self.stream = stream
         self.name = name
         self.error: Exception | None = None
+        self.quiet = False  # a failure is told by others
 
     def write(self, text: str) -> int:
         """Writes what the stream takes; characters that its encoding lacks are escaped."""
@@ -58,7 +59,7 @@ class LastingStream:
             return False
 
     def _failed(self, error: Exception) -> None:
-        told = self.error is not None
+        told = self.quiet or self.error is not None
         self.error = error
         if not told:
             LOGGER.warning("%s is gone, the run goes on: %s", self.name, error)
@@ -107,6 +108,7 @@ def print_all(text: str) -> None:
     """Text on standard output, whole. Raises: RunError where it cannot be; a reader that has seen
     enough (`| head`) is no error.
     """
+    sys.stdout.quiet = True
     print(text, end="", flush=True)
     error = getattr(sys.stdout, "error", None)
     if error is not None and getattr(error, "errno", None) not in (errno.EPIPE, errno.ESHUTDOWN):

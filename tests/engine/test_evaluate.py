@@ -3,6 +3,8 @@
 import csv
 import logging
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +21,9 @@ from sklearn.metrics import (
 from torch import nn
 
 from engine.evaluate import ProgressLines, Totals, evaluate, write_per_class
+from engine.signals import StopSignal
 from kernels.linear import kept_for
-from utils import RunError
+from utils import RunError, World
 
 # the children only evaluate
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -125,6 +128,23 @@ def test_fewer_than_five_classes_use_all_of_them(classes):
     images, targets = data(classes)
     result = evaluate(Lookup(classes), [(images, targets)], device="cpu", num_classes=classes)
     assert result.topk == classes and result.acc5 == 100.0
+
+
+def test_a_signal_ends_an_evaluation_with_its_batch_and_without_a_result():
+    batches = split(10)
+    seen = []
+
+    class Signalled(Lookup):
+        def forward(self, images):
+            seen.append(len(images))
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(images)
+
+    with StopSignal(World("cpu")) as stop:
+        assert run(batches, Signalled(), stop=stop) is None and len(seen) == 2
+    with StopSignal(World("cpu")) as stop:
+        assert run(batches, stop=stop) == run(batches)
 
 
 def test_a_class_without_images_has_no_accuracy():

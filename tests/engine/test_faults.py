@@ -289,6 +289,7 @@ def test_the_files_of_a_run_are_complete_and_plain(trained):
         "images",
         "metadata",
         "class_names",
+        "logs",
     }
     assert type(payload["config"]) is dict and payload["config"]["MODEL"]["TYPE"] == "swinv2"
     assert (

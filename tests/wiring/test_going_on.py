@@ -68,6 +68,16 @@ def test_a_folder_deleted_during_a_run_is_made_again_and_the_run_ends_well(tmp_p
     assert {f"{PLACE}/best.pth", f"{PLACE}/model.safetensors"} <= left["files"].keys()
 
 
+@pytest.mark.parametrize("name", ["best.pth", "model.safetensors", "config.yaml"])
+def test_a_file_that_a_finished_run_lacks_is_written_again(name, tmp_path):
+    whole = run(tmp_path)["files"]
+    (tmp_path / PLACE / name).unlink()
+    left = run(tmp_path)
+    assert left["status"] == [0] and left["files"].keys() == whole.keys()
+    assert left["files"][f"{PLACE}/{name}"] == whole[f"{PLACE}/{name}"]
+    assert any("best accuracy" in line and "checkpoint" in line for line in left["log"])
+
+
 def losses_said(left: dict) -> list[float]:
     """The mean losses of whole evaluations, from the last line of each; two batches."""
     lines = [line for line in left["log"] if line.startswith("Test: [1/2]")]
