@@ -1,7 +1,7 @@
 # make quickstart          install into .venv, then train the digits example, about a minute: accuracy, checkpoint, curves
 # make test                install the same way, then run the default tests; test-slow: those that train longer; test-all: both
 # make test-integration    install packages that others combine with this project, then run the tests that need them
-# make test-long           tests that take many minutes: bugs planted in the wiring, each of which a default test must find
+# make test-long           tests that take many minutes: bugs planted in the wiring, each seen by a default test; the whole fuzz suite
 # make kernels             compile the fused attention kernel if there is a compiler; the commands above do so too
 # make lint                check style and format with ruff;  bench  time whole models on the CPU;  clean  remove .venv and caches
 #
