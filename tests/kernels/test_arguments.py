@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.linear import evaluation, run_linear
 from kernels.linear.gelu import gelu_backward_into, gelu_into
+from kernels.modes import is_fake
 from kernels.window_attention import (
     BACKENDS,
     OffsetTerms,
@@ -225,3 +226,9 @@ def test_a_model_runs_forwards_and_backwards_without_memory(place, family, backe
         with FakeTensorMode():
             found = run(build(), "cpu")
     assert found == run(build(), "cpu")
+
+
+def test_what_is_made_for_fake_tensors_stays_with_them():
+    with FakeTensorMode():
+        assert is_fake(window_layout((23, 19), (5, 3), (2, 1)).tokens)
+    assert not is_fake(window_layout((23, 19), (5, 3), (2, 1)).tokens)

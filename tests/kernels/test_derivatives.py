@@ -282,3 +282,20 @@ def test_many_gradients_at_once_are_those_one_by_one_or_refused(operation):
         assert "atching rule not implemented" in str(error)
     else:
         agree(operation, found, [torch.stack(pair) for pair in zip(*each, strict=True)])
+
+
+def test_sdpa_has_the_tangent_of_the_formula_and_second_derivatives_by_torch_func():
+    inputs = OPERATIONS[1].draw()  # with one scale a head
+
+    def outcome(backend):
+        function = attention(backend, cosine=True)
+        y, tangent = torch.func.jvp(function, tuple(inputs), tuple(x.cos() for x in inputs))
+
+        def penalty(bias):
+            of_bias = torch.func.grad(lambda b: loss(function(*inputs[:2], b)))
+            return of_bias(bias).square().sum()
+
+        return [y, tangent, torch.func.grad(penalty)(inputs[2])]
+
+    for ours, right in zip(outcome("sdpa"), outcome("reference"), strict=True):
+        torch.testing.assert_close(ours, right)
