@@ -166,7 +166,7 @@ class World:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if self.peers is not None:
             lost = None if error is None else self.peers.explain(error)
-            self.peers.end(error)
+            self.peers.end(lost or error)
             if lost is not None:
                 raise lost from error
         # After an error the others may wait in a collective: leave without them.

@@ -34,7 +34,7 @@ SETTINGS_OF_ONE = {
 }
 PLACES = {"TRAIN.THREADS": 1, "DATA.TIMEOUT": 7.0, "DATA.DATA_PATH": "elsewhere"}
 EVERY = {"TRAIN.CHECK_RANKS": 1, "DATA.BATCH_SIZE": 2}
-HASTY = {"TRAIN.GROUP_TIMEOUT": 1.0}
+HASTY = {"TRAIN.GROUP_TIMEOUT": 2.0}
 
 
 def other_images():
@@ -92,7 +92,7 @@ def late(seconds: float, real):
 
 
 def stuck(trainer, batches, real=Trainer.update):
-    time.sleep(4)
+    time.sleep(8)
     return real(trainer, batches)
 
 
@@ -120,8 +120,8 @@ CASES = {name: ({}, one, [], []) for name, one in SETTINGS_OF_ONE.items()} | {
     "slow": (
         HASTY,
         {},
-        [("engine.state.CheckpointFolder.save", late(1.5, CheckpointFolder.save))],
-        [("main.build_data", late(1.5, main.build_data))],
+        [("engine.state.CheckpointFolder.save", late(3.0, CheckpointFolder.save))],
+        [("main.build_data", late(3.0, main.build_data))],
     ),
     "stuck": (HASTY, {}, [], [("engine.trainer.Trainer.update", stuck)]),
 }
