@@ -209,7 +209,12 @@ def test_a_kill_while_the_metrics_are_cut_loses_none(tmp_path, monkeypatch):
     with MetricLog(tmp_path, tensorboard=False) as log:
         for step in (1, 2, 3):
             log.write(step, 0, "train", loss=1.0)
-    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)  # the last moment before the new file
+    replace = os.replace
+
+    def killed(source, target):  # in the last moment before the new file
+        return 1 / 0 if target.name == "metrics.jsonl" else replace(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(ZeroDivisionError):
         MetricLog(tmp_path, resume_step=2, tensorboard=False)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3

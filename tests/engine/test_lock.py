@@ -147,9 +147,12 @@ def test_the_heartbeat_touches_its_own_lock_alone_and_puts_it_back(tmp_path, mon
         assert json.loads((tmp_path / ".lock").read_text())["token"] == mine.token
         mine.check()
         write_lock(tmp_path, host="elsewhere", pid=1)
+        with pytest.raises(RunError, match="was taken over by another run"):
+            mine.check()  # before the next heartbeat
+        mine.lost = False
         aged(tmp_path / ".lock", 1000)
         mine._touch()
-        assert time.time() - (tmp_path / ".lock").stat().st_mtime > 900
+        assert mine.lost and time.time() - (tmp_path / ".lock").stat().st_mtime > 900
         with pytest.raises(RunError, match="was taken over by another run"):
             CheckpointFolder(tmp_path, check=mine.check).save(training_state())
     # it is another run's, and stays
