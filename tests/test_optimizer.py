@@ -612,7 +612,8 @@ def test_resuming_follows_the_configs_settings_and_keeps_the_state(net, caplog):
 
 
 FOLLOWED = {
-    "adamw": {"lr", "weight_decay", "betas", "eps", "lr_scale", "group_name", "fused", "foreach"},
+    "adamw": {"lr", "weight_decay", "betas", "eps", "lr_scale", "group_name", "fused", "foreach"}
+    | {"amsgrad", "maximize", "capturable", "differentiable"},
     "sgd": {"lr", "weight_decay", "momentum", "nesterov", "lr_scale", "group_name", "foreach"},
     "muon": {"lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "use_fallback"},
 }
