@@ -13,6 +13,7 @@ from models import CaiT, PiT, SwinTransformer, SwinTransformerV2, T2TViT, Vision
 from models.attention import AttentionSpec
 from models.attention.mixers import MIXERS
 from models.counting import Macs, count_macs
+from models.layers.mlp import Mlp
 from models.swiftformer import SIZES, SwiftFormer
 from tests.models.builders import ATTENTION_FAMILIES, small
 
@@ -331,3 +332,11 @@ def test_a_counter_that_runs_when_the_kernel_is_loaded_counts_it():
         operations.register_flops()  # as loading does
         model(torch.zeros(1, 3, 16, 16))
     assert counter.get_total_flops() == right[0]
+
+
+def test_the_backward_of_an_mlp_alone_counts_its_four_products(monkeypatch):
+    monkeypatch.setattr(mlp, "PLAIN_BYTES", {True: 0, False: 0})
+    y = Mlp(8, 32)(torch.zeros(200, 8, requires_grad=True))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * 200 * 8 * 32
