@@ -47,18 +47,28 @@ def seed_sample(seed: int, key: Key) -> None:
     torch.default_generator.manual_seed(int(words[2]))
 
 
+def rng_states() -> tuple:
+    """The states of the three global CPU generators."""
+    return random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+
+
+def restore_rng(states: tuple) -> None:
+    """Sets the three global CPU generators to what `rng_states` gave."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.default_generator.set_state(states[2])
+
+
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Restores the three global CPU generators on leaving, so that loading in the main process
     leaves no trace.
     """
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    states = rng_states()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+        restore_rng(states)
 
 
 def _sequence(purpose: int, seed: int, position: tuple[int, ...]) -> np.random.SeedSequence:

@@ -23,7 +23,7 @@ from typing import Any
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.errors import DataError
-from data.randomness import preserved_rng
+from data.randomness import restore_rng, rng_states
 
 logger = logging.getLogger(__name__)
 STALL = 300.0  # seconds after which a wait is told, with the stacks of all threads
@@ -75,12 +75,17 @@ class FromMemory:
 
 
 class FromThread:
-    """An iterator that a thread advances, one item at a time. Nothing runs between two calls."""
+    """An iterator that a thread advances, one item at a time. Nothing runs between two calls.
+
+    The thread seeds the global generators for each sample and puts them back itself; they are left
+    alone while it is waited for.
+    """
 
     def __init__(self, iterator: Iterator, wait: float):
         self._wait = wait
         self._asked, self._answers = queue.SimpleQueue(), queue.SimpleQueue()
         self._pending = False
+        self._before: tuple = ()
         arguments = (iterator, self._asked, self._answers)
         self._thread = threading.Thread(target=_advance, args=arguments, name="images", daemon=True)
 
@@ -89,11 +94,11 @@ class FromThread:
         if not self._pending:
             if self._thread.ident is None:
                 self._thread.start()
+            self._before = rng_states()
             self._asked.put(True)
             self._pending = True
         try:
-            with preserved_rng():  # the thread draws for its samples; it may never come back
-                item, error = self._answers.get(timeout=self._wait)
+            item, error = self._answers.get(timeout=self._wait)
         except queue.Empty:
             raise NotYet from None
         self._pending = False
@@ -102,7 +107,9 @@ class FromThread:
         return item
 
     def close(self) -> None:
-        """Lets the thread end."""
+        """Lets the thread end. One that does not come back leaves the generators as they were."""
+        if self._pending:
+            restore_rng(self._before)
         self._asked.put(False)
 
 

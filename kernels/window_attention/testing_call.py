@@ -178,9 +178,15 @@ class Kernel:
             reason = f": {self.fault().decode()}" if self.fault else ""
             raise KernelError(f"{self.prefix}_{name} returned {code}{reason} ({call.case})")
 
-    def why_not(self, case: Case) -> str | None:
-        """The kernel's own reason why it cannot do the case, or None."""
-        reason = self.functions["supports"](ctypes.byref(Call(Drawn(case)).args))
+    def why_not(self, case: Case, **fields) -> str | None:
+        """The kernel's own reason why it cannot do the case, or None.
+
+        fields: of the C structure, which no case can have.
+        """
+        call = Call(Drawn(case))
+        for name, value in fields.items():
+            setattr(call.args, name, value)
+        reason = self.functions["supports"](ctypes.byref(call.args))
         return None if reason is None else reason.decode()
 
     def run(self, drawn: Drawn, gradients: tuple[str, ...] = GRADIENTS) -> dict[str, Tensor]:

@@ -111,6 +111,24 @@ def test_the_process_generators_are_left_untouched(root, num_workers):
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1]))
 
 
+def test_a_sample_that_takes_longer_than_one_look_at_the_clock_is_the_same(root, monkeypatch):
+    """The thread that loads it draws from the global generators meanwhile."""
+    monkeypatch.setattr(loader_module, "SLICE", 0.02)
+
+    def slow(image):
+        parts = [torch.rand(1)]
+        time.sleep(0.05 if waits else 0)
+        return torch.cat([*parts, torch.rand(1), torch.tensor([random.random()])])
+
+    waits = False
+    expected = next(train_loader(root, transform=slow).epoch(0))
+    waits = True
+    state = torch.get_rng_state()
+    batch = next(train_loader(root, transform=slow).epoch(0))
+    assert same([batch], [expected])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_state_of_the_process_has_no_influence_on_the_batches(root):
     torch.manual_seed(1)
     first = list(train_loader(root).epoch(0))

@@ -109,15 +109,16 @@ def test_tables_too_large_for_shared_memory_together_are_summed_one_after_anothe
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "fields", "words"),
     [
-        ({"head_dim": 48}, "head dimensions"),
-        ({"window": (25, 24)}, "1 to 576 tokens"),
-        ({"shift": (12, 0)}, "less than the window"),
+        ({"head_dim": 48}, {}, "head dimensions"),
+        ({"window": (25, 24)}, {}, "1 to 576 tokens"),
+        ({}, {"shift": (12, 0)}, "less than the window"),
     ],
 )
-def test_what_the_kernels_cannot_do_is_refused_in_words(library, change, words):
-    assert words in Kernel(library, "wa_emu").why_not(Case((12, 12), (1, 1), heads=1).but(**change))
+def test_what_the_kernels_cannot_do_is_refused_in_words(library, change, fields, words):
+    case = Case((12, 12), (1, 1), heads=1).but(**change)
+    assert words in Kernel(library, "wa_emu").why_not(case, **fields)
 
 
 def test_matrix_reads_from_shared_memory_meet_no_bank_twice(library):
