@@ -41,6 +41,7 @@ PACKAGES = (
     "models",
     "optimizer",
     "processes",
+    "program",
     "settings",
 )
 

@@ -43,6 +43,17 @@ MAY_IMPORT = {
         "optimizer",
         "settings",
     },
+    "program": {
+        "registry",
+        "checkpoint",
+        "config",
+        "engine",
+        "lr_scheduler",
+        "models",
+        "optimizer",
+        "settings",
+        "utils",
+    },
 }
 OUTSIDE = {"matplotlib": {"engine/curves.py"}, "yacs": {"settings/reading.py"}}
 OWN = {*MAY_IMPORT, "main", "tests", "tools", "benchmarks"}

@@ -19,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 import main  # noqa: E402
 from engine.state import CheckpointFolder  # noqa: E402
 from engine.trainer import Trainer  # noqa: E402
+from program import setup  # noqa: E402
 from tests.wiring.runs import SETTINGS, few_digits  # noqa: E402
 
 # What the second process is told otherwise.
@@ -43,7 +44,7 @@ def other_images():
     return digits
 
 
-def other_code(real=main.describe_code):
+def other_code(real=setup.describe_code):
     return real() | {"source of models": "changed"}
 
 
@@ -51,7 +52,7 @@ def other_attention(model):
     return "by another kernel"
 
 
-def other_weights(*args, real=main.build_model):
+def other_weights(*args, real=setup.build_model):
     model = real(*args)
     model.head.weight.data[0, 0] += 1e-3
     return model
@@ -100,9 +101,9 @@ def stuck(trainer, batches, real=Trainer.update):
 CASES = {name: ({}, one, [], []) for name, one in SETTINGS_OF_ONE.items()} | {
     "places": (EVERY, PLACES, [], []),
     "images": ({}, {}, [], [("sklearn.datasets.load_digits", other_images)]),
-    "code": ({}, {}, [], [("main.describe_code", other_code)]),
+    "code": ({}, {}, [], [("program.setup.describe_code", other_code)]),
     "attention": ({}, {}, [], [("main.describe_attention", other_attention)]),
-    "weights": ({}, {}, [], [("main.build_model", other_weights)]),
+    "weights": ({}, {}, [], [("program.setup.build_model", other_weights)]),
     "drift": (EVERY, {}, [], [("engine.trainer.Trainer.advance", nudged)]),
     "average": (
         EVERY | {"MODEL.EMA.ENABLE": True},

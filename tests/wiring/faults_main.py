@@ -1,6 +1,6 @@
 """Faults on the way from settings to runs."""
 
-from tests.wiring.faults import GOING_ON, MODEL_RUN, ON_RUNS, TRAIN_RUN, dropped, mutants
+from tests.wiring.faults import GOING_ON, MODEL_RUN, ON_RUNS, PROGRAM, TRAIN_RUN, dropped, mutants
 
 SAVES = ON_RUNS.format("a_run_saves_and_stops_after_the_updates_it_is_told")
 KEEPS = ON_RUNS.format("a_run_keeps_the_epochs_it_is_told")
@@ -14,20 +14,20 @@ PRECISION = ON_RUNS.format("autocast_reaches_training_evaluation_and_timing")
 RESUMED = GOING_ON.format("a_run_stopped_by_a_signal_goes_on_and_ends_as_one_that_never_stopped")
 
 MAIN_MUTANTS = [
-    *dropped("main.py", MODEL_RUN, "mixup=self.data.mixup"),
-    *dropped("main.py", PRECISION, "dtype=self.dtype"),
+    *dropped(PROGRAM, MODEL_RUN, "mixup=self.data.mixup"),
+    *dropped(PROGRAM, PRECISION, "dtype=self.dtype"),
     *dropped(
-        "main.py",
+        PROGRAM,
         ON_RUNS.format("only_shared_evaluations_are_added_up_over_processes"),
         "reduce=not test.SEQUENTIAL",
     ),
     *dropped(
-        "main.py",
+        PROGRAM,
         ON_RUNS.format("the_classes_and_their_accuracy_are_written_where_asked_for"),
         "per_class=test.PER_CLASS",
     ),
     *mutants(
-        "main.py",
+        PROGRAM,
         (
             "evaluated_without_autocast",
             "            autocast=self.autocast,\n            reduce=",

@@ -1,6 +1,6 @@
 """Faults in what a process does, tells and evaluates beside others."""
 
-from tests.wiring.faults import GOING_ON, ON_RUNS, mutants
+from tests.wiring.faults import GOING_ON, ON_RUNS, PROGRAM, mutants
 
 SHARED = (
     "tests/wiring/test_processes.py::test_two_processes_share_the_images_and_take_the_rate_of_both"
@@ -12,7 +12,7 @@ EVALUATED = GOING_ON.format("an_evaluation_repeats_what_training_found")
 FITS = GOING_ON.format("a_checkpoint_has_to_fit_and_weights_may_have_another_head")
 
 PROCESS_MUTANTS = mutants(
-    "main.py",
+    PROGRAM,
     (
         "rates_of_one_process",
         "rates = scaled_rates(config, self.world.size)",
@@ -100,7 +100,7 @@ PROCESS_MUTANTS = mutants(
     ),
 )
 PROCESS_MUTANTS += mutants(
-    "main.py",
+    PROGRAM,
     (
         "an_average_called_the_network",
         'networks["ema"] = "averaged network"',
