@@ -3,7 +3,8 @@
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from utils import RunError, one_line
 
 _logger = logging.getLogger(__name__)
 
+ATTEMPTS = 5  # to start offline, a second apart
 LONGEST = 128  # characters of a name there
 FORBIDDEN = r"/\#?%:"  # in the name of a project
 # Standard output stays as it is: the log has it. Lost connections are waited for at the end only so
@@ -86,7 +88,21 @@ class WandbRun:
                 one_line(error)[:300],
                 folder,
             )
-            self._run = wandb.init(**asked, mode="offline")
+            self._run = self._offline(wandb.init, asked, folder)
+
+    def _offline(self, init: Callable[..., Any], asked: dict[str, Any], folder: Path) -> Any:
+        """A run on this machine alone. W&B may hold the id for a while after a start that failed;
+        one that stays taken is replaced.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                return init(**asked, mode="offline")
+            except Exception as error:
+                if "in use" not in str(error):
+                    raise
+                time.sleep(1)
+        self.mark["id"] = asked["id"] = new_id(folder)
+        return init(**asked, mode="offline")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Adds numbers of an update."""
@@ -106,8 +122,15 @@ def choose_id(folder: Path, name: str, fresh: bool, known: Mapping[str, Any] | N
     elif not fresh and file.exists():
         number = file.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w-]{1,64}", number):
-        number = secrets.token_hex(4)
+        return new_id(folder)
     file.write_text(number, encoding="utf-8")
+    return number
+
+
+def new_id(folder: Path) -> str:
+    """An id that no run has had; the folder holds it from here on."""
+    number = secrets.token_hex(4)
+    (folder / "wandb_id.txt").write_text(number, encoding="utf-8")
     return number
 
 

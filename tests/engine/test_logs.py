@@ -134,9 +134,15 @@ class FakeWandb:
 
     def __init__(self, failing: tuple = ()) -> None:
         self.failing, self.started, self.logged, self.finished = failing, [], [], 0
+        self.taken = set()
 
     def init(self, **options):
         self.started.append(options)
+        if "taken" in self.failing and options.get("mode") != "offline":
+            self.taken.add(options["id"])
+            raise OSError("no network")
+        if options["id"] in self.taken:
+            raise RuntimeError(f"run ID {options['id']} is in use")
         if "init" in self.failing and options.get("mode") != "offline" or "all" in self.failing:
             raise OSError("no network")
         return self
@@ -198,6 +204,13 @@ def test_wandb_that_fails_never_ends_the_run(failing, tmp_path, monkeypatch, cap
     assert "no network" in caplog.text or "its process is gone" in caplog.text
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
     assert bool(fake.logged) == (failing == "init")  # offline, for `wandb sync`
+
+
+def test_an_id_that_a_failed_start_of_wandb_holds_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.wandb_run.time.sleep", lambda _: None)
+    fake, mark = open_wandb(tmp_path, monkeypatch, failing=("taken",))
+    assert fake.logged and mark["id"] == fake.started[-1]["id"] != fake.started[0]["id"]
+    assert (tmp_path / "wandb_id.txt").read_text() == mark["id"]
 
 
 def test_missing_wandb_is_refused_in_one_line(tmp_path, monkeypatch):
