@@ -436,8 +436,8 @@ KEYS: dict[str, Key] = {
     "TRAIN.AUTO_RESUME": Key(True, switch(),
         "continue from the newest valid checkpoint of the output folder; never in evaluation"),
     "TRAIN.RESUME_CHANGED": Key(False, switch(),
-        "go on from a checkpoint although the network, the images or, in the run's own folder, "
-        "any setting that counts is another one"),
+        "go on from a checkpoint, or evaluate it, although the network, the images or, in the "
+        "run's own folder, any setting that counts is another one"),
     "TRAIN.ACCUMULATION_STEPS": Key(1, AT_LEAST_1, "batches per update"),
     "TRAIN.USE_CHECKPOINT": Key(False, switch(),
         "recompute activations in the backward pass: less memory, more time"),

@@ -38,6 +38,7 @@ from program.beginning import Beginning
 from registry import UserError
 from settings import arguments
 from settings.checks import check_files, check_on_device, check_settings
+from settings.continuing import describe_network
 from utils import World
 
 
@@ -133,6 +134,7 @@ class Program(Beginning):
     def evaluate(self) -> int:
         model = self.config.MODEL
         checkpoint = read_checkpoint(model.RESUME or model.PRETRAINED)
+        self.compare_network(checkpoint)
         networks = {None: "network"}
         if model.EMA.ENABLE and model.EMA.EVAL and model.RESUME and checkpoint.has_average:
             networks["ema"] = "averaged network"
@@ -188,6 +190,7 @@ class Program(Beginning):
             config=plain,
             images=self.data.fingerprints,
             classes=self.data.classes,
+            about=describe_network(plain),
             logged=self.logged,
             check=check,
             **plan,

@@ -8,7 +8,9 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -72,7 +74,7 @@ class World:
         self.control = None
         self.peers: Peers | None = None
         if self.size > 1:
-            with meeting():
+            with meeting(), ended_by_signals():
                 self._join()
 
     def _join(self) -> None:
@@ -201,6 +203,24 @@ def launcher_says(name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= low):
         raise RunError(f"environment: {name} is {text[:80]!r}; allowed: a whole number >= {low}")
     return int(text)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Signals that have a handler in Python end the process inside: it waits in torch, where no
+    such handler is called, and has nothing to save.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        handled = [number for number in numbers if callable(signal.getsignal(number))]
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in handled}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager

@@ -49,9 +49,11 @@ def model_grids(model: nn.Module) -> dict[str, Grid]:
 
 
 def stated_grids(grids: Mapping[str, Grid | None]) -> dict[str, str]:
-    """What weights files say of the places whose rows and columns differ; {} where none do."""
-    oblong = {place: grid for place, grid in grids.items() if grid and grid[0] != grid[1]}
-    return {"grids": json.dumps(oblong)} if oblong else {}
+    """What weights files say of the places whose grid is known, square ones too: as many tokens may
+    lie otherwise in the model; {} where none is.
+    """
+    known = {place: grid for place, grid in grids.items() if grid}
+    return {"grids": json.dumps(known)} if known else {}
 
 
 class FileGrids:

@@ -84,7 +84,14 @@ def offered(loaded: Mapping) -> list[str]:
     tensors.
     """
     usual = [key for key in ENTRIES if isinstance(loaded.get(key), Mapping) and loaded[key]]
-    return usual or [key for key in loaded if isinstance(key, str) and is_state_dict(loaded[key])]
+    if any(key in TRAINED for key in usual):
+        return usual
+    states = [key for key in loaded if isinstance(key, str) and is_state_dict(loaded[key])]
+    if not usual:
+        return states
+    # of copies alone: what they are copies of may go by any name
+    large = [key for key in states if 2 * len(loaded[key]) > len(loaded[usual[0]])]
+    return usual + [key for key in large if key not in usual]
 
 
 def pick_entry(loaded: Mapping, source: str) -> str:
@@ -159,19 +166,30 @@ def find_network(state: dict[str, Tensor], source: str) -> Network:
 
 
 def prefixes(state: Iterable[str]) -> list[str]:
-    """The first components under which whole networks lie, in the order of ENTRIES."""
+    """The first components under which whole networks lie, in the order of ENTRIES; beside copies
+    (COPIES) alone, also one of another name that holds the same.
+    """
     inside: dict[str, set[str]] = {}
     count = 0
     for key in state:
         root, dot, rest = key.partition(".")
         count += 1
-        if dot and root in ENTRIES:
+        if dot:
             inside.setdefault(root, set()).add(rest)
-    return [
+    found = [
         root
         for root in ENTRIES
         if root in inside and is_network(inside[root], len(inside[root]) == count)
     ]
+    if not found or any(root in TRAINED for root in found):
+        return found
+    # of copies alone: what they are copies of may go by any name
+    return found + [root for root in inside if root not in found and alike(inside, root, found[0])]
+
+
+def alike(inside: Mapping[str, set[str]], one: str, other: str) -> bool:
+    """Whether most names under a prefix are names under the other too."""
+    return 2 * len(inside[one] & inside[other]) > max(len(inside[one]), len(inside[other]))
 
 
 def is_network(names: set[str], alone: bool) -> bool:

@@ -227,11 +227,18 @@ def leave_outside(outside: Sequence[str], report: LoadReport) -> None:
 
 
 def refuse_without_head(model: nn.Module, weights: Weights, report: LoadReport, head: str) -> None:
-    """Raises CheckpointError where an evaluation would lack nothing but the classifier."""
+    """Raises CheckpointError where an evaluation would lack nothing but the classifier, or one of
+    as many classes.
+    """
     names = getattr(model, "head_names", HEAD_NAMES)
     heads = [key for key in report.missing if key.rpartition(".")[0] in names]
     if head != "evaluate" or not heads or heads != report.missing or report.unexpected:
         return
+    if misfits := [key + report.shapes[key] for key in heads if key in report.shapes]:
+        raise CheckpointError(
+            f"{weights.source}: its classifier has other classes than the model:"
+            f" {list_keys(misfits)}; evaluate it on the data it was trained for"
+        )
     beside = f"; beside the network it has {list_keys(weights.outside)}" if weights.outside else ""
     raise CheckpointError(
         f"{weights.source}: the file has no classifier ({', '.join(heads)}), so there is nothing to"

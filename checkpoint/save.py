@@ -15,7 +15,7 @@ from .sealed import sealed
 
 def weights_metadata(model: nn.Module) -> dict[str, str]:
     """What to store beside a model's weights so that the loader need not guess: whether the qkv
-    weights are residuals, and which grids of tokens have other rows than columns.
+    weights are residuals, and the grids of tokens that they lie on.
     """
     grids = stated_grids(model_grids(model))
     return {"format": "pt", "qk_residual": model_residual(model), **grids}

@@ -62,7 +62,8 @@ def newest(folder: Path) -> Checkpoint | None:
     has no checkpoint at all.
 
     last.pth is read as a whole, the others only where they are further or it cannot be used. Those
-    that cannot be used are named in a warning and left alone.
+    that cannot be used, or were left by another run than last.pth's (TRAIN.AUTO_RESUME False began
+    anew in its folder), are named in a warning and left alone.
     Raises: CheckpointError where there are checkpoints but none is whole: starting anew would write
         over them.
     """
@@ -72,7 +73,9 @@ def newest(folder: Path) -> Checkpoint | None:
     others = [_usable(path, peek_checkpoint) for path in paths]
     further = [other for other in others if other and _updates(other) > done]
     for other in sorted(further, key=_updates, reverse=True):
-        if found := _usable(other.path, read_checkpoint):
+        if last and _run(other) != _run(last):
+            LOGGER.warning("SKIPPED in auto-resume: %s is of an earlier run", other.path)
+        elif found := _usable(other.path, read_checkpoint):
             return found
     present = sum(path.exists() for path in [folder / "last.pth", *paths])
     if present and last is None:
@@ -96,6 +99,19 @@ def _usable(path: Path, reader: Callable[[Path], Checkpoint]) -> Checkpoint | No
         LOGGER.warning("SKIPPED in auto-resume: %s", error)
         return None
     return checkpoint
+
+
+def earlier_runs(folder: Path) -> int:
+    """How many runs have begun in this folder, by its checkpoints: the number of a new one."""
+    paths = [folder / "last.pth", folder / "best.pth", *(path for _, path in epoch_files(folder))]
+    found = [_usable(path, peek_checkpoint) for path in paths]
+    return max((_run(checkpoint) + 1 for checkpoint in found if checkpoint), default=0)
+
+
+def _run(checkpoint: Checkpoint) -> int:
+    """The number, in its folder, of the run that a training state is of."""
+    number = checkpoint.training_state().get("logs", {}).get("run", 0)
+    return number if isinstance(number, int) else 0
 
 
 def _updates(checkpoint: Checkpoint) -> int:

@@ -2,7 +2,7 @@
 signals.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def train(
     config: dict[str, Any],
     classes: list[str],
     images: dict[str, str],
+    about: Mapping[str, str] | None = None,
     logged: dict[str, Any] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> int:
@@ -87,13 +88,16 @@ def train(
         name: of the run.
         config, images, classes: plain data, for the checkpoints: the settings, what tells the
             images from others, and the names of their classes by label.
+        about: what the weights files say besides.
         save_freq, keep, check: for `CheckpointFolder`.
         print_freq, training_loss: for `Report`.
         tensorboard, wandb: for `MetricLog`.
-        logged: of the checkpoint gone on from, `MetricLog.mark`.
+        logged: `MetricLog.mark` of the checkpoint gone on from, and as "run" how many runs have
+            begun in this folder before.
         plot: draw the curves at the end.
     """
     world = trainer.world
+    number = {"run": logged["run"]} if logged and logged.get("run") else {}
     checkpoints = CheckpointFolder(folder, save_freq, keep, check)
     log = MetricLog(
         folder if world.is_main else None,
@@ -130,9 +134,9 @@ def train(
             extra={
                 "config": config,
                 "images": images,
-                "metadata": weights_metadata(trainer.model),
+                "metadata": weights_metadata(trainer.model) | dict(about or {}),
                 "class_names": classes,
-                "logs": log.mark,
+                "logs": log.mark | number,
             },
         )
         report.finish(trainer.state, checkpoints, signal, plot=plot)

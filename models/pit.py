@@ -88,9 +88,8 @@ class TokenPooling(nn.Module):
         """Multiply-accumulates for one image."""
         pixels = self.pooled[0] * self.pooled[1]
         pointwise = 0 if isinstance(self.proj, nn.Identity) else self.proj.weight.numel()
-        return (
-            pixels * (self.conv.weight.numel() + pointwise) + self.prefix * self.fc.weight.numel()
-        )
+        mixed = self.fc.in_features * self.fc.out_features  # quantized layers hide their weight
+        return pixels * (self.conv.weight.numel() + pointwise) + self.prefix * mixed
 
 
 class PoolingStage(nn.Module):

@@ -166,7 +166,8 @@ class TokensToToken(nn.Module):
             block.flops(grid[0] * grid[1])
             for block, grid in zip(blocks, self.grids[:-1], strict=True)
         )
-        return macs + self.num_patches * self.project.weight.numel()
+        project = self.project
+        return macs + self.num_patches * project.in_features * project.out_features
 
 
 def sinusoid(count: int, dim: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Where a training begins: from nothing, from weights, or from a checkpoint."""
 
+from collections.abc import Mapping
+
 import torch
 
 import utils
@@ -12,10 +14,11 @@ from checkpoint import (
     read_weights,
     stored_classes,
 )
-from config import KEYS, load_config
+from config import KEYS, load_config, to_dict
+from engine.agreement import agree, checksums
 from engine.losses import Distillation, make_criterion
 from engine.repair import repair
-from engine.resume import choose, resume
+from engine.resume import choose, earlier_runs, resume
 from engine.session import make_trainer
 from engine.state import CheckpointFolder, Layout, TrainState
 from engine.teacher import timm_teacher
@@ -26,8 +29,10 @@ from models import build_model
 from optimizer import build_optimizer
 from program.setup import SAME_FILES, Setup
 from settings import arguments
-from settings.continuing import Run, check_continuing
+from settings.continuing import Run, check_continuing, check_evaluated, network_in
 from settings.rules import is_yaml
+
+SAME_TEACHER = "give all of them the same TRAIN.DISTILL.TEACHER and TEACHER_WEIGHTS"
 
 
 class Beginning(Setup):
@@ -45,7 +50,10 @@ class Beginning(Setup):
             entry = None if checkpoint else model.ENTRY or None
             self.load_weights(checkpoint or read_checkpoint(model.PRETRAINED), entry)
         changes = [] if fresh else self.changes_since(checkpoint, plain)
-        self.logged = {} if fresh else checkpoint.training_state().get("logs", {})
+        if fresh:
+            self.logged = {"run": earlier_runs(self.folder) if self.world.is_main else 0}
+        else:
+            self.logged = checkpoint.training_state().get("logs", {})
         self.compare_weights()
         trainer = self.build_trainer()
         if checkpoint:
@@ -62,6 +70,25 @@ class Beginning(Setup):
         folder = CheckpointFolder(self.folder, options["save_freq"], options["keep"])
         averaged = trainer.leader is not trainer.model
         repair(folder, checkpoint, trainer.state, options["plan"].epochs, averaged)
+
+    def compare_network(self, checkpoint: Checkpoint) -> None:
+        """Refuses to evaluate by --resume what was trained as another network; by --pretrained, a
+        warning.
+        """
+        model = self.config.MODEL
+        if checkpoint.kind == TRAINING:
+            trained_as = checkpoint.content.get("config")
+        else:
+            trained_as = network_in(checkpoint.weights(model.ENTRY or None).metadata)
+        changed = check_evaluated(
+            trained_as if isinstance(trained_as, Mapping) else {},
+            to_dict(self.config),
+            source=checkpoint.source,
+            consent=self.config.TRAIN.RESUME_CHANGED or not model.RESUME,
+            defaults={key: entry.default for key, entry in KEYS.items()},
+        )
+        for change in changed:
+            self.logger.warning("evaluated with another setting: %s", change)
 
     def changes_since(self, checkpoint: Checkpoint, plain: dict) -> list[str]:
         """What the run of a training state had otherwise, in words; refuses what was not meant."""
@@ -114,6 +141,8 @@ class Beginning(Setup):
         if node.KIND == "none":
             return None
         teacher = self.build_teacher(node.TEACHER, node.TEACHER_WEIGHTS).to(self.world.device)
+        tensors = checksums(teacher.state_dict())
+        agree(self.world, "the teacher's weights", tensors, SAME_TEACHER, shown=False)
         return Distillation(teacher, node.KIND, alpha=node.ALPHA, tau=node.TAU)
 
     def build_teacher(self, name: str, weights: str) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 from engine.state import Layout
 from models import BACKBONES
+from registry import parse_call
 from settings.kinds import ConfigError, show
 
 # Each setting is in one class. A name that ends in "." stands for the section.
@@ -45,8 +47,6 @@ FREE = (
     "TRAIN.KEEP",
     "TRAIN.MAX_NONFINITE",
     "TRAIN.THREADS",
-    "TRAIN.GROUP_TIMEOUT",
-    "TRAIN.CHECK_RANKS",
     "TRAIN.GROUP_TIMEOUT",
     "TRAIN.CHECK_RANKS",
     # without effect
@@ -112,6 +112,15 @@ CLASSES = {  # the first that knows a key counts
     "recipe": RECIPE,
     "function": FUNCTION,
 }
+# Differences that loading compares or converts by itself, or that change nothing of what was
+# trained.
+BY_LOADING = (
+    "MODEL.NUM_CLASSES",
+    "MODEL.DYNAMIC_IMG_SIZE",
+    "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES",
+)
+MODIFIERS = "MODEL.ATTENTION.MODIFIERS"
+NETWORK = "network"  # in the header of weights files
 PATHS = ("MODEL.PRETRAINED", "TRAIN.DISTILL.TEACHER", "TRAIN.DISTILL.TEACHER_WEIGHTS")
 SHOWN = 8  # differences that an error names
 
@@ -149,9 +158,8 @@ def check_continuing(
     """Refuses what would give another run's result as this one's, or an unmeant mixture of both.
 
     A finished run must have had every setting that could have changed its result, longer limits
-    apart. An unfinished one
-    in the run's own folder goes on with others, and one that is named by --resume with another
-    function or other images, where `consent` is given.
+    apart. An unfinished one in the run's own folder goes on with others, and one that is named by
+    --resume with another function or other images, where `consent` is given.
 
     Args:
         folder: the run's. source: the checkpoint's file.
@@ -175,6 +183,80 @@ def check_continuing(
     if wrong and not consent:
         _refuse(wrong, folder, source, named)
     return [change.text for change in found if change.kind != "free"]
+
+
+def check_evaluated(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    source: str | os.PathLike,
+    consent: bool,
+    defaults: Mapping[str, Any],
+) -> list[str]:
+    """Refuses to evaluate a training state as another network than it was trained as: parameters
+    may fit that compute something else. How large the images are is left to the parameters.
+
+    saved, now: plain nested settings; nothing is compared where none were saved.
+    Returns: what differs, in words, where `consent` is given. Raises: ConfigError.
+    """
+    layout = Layout(1, 1, 1)
+    found = [
+        change.text
+        for change in changes(Run(saved, {}, layout), Run(now, {}, layout), Path(), defaults)
+        if change.kind == "function"
+        and change.text.startswith("MODEL.")
+        and change.text.partition(":")[0] not in BY_LOADING
+    ]
+    lists = [_look_up(config, MODIFIERS, []) for config in (saved, now)]
+    if _that_count(lists[0]) == _that_count(lists[1]):
+        found = [text for text in found if not text.startswith(f"{MODIFIERS}:")]
+    if found and not consent:
+        raise ConfigError(
+            f"{source} was trained as another network ({_some(found)}); evaluate it with the"
+            " settings of its training, or add --resume-changed to evaluate it as this command says"
+        )
+    return found
+
+
+def describe_network(config: Mapping[str, Any]) -> dict[str, str]:
+    """For the header of weights files: the settings that `check_evaluated` compares, as JSON."""
+    function: dict[str, Any] = {}
+    for key, value in _leaves(config):
+        if key.startswith("MODEL.") and class_of(key) == "function" and key not in BY_LOADING:
+            *sections, name = key.split(".")
+            node = function
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[name] = value
+    return {NETWORK: json.dumps(function)}
+
+
+def network_in(metadata: Mapping[str, Any]) -> Any:
+    """What `describe_network` wrote; None where a file says nothing."""
+    try:
+        return json.loads(metadata.get(NETWORK) or "null")
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _calls(modifiers: Any) -> Any:
+    """Each modifier's name and options; as it is what is no list of these."""
+    try:
+        return [parse_call(text) for text in modifiers]
+    except (TypeError, ValueError, AttributeError):
+        return modifiers
+
+
+def _that_count(modifiers: Any) -> Any:
+    """Modifiers without those that loading converts, or that only set initial values."""
+    calls = _calls(modifiers)
+    if calls is modifiers:
+        return modifiers
+    return [
+        (name, options)
+        for name, options in calls
+        if name != "init_identity" and (name != "qk_residual" or options.get("drop_bias"))
+    ]
 
 
 def changes(saved: Run, now: Run, folder: Path, defaults: Mapping[str, Any]) -> Iterator[Change]:
@@ -222,7 +304,7 @@ def _refuse(found: Iterable[Change], folder: Any, source: Any, named: bool) -> N
             " command says"
         )
     raise ConfigError(
-        f"{folder} holds an unfinished run with other settings ({what}); give this run another"
+        f"{folder} holds a run with other settings ({what}); give this run another"
         " --tag, or add --resume-changed to go on with what this command says"
     )
 
@@ -237,6 +319,8 @@ def _same(key: str, old: Any, new: Any, folder: Path) -> bool:
         old, new = (_outside(path, folder) for path in (old, new))
     if key in PATHS or key == "MODEL.RESUME":
         return old == new or _absolute(old) == _absolute(new)
+    if key == MODIFIERS:
+        old, new = _calls(old), _calls(new)
     return isinstance(old, bool) == isinstance(new, bool) and old == new
 
 

@@ -41,7 +41,7 @@ FLAGS = (
     Flag(("--resume",), "MODEL.RESUME",
         "training checkpoint to continue or evaluate: file or https URL"),
     Flag(("--resume-changed",), "TRAIN.RESUME_CHANGED",
-        "go on from a checkpoint with other settings or images", sets=True),
+        "go on from, or evaluate, a checkpoint with other settings or images", sets=True),
     Flag(("--accumulation-steps",), "TRAIN.ACCUMULATION_STEPS", "batches per update", int),
     Flag(("--use-checkpoint",), "TRAIN.USE_CHECKPOINT",
         "recompute activations to save memory", sets=True),

@@ -23,7 +23,8 @@ def derive(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         values["MODEL.NUM_CLASSES"] = DATASETS[values["DATA.DATASET"]].num_classes or 0
     if not any(values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"]):
         values["MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"] = [0] * len(values["MODEL.SWINV2.DEPTHS"])
-    values["OUTPUT"] = os.path.join(values["OUTPUT"], values["MODEL.NAME"], values["TAG"])
+    root = os.path.expanduser(values["OUTPUT"])  # as of the checkpoints inside
+    values["OUTPUT"] = os.path.join(root, values["MODEL.NAME"], values["TAG"])
     return values
 
 

@@ -1120,3 +1120,8 @@ def test_the_quickstart_needs_no_data_no_workers_and_no_gpu():
         and cfg.MODEL.PRE_MLP.WHERE != "off"
     )
     assert cfg.MODEL.SWINV2.IN_CHANS == 1 and cfg.MODEL.NUM_CLASSES == 10
+
+
+def test_the_home_folder_may_be_written_short_in_output(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(None, ["OUTPUT", "~/runs"]).OUTPUT.startswith(f"{tmp_path}/runs/")

@@ -167,3 +167,37 @@ def test_other_images_are_noticed(tmp_path):
         assert left["status"] == [2] and "training images: " in left["errors"], name
         assert "validation images" not in left["errors"]
     assert run(tmp_path / "a", moved | {"TRAIN.EPOCHS": 3}, CONSENT)["status"] == [0]
+
+
+def test_a_checkpoint_is_not_evaluated_as_another_network(tmp_path):
+    settings = {"MODEL.ATTENTION.MODIFIERS": ["crpw"]}
+    assert run(tmp_path / "a", settings)["status"] == [0]
+    words = ("--eval", "--resume", str(tmp_path / "a" / PLACE / "last.pth"))
+
+    def evaluated(more, words=words):
+        return run(tmp_path / "b", settings | more, words)
+
+    for key, value in [
+        ("MODEL.ATTENTION.MODIFIERS", ["crpw(apply=probs)"]),
+        ("MODEL.ATTENTION.MODIFIERS", ["crpw", "qk_residual(drop_bias=True)"]),
+        ("MODEL.VIT.NORM_EPS", 0.01),
+    ]:
+        left = evaluated({key: value})
+        assert left["status"] == [2] and "another network" in left["errors"]
+        assert key in left["errors"] and left["errors"].count("\n") == 1
+        left = evaluated({key: value}, words + CONSENT)
+        assert left["status"] == [0] and any(key in line for line in left["log"])
+    weights = str(tmp_path / "a" / PLACE / "model.safetensors")
+    other = {"MODEL.ATTENTION.MODIFIERS": ["crpw(apply=probs)"]}
+    assert evaluated(other, ("--eval", "--resume", weights))["status"] == [2]
+    told = evaluated(other, ("--eval", "--pretrained", weights))
+    assert told["status"] == [0] and any("apply=probs" in line for line in told["log"])
+    assert evaluated({}, ("--eval", "--resume", weights))["status"] == [0]
+    for more in (
+        {},
+        {"MODEL.ATTENTION.MODIFIERS": ["crpw()"]},
+        {"MODEL.ATTENTION.MODIFIERS": ["qk_residual", "crpw"]},  # converted: the same function
+        {"MODEL.DROP_PATH_RATE": 0.0, "MODEL.ATTENTION.BACKEND": "reference", "SEED": 7},
+        {"MODEL.EMA.ENABLE": True},
+    ):
+        assert evaluated(more)["status"] == [0], more

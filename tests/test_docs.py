@@ -392,7 +392,9 @@ def places(tmp_path) -> dict[str, str]:
             for name in shown:
                 shutil.copy(tmp_path / "image.jpg", tmp_path / root / split / name / "a.jpg")
                 shutil.copy(tmp_path / "image.jpg", tmp_path / root / split / name / "b.jpg")
-    found = {name: str(tmp_path / name) for name in ("IMAGENET", "MY_IMAGES", "IMAGENET_ZIP")}
+    found = {
+        name: str(tmp_path / name) for name in ("IMAGENET", "MY_IMAGES", "IMAGENET_ZIP", "MY_ZIP")
+    }
     for name in re.findall(r"\b(swin\w+?)\.(?:pth|safetensors)\b", "".join(TEXT.values())):
         path = ROOT / "configs" / name.split("_")[0] / f"{name}.yaml"
         if path.is_file():

@@ -1,6 +1,11 @@
 """What a launcher says, and memory that is full: told in one line."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from unittest.mock import patch
 
 import pytest
@@ -9,6 +14,7 @@ import torch
 import main as program
 import utils
 from tests.fuzz import call_main
+from tests.helpers import ROOT
 from utils import RunError, World
 
 DIGITS = ("--cfg", "configs/digits/digits_tiny.yaml")
@@ -60,6 +66,31 @@ def test_a_port_in_use_is_one_line_that_says_what_to_do(monkeypatch):
         with pytest.raises(RunError, match="set MASTER_PORT") as caught:
             World("cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_for_processes_that_do_not_come(number):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    said = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    code = (
+        "from engine.signals import stopped_at_once\n"
+        "from utils import World\n"
+        "with stopped_at_once():\n"
+        "    print(flush=True)\n"
+        "    World('cpu')\n"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, **said}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(1)
+        process.send_signal(number)
+        try:
+            assert process.wait(10) == -number
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(

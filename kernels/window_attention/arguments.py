@@ -63,6 +63,8 @@ def _check_term(
     """One of scale, bias and post: of a shape of `OffsetTerms`, for the windows of the layout."""
     if not _together(table.device, device):
         raise ValueError(f"window_attention: {name} is on {table.device}, qkv on {device}")
+    if table.is_complex():
+        raise ValueError(f"window_attention: {name} is {_name(table)}; real numbers are needed")
     rows = (2 * terms.window[0] - 1) * (2 * terms.window[1] - 1)
     if table.dim() == 2:
         fits = table.shape[0] in (1, rows + terms.repeats) and table.shape[1] in (1, heads)

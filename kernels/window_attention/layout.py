@@ -6,6 +6,7 @@ Shapes: B images of H x W tokens, nW windows of N = Mh * Mw tokens, C channels. 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -106,7 +107,8 @@ def _pair_mask(
     by_axis = [_regions(*axis) for axis in zip(padded, window, shift, strict=True)]
     region = (by_axis[0][:, None] * 3 + by_axis[1])[None, :, :, None]
     region = window_partition(region, window).flatten(1)
-    mask = (region[:, :, None] != region[:, None, :]) * torch.tensor(mask_value, device="cpu")
+    apart = region[:, :, None] != region[:, None, :]
+    mask = torch.zeros(apart.shape, device="cpu").masked_fill(apart, mask_value)
     if grid != padded:
         rows, columns = (_padding(*axis) for axis in zip(grid, padded, shift, strict=True))
         outside = window_partition((rows[:, None] | columns)[None, :, :, None], window).flatten(1)
@@ -185,8 +187,11 @@ def window_layout(
     Pairs that the roll brought together are masked by `mask_value` (Swin uses -100, not -inf);
     padding and image tokens never see each other. It is worked out on the CPU, whatever the default
     device, and then moved to `device`.
-    Raises: ValueError for sides below 1 and for a shift that is not in 0 .. side - 1.
+    Raises: ValueError for sides below 1, for a shift that is not in 0 .. side - 1, and for a mask
+        value that is no number.
     """
+    if math.isnan(mask_value):
+        raise ValueError("window_layout: mask_value is nan; a number or -inf is needed")
     for side, window_side, by in zip(grid, window, shift, strict=True):
         if side < 1 or window_side < 1 or not 0 <= by < window_side:
             raise ValueError(

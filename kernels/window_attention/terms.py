@@ -83,6 +83,8 @@ class OffsetTerms:
         if self.repeats:
             table = table[:1]
         gathered = gather_offsets(table, self.window)
+        if not self.prefix:
+            return gathered
         neutral = {
             "scale": self.neutral.t()[:, :, None],
             "bias": gathered.new_zeros(1),

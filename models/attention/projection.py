@@ -134,10 +134,11 @@ class Projection(Modified):
     ) -> PreparedLinear:
         """The projection for evaluation, kept while the parameters stay the same."""
         sources = [self.qkv.weight, *present([self.qkv.bias, *self.extra_bias_parameters()])]
-        for modifier in self._stage(ProjectionModifier):
+        modifiers = self._stage(ProjectionModifier)
+        for modifier in modifiers:
             sources += [*modifier.parameters(), *modifier.buffers()]
         return cache.get(
-            ("projection", fold, dtype, device),
+            ("projection", *modifiers, fold, dtype, device),
             sources,
             lambda: PreparedLinear(*self._projection(fold), dtype, device),
         )

@@ -86,11 +86,12 @@ class SoftmaxAttention(Projection):
         cache = kept_for(self)
         if cache is None:
             return self._modified_terms()
-        read = _read_by([*self.term_modules(), *self._stage(TermModifier)])
-        if read is None:
+        found = _read_by([*self.term_modules(), *self._stage(TermModifier)])
+        if found is None:
             return self._modified_terms()
+        modules, read = found
         sources = [*self.term_parameters(), *present(self._buffers.values()), *read]
-        return cache.get("terms", sources, self._modified_terms)
+        return cache.get(("terms", *modules), sources, self._modified_terms)
 
     def _modified_terms(self) -> OffsetTerms:
         with without_autocast(next(self.buffers()).device.type):
@@ -215,13 +216,14 @@ class SoftmaxAttention(Projection):
         return [*self._stage(LogitMixer), *self._stage(MapModifier)]
 
 
-def _read_by(modules: list[nn.Module]) -> list[Tensor] | None:
-    """All parameters and buffers of modules; None where these may not be called once for many
-    forwards: something in them is hooked, replaced or in training.
+def _read_by(modules: list[nn.Module]) -> tuple[list[nn.Module], list[Tensor]] | None:
+    """All modules in modules, and their parameters and buffers; None where these may not be called
+    once for many forwards: something in them is hooked, replaced or in training.
     """
-    read, waiting = [], list(modules)
+    seen, read, waiting = [], [], list(modules)
     while waiting:
         module = waiting.pop()
+        seen.append(module)
         known = isinstance(module, Modifier) or type(module).__module__.startswith("torch.nn.mod")
         if module.training or not known or not is_untouched(module, type(module)):
             return None
@@ -230,7 +232,7 @@ def _read_by(modules: list[nn.Module]) -> list[Tensor] | None:
         read += module._parameters.values()
         read += module._buffers.values()
         waiting += present(module._modules.values())
-    return present(read)
+    return seen, present(read)
 
 
 def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:

@@ -152,6 +152,18 @@ def test_a_file_of_weights_states_its_grids(family, tmp_path):
                 load_weights(fresh, weights, rule="exact")
 
 
+@pytest.mark.parametrize("family", ["vit", "swin", "cait"])
+def test_a_file_of_weights_states_square_grids_too(family, tmp_path):
+    source, _ = configured(family, (32, 32))
+    path = save_weights(tmp_path / "a.safetensors", striped(source), weights_metadata(source))
+    model, fresh = (configured(family, (16, 64))[0] for _ in range(2))  # as many tokens
+    report = load_weights(model, read_weights(path))
+    assert not report.unsure
+    assert_striped(model)
+    with pytest.raises(CheckpointError, match=r"\(file (\d+)x\1 tokens, model \d+x\d+\)"):
+        load_weights(fresh, read_weights(path), rule="exact")
+
+
 def test_a_converted_file_states_the_grids_that_its_source_knew(tmp_path):
     source, config = configured("vit", (16, 24))
     model, _ = configured("vit", (24, 16))

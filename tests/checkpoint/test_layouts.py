@@ -123,6 +123,27 @@ def test_the_trained_network_is_taken_with_a_word_about_the_other(state, trained
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["entries", "prefixes"])
+@pytest.mark.parametrize(
+    ("trained", "copy"),
+    [("base_encoder", "momentum_encoder"), ("swin", "ema"), ("mine", "teacher")],
+)
+def test_a_copy_is_not_taken_where_the_trained_network_has_a_name_of_its_own(
+    state, trained, copy, inside
+):
+    other = {key: value + 1 for key, value in state.items()}
+    content = {trained: state, copy: other, "epoch": 3, "rng": {"torch": torch.zeros(5)}}
+    if inside:
+        both = under(f"module.{trained}.", state) | under(f"module.{copy}.", other)
+        content = {"state_dict": both | {"module.predictor.0.weight": torch.ones(2)}}
+    for options in ({}, {"rule": "finetune"}):
+        message = refused(content, **options)
+        assert trained in message and copy in message and "MODEL.ENTRY" in message
+    for entry, step in [(trained, 0), (copy, 1)]:
+        weights = unwrap(content, entry=entry)
+        assert torch.equal(weights["norm.weight"], state["norm.weight"] + step)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["entries", "prefixes"])
 def test_between_student_and_teacher_the_user_chooses(state, inside, tmp_path):
     other = {key: value + 1 for key, value in state.items()}
     content = {"student": under("backbone.", state), "teacher": under("backbone.", other)}

@@ -191,6 +191,12 @@ def test_exact_loading_refuses_another_shape_and_points_to_fine_tuning():
     assert "head.weight" in refused(build(), headless, rule="exact")
 
 
+def test_a_classifier_of_other_classes_is_not_called_missing_in_an_evaluation():
+    message = refused(build(num_classes=5), stripped(build()), rule="exact", head="evaluate")
+    assert "head.weight (file (7, 24), model (5, 24))" in message
+    assert "other classes" in message and "no classifier" not in message
+
+
 def test_a_head_of_another_class_count_starts_at_zero_and_says_so():
     model = build(num_classes=5)
     report = load_weights(model, stripped(build()))

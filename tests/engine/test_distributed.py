@@ -83,6 +83,7 @@ TOLD = {  # case: what the line says
     "batch": "DATA.BATCH_SIZE is 4 on process 1 and 8 on process 0",
     "images": "the data: validation images is ",
     "weights": "the weights: head.weight differs, process 1 from process 0",
+    "teacher": "the teacher's weights: 1.bias differs, process 1 from process 0",
 }
 TOLD_LATER = {
     "rate": "TRAIN.BASE_LR is 0.2 on process 1 and 0.1 on process 0",

@@ -61,7 +61,13 @@ def signalled(monkeypatch, place: str, number: int, *args) -> dict:
 
 
 @pytest.mark.parametrize(
-    "place", ["main.build_data", "main.build_model", "main.choose", "engine.session.MetricLog"]
+    "place",
+    [
+        "main.build_data",
+        "program.setup.build_model",
+        "program.beginning.choose",
+        "engine.session.MetricLog",
+    ],
 )
 def test_a_signal_at_the_start_ends_a_run_with_its_status_and_leaves_nothing(
     place, tmp_path, monkeypatch

@@ -14,7 +14,7 @@ from checkpoint import (
     peek_checkpoint,
     read_checkpoint,
 )
-from engine.resume import choose, newest
+from engine.resume import choose, earlier_runs, newest
 from engine.state import CheckpointFolder, Layout, TrainState, config_changes, place
 from tests.checkpoint.states import changed, training_state
 from tests.engine.runs import differences
@@ -169,6 +169,14 @@ def test_a_further_checkpoint_than_the_last_one_is_found(saved, reads):
     CheckpointFolder(saved).save(training_state(update=15))
     assert newest(saved).path == saved / "ckpt_epoch_2.pth"
     assert reads[0] == ["last.pth", "ckpt_epoch_2.pth"]
+
+
+def test_a_further_checkpoint_of_an_earlier_run_is_left_alone(saved, caplog):
+    assert earlier_runs(saved) == 1
+    CheckpointFolder(saved).save(training_state(update=15) | {"logs": {"run": 1}})
+    assert earlier_runs(saved) == 2
+    assert newest(saved).path == saved / "last.pth"
+    assert "ckpt_epoch_2.pth is of an earlier run" in caplog.text
 
 
 def test_only_the_newest_checkpoints_of_this_program_are_kept(tmp_path):

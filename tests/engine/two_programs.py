@@ -58,6 +58,17 @@ def other_weights(*args, real=setup.build_model):
     return model
 
 
+def teacher(*_):
+    torch.manual_seed(5)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * 16, 10))
+
+
+def other_teacher(*_):
+    model = teacher()
+    model[1].bias.data[3] += 1e-3
+    return model
+
+
 def nudged(trainer, *args, real=Trainer.advance):
     """One weight moves by a bit after the second update."""
     if trainer.state.update == 1:
@@ -104,6 +115,12 @@ CASES = {name: ({}, one, [], []) for name, one in SETTINGS_OF_ONE.items()} | {
     "code": ({}, {}, [], [("program.setup.describe_code", other_code)]),
     "attention": ({}, {}, [], [("main.describe_attention", other_attention)]),
     "weights": ({}, {}, [], [("program.setup.build_model", other_weights)]),
+    "teacher": (
+        {"TRAIN.DISTILL.KIND": "soft", "TRAIN.DISTILL.TEACHER": "resnet18"},
+        {},
+        [("main.Program.build_teacher", teacher)],
+        [("main.Program.build_teacher", other_teacher)],
+    ),
     "drift": (EVERY, {}, [], [("engine.trainer.Trainer.advance", nudged)]),
     "average": (
         EVERY | {"MODEL.EMA.ENABLE": True},
@@ -128,7 +145,7 @@ CASES = {name: ({}, one, [], []) for name, one in SETTINGS_OF_ONE.items()} | {
 }
 
 
-QUICK = ("modifiers", "batch", "images", "weights", "skipped")
+QUICK = ("modifiers", "batch", "images", "weights", "teacher", "skipped")
 
 
 def run_cases(folder: Path, names) -> None:

@@ -58,6 +58,10 @@ REFUSED = {
     "too small a map": ({"bias": torch.ones(HEADS, 9, 9)}, r"bias is \(2, 9, 9\)"),
     "channels": ({"qkv": torch.ones(1, 8, 4, 97)}, "qkv must be"),
     "no batch": ({"qkv": torch.ones(8, 4, 96)}, "qkv must be"),
+    "complex factors": (
+        {"scale": torch.ones(1, HEADS, dtype=torch.complex64)},
+        "scale is complex64",
+    ),
     "a table elsewhere": ({"bias": torch.ones(TABLE, device="meta")}, "bias is on meta"),
     "a layout elsewhere": (
         {"layout": window_layout((8, 4), WINDOW, device=torch.device("meta"))},
@@ -81,6 +85,15 @@ def test_cards_are_told_apart():
         qkv, scale = (torch.ones(s, device="cuda:0") for s in (QKV, (1, HEADS)))
         bias = torch.ones(TABLE, device="cuda:1")
         call("auto", qkv=qkv, scale=scale, bias=bias, layout=layout)
+
+
+def test_a_dense_scale_goes_with_a_table_of_biases():
+    dense = torch.full((HEADS, 16, 16), 0.5)
+    bias, qkv = torch.randn(TABLE), torch.randn(QKV)
+    right = call("reference", qkv=qkv, bias=bias, scale=torch.full((1, HEADS), 0.5))
+    for backend in ("reference", "eager"):
+        found = call(backend, qkv=qkv, bias=bias, scale=dense)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
 def test_the_open_path_asks_for_the_same_grid_and_rows():

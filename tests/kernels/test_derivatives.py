@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 
 from kernels.linear import mlp, precision, products
 from kernels.window_attention import OffsetTerms, fused, window_attention, window_layout
-from models.attention import neighbourhood
+from models.attention import AttentionSpec, neighbourhood
 from models.attention.geometry import Geometry
+from models.attention.global_attention import GlobalAttention
 from models.attention.modifiers import MODIFIERS
 from models.layers.mlp import Mlp
 from tests.helpers import ROOT
@@ -299,3 +300,14 @@ def test_sdpa_has_the_tangent_of_the_formula_and_second_derivatives_by_torch_fun
 
     for ours, right in zip(outcome("sdpa"), outcome("reference"), strict=True):
         torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_gradients_at_once_pass_the_qk_residual():
+    module = GlobalAttention(Geometry(8, 2, (2, 2)), AttentionSpec(("qk_residual",)))
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    y = module(x)
+    several = torch.stack([torch.ones_like(y), y.detach().cos()])
+    each = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in several]
+    (found,) = torch.autograd.grad(y, x, several, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(each))

@@ -258,3 +258,16 @@ def test_the_former_name_of_the_scale_is_still_read():
     assert terms.matching("weight", bias, 1.0) is bias
     with pytest.raises(TypeError, match="no scale"):
         OffsetTerms((2, 3))
+
+
+def test_pairs_may_be_masked_by_minus_infinity_but_not_by_nan():
+    window, shift = (4, 4), (2, 2)
+    qkv = torch.randn(2, 7, 9, 3 * 8)
+    terms = OffsetTerms(window, torch.ones(1, 2), torch.randn(offsets(window), 2))
+    far, never = (window_layout((7, 9), window, shift, value) for value in (-1e4, -torch.inf))
+    expected = window_attention_reference(qkv, terms, far, 2)
+    for backend in ("reference", "eager", "sdpa"):
+        y = window_attention(qkv, terms, never, 2, backend=backend)
+        torch.testing.assert_close(y, expected)
+    with pytest.raises(ValueError, match="mask_value is nan"):
+        window_layout((7, 9), window, shift, float("nan"))

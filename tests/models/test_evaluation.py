@@ -215,6 +215,27 @@ def test_a_modifier_s_own_parameters_are_seen():
         assert (logits(model) - before).abs().max() > 1e-4
 
 
+@both_families
+def test_modules_put_in_and_taken_out_are_seen(family):
+    model = sharpened(family)
+    attention = model.layers[0].blocks[0].attn
+
+    def taken_out():
+        del attention.modifiers["qk_residual"]  # which has no parameters
+
+    def put_in():
+        layers = attention.cpb_mlp if family == "swinv2" else attention.modifiers["crpw"].mlp
+        layers[1] = nn.Tanh().eval()
+
+    with evaluation(model):
+        for change in (put_in, taken_out):
+            before = logits(model)
+            change()
+            found, right = logits(model), logits(copy.deepcopy(model))
+            assert torch.allclose(found, right, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(found, before, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_and_training_mode_inside_are_as_outside(preparations):
     model = sharpened()
     with evaluation(model):

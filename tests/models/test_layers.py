@@ -291,7 +291,9 @@ def test_a_pruned_bias_table_and_parametrised_biases_are_read_each_time():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
-@pytest.mark.parametrize("name", ["swin, sharpened", "swinv2, sharpened", "vit", "cait", "t2t"])
+@pytest.mark.parametrize(
+    "name", ["swin, sharpened", "swinv2, sharpened", "vit", "cait", "pit", "t2t"]
+)
 def test_dynamic_quantization_reaches_every_linear_layer(name):
     quantization = pytest.importorskip("torch.ao.quantization")
     if torch.backends.quantized.engine == "none":
@@ -302,6 +304,7 @@ def test_dynamic_quantization_reaches_every_linear_layer(name):
     small_model = quantization.quantize_dynamic(model, {nn.Linear})
     assert sum("quantized" in type(m).__module__ for m in small_model.modules()) >= count
     assert not linears(small_model) and describe_attention(small_model)
+    assert small_model.flops() == model.flops()
     with evaluation(small_model):
         found = logits(small_model)
     right = logits(model)

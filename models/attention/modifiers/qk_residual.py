@@ -84,4 +84,6 @@ class _AddInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, grad.unflatten(-1, (3, ctx.dim))[..., ctx.places, :].sum(-2), None
+        # is_grads_batched knows reshape, but not unflatten
+        parts = grad.reshape(*grad.shape[:-1], 3, ctx.dim)
+        return grad, parts[..., ctx.places, :].sum(-2), None
