@@ -507,6 +507,8 @@ def _attach(root: logging.Logger, handler: logging.Handler, pattern: str) -> Non
 
 def _attach_file(root: logging.Logger, path: Path, pattern: str) -> None:
     try:
+        if path.exists() and not path.is_file():  # opening a pipe waits for a reader
+            raise OSError("it is no file")
         _attach(root, _LogFile(path), pattern)
     except OSError as error:
         LOGGER.warning("%s is not written, the run goes on: %s", path, error)

@@ -64,6 +64,7 @@ def match_classes(
     if given == wanted:
         return state
     if sorted(given) != sorted(wanted) and (is_numbered(given) or is_numbered(wanted)):
+        report.by_position = True
         report.notes.append(
             "the classes of the file or of the data are numbers alone, so their names cannot be"
             " compared: they are taken by position"

@@ -98,8 +98,8 @@ def load_weights(
         report.notes += notes
         report.text = "; ".join([report.text, *notes])
     if logger is not None:
-        partial = report.missing or report.unexpected or report.unsure
-        logger.log(logging.WARNING if partial else logging.INFO, report.text)
+        doubtful = (report.missing, report.unexpected, report.unsure, report.by_position)
+        logger.log(logging.WARNING if any(doubtful) else logging.INFO, report.text)
     return report
 
 

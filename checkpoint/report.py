@@ -27,6 +27,7 @@ class LoadReport:
         fresh: keys that keep their initial value, or zero, by a rule (a new head, a modifier's own
             parameters); not counted in the coverage.
         unsure: keys taken as the model's grid of tokens, of which the file does not say.
+        by_position: classes whose names could not be compared were taken in the file's order.
         notes: conversions and rules that applied, one line each.
         shapes: of misfits, " (file ..., model ...)".
         coverage: loaded elements / (all elements - fresh ones), in [0, 1].
@@ -40,6 +41,7 @@ class LoadReport:
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     unsure: list[str] = field(default_factory=list)
+    by_position: bool = False
     notes: list[str] = field(default_factory=list)
     shapes: dict[str, str] = field(default_factory=dict)
     coverage: float = 0.0

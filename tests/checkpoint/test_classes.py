@@ -1,6 +1,7 @@
 """Names of classes in files: the head follows them, or the file is refused."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_a_head_that_is_not_kept_is_not_compared(tmp_path):
     weights = read_weights(file_of(tmp_path, filled()))
     load_weights(network(), weights, head="reset", classes=["a", "b", "c", "d"])
     load_weights(network(2), weights, classes=["a", "b"])
+
+
+def test_classes_that_are_numbers_alone_are_taken_by_position_with_a_warning(tmp_path, caplog):
+    path = file_of(tmp_path, network(), ANIMALS)
+    with caplog.at_level(logging.WARNING):
+        report = load_weights(
+            network(), read_weights(path), logger=logging.getLogger("test"), classes=list("0123")
+        )
+    assert report.by_position and "taken by position" in caplog.text
 
 
 def test_the_same_classes_a_file_without_names_and_numbers_are_no_alarm(tmp_path):

@@ -218,3 +218,12 @@ def test_a_kill_while_the_metrics_are_cut_loses_none(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         MetricLog(tmp_path, resume_step=2, tensorboard=False)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_pipe_where_the_log_should_be_is_left_alone(tmp_path, caplog):
+    os.mkfifo(tmp_path / "log_rank0.txt")
+    try:
+        utils.create_logger(tmp_path, "run", rank=0)
+        assert "log_rank0.txt is not written, the run goes on: it is no file" in caplog.text
+    finally:
+        utils.create_logger(None, "run", rank=1)
