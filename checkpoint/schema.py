@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, first_line
-from .soundness import check_finite, check_form
+from .soundness import check_finite, check_form, odd_form
 
 MOST = 10**15  # of anything that is counted
 EPOCHS = 10**6
@@ -59,6 +59,7 @@ def vector(length: int | None, *dtypes: torch.dtype) -> Rule:
         f"a tensor {size} of {kinds}",
         lambda value: (
             isinstance(value, Tensor)
+            and not odd_form(value)
             and value.dtype in dtypes
             and value.dim() == 1
             and len(value) == (length or len(value))
@@ -199,7 +200,7 @@ SCALER = {
 }
 SCHEDULER = {
     "last_update": WHOLE_OR_NONE,
-    "schedule": MAPPING,
+    "schedule": SETTINGS,
 }
 DESCRIPTIONS = {
     "config": SETTINGS,

@@ -79,6 +79,12 @@ def test_real_numbers_of_another_width_load(dtype):
         ("progress.update", 2**2000, "2001 bits"),
         ("scaler", {"scale": -1.0}, "scaler.scale is -1.0, expected a number above 0"),
         ("config", {"MODEL": torch.ones(2)}, "expected a dict of plain data"),
+        (
+            "lr_scheduler",
+            {"last_update": 1, "schedule": {"total": torch.ones(2)}},
+            "expected a dict of plain data",
+        ),
+        ("ranks.0.tally", torch.ones(8).to_sparse(), "expected a tensor of"),
         ("class_names", [1, 2], "expected a list of strings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
