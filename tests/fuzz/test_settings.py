@@ -1,6 +1,7 @@
 """YAML values, --opts and flags: printed back as they were meant, or refused in one line."""
 
 import logging
+import os
 from random import Random
 
 import pytest
@@ -69,7 +70,7 @@ def check(folder, argv: list, written: dict[str, str]) -> bool:
         read = look_up(config, key)
         if key == "OUTPUT":
             read = read.removesuffix(f"{config.MODEL.NAME}/{config.TAG}").rstrip("/")
-            text = text.rstrip("/")
+            text = os.path.expanduser(text.rstrip("/"))
         if key.endswith("PRETRAINED_WINDOW_SIZES") and not any(read):
             continue  # none, for any number of stages
         assert means(text, read), (key, text, read)
