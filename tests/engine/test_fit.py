@@ -79,6 +79,20 @@ def run(trainer, loader=None, accuracies=(50.0,), *, read: bool = True, extra=No
     return recorder, status
 
 
+def fit_until(trainer, loader, evaluate, recorder, epochs: int) -> int:
+    """The status of `fit`, which a signal may end."""
+    with StopSignal(trainer.world) as stop:
+        return fit(
+            trainer,
+            loader,
+            evaluate,
+            plan=Plan(epochs),
+            folder=recorder,
+            report=recorder,
+            stop=stop,
+        )
+
+
 def test_an_epoch_is_trained_validated_saved_and_named_in_this_order():
     recorder, status = run(make_trainer(), extra={"config": {}, "metadata": {"family": "net"}})
     assert status == 0
@@ -187,16 +201,7 @@ def test_a_signal_saves_after_the_update_it_came_in_without_validating():
 
     trainer = make_trainer()
     recorder = Signalled(trainer)
-    with StopSignal(trainer.world) as stop:
-        status = fit(
-            trainer,
-            Loader(6),
-            lambda *_, **__: evaluation(),
-            plan=Plan(5),
-            folder=recorder,
-            report=recorder,
-            stop=stop,
-        )
+    status = fit_until(trainer, Loader(6), lambda *_, **__: evaluation(), recorder, 5)
     assert status == signal.SIGTERM
     assert recorder.calls == [("start", 0, 0), ("end", 0, False), ("save", 0, 3)]
 
@@ -215,16 +220,7 @@ def test_a_signal_in_a_validation_ends_it_and_the_epoch_is_saved(number, evaluat
 
     trainer = make_trainer(ema=True)
     recorder = Recorder(trainer)
-    with StopSignal(trainer.world) as stop:
-        status = fit(
-            trainer,
-            Loader(2),
-            evaluate,
-            plan=Plan(5),
-            folder=recorder,
-            report=recorder,
-            stop=stop,
-        )
+    status = fit_until(trainer, Loader(2), evaluate, recorder, 5)
     assert status == number
     assert seen[-1] == (bool(evaluation_of), 1)  # no batch more
     assert recorder.of("start", "save", "keep_epoch") == [("start", 0, 0), ("save", 0, 2)]
@@ -327,16 +323,7 @@ def test_outputs_that_are_not_finite_get_no_score_and_training_goes_on():
 
     trainer = make_trainer()
     recorder = Recorder(trainer)
-    with StopSignal(trainer.world) as stop:
-        fit(
-            trainer,
-            Loader(2),
-            evaluate,
-            plan=Plan(3),
-            folder=recorder,
-            report=recorder,
-            stop=stop,
-        )
+    fit_until(trainer, Loader(2), evaluate, recorder, 3)
     assert recorder.of("val", "no_score") == [
         ("val", 0, 10.0),
         ("no_score", 1, "no score"),
