@@ -9,9 +9,10 @@ The file is opened once, read once, and checked while it is read: checksums, no 
 is asked of it, names, types, ranges and lengths (schema.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .archive import can_be_mapped, map_pickle, read_pickle
 from .errors import CheckpointError
@@ -24,8 +25,6 @@ from .weights import Weights, read_safetensors, select
 TRAINING, SWIN, WEIGHTS = "training", "swin", "weights"
 # Entries that training states of this program alone have.
 OWN_ENTRIES = {"progress", "layout", "ranks"}
-
-
 QUICK = 1 << 24  # bytes of a file that is read as a whole for a short look
 
 
@@ -116,18 +115,27 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     Raises: CheckpointError, one line, for a missing, empty, truncated, corrupt or unsafe file.
     """
     path, checked = locate(source), True
+    with opened(path) as (file, head):
+        if is_safetensors(head):
+            content = read_safetensors(path, str(source))
+        else:
+            content, checked = read_pickle(path, file)
+    return Checkpoint(content, str(source), path, checked)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, bytes]]:
+    """The file at its beginning, and its first bytes. Raises: CheckpointError for one of another
+    format, and where something in the block cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(512)
             file.seek(0)
             refuse_other_files(path, head)
-            if is_safetensors(head):
-                content = read_safetensors(path, str(source))
-            else:
-                content, checked = read_pickle(path, file)
+            yield file, head
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return Checkpoint(content, str(source), path, checked)
 
 
 def peek_checkpoint(path: str | Path) -> Checkpoint:
@@ -148,17 +156,11 @@ def check_file(source: str | Path, entry: str | None = None, run: bool = False) 
     Raises: CheckpointError.
     """
     path = locate(source)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-            file.seek(0)
-            refuse_other_files(path, head)
-            if is_safetensors(head):
-                check_header(path, file)
-                return
-            mapped = can_be_mapped(path, file)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    with opened(path) as (file, head):
+        if is_safetensors(head):
+            check_header(path, file)
+            return
+        mapped = can_be_mapped(path, file)
     if not mapped and head[:1] == b"\x80" and path.stat().st_size > QUICK:
         return  # a pickle of before torch 1.6, which can only be read as a whole
     checkpoint = peek_checkpoint(path) if mapped else read_checkpoint(path)
