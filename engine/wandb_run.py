@@ -3,8 +3,7 @@
 import logging
 import re
 import secrets
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from utils import RunError, one_line
 
 _logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # to start offline, a second apart
 LONGEST = 128  # characters of a name there
 FORBIDDEN = r"/\#?%:"  # in the name of a project
 # Standard output stays as it is: the log has it. Lost connections are waited for at the end only so
@@ -88,21 +86,8 @@ class WandbRun:
                 one_line(error)[:300],
                 folder,
             )
-            self._run = self._offline(wandb.init, asked, folder)
-
-    def _offline(self, init: Callable[..., Any], asked: dict[str, Any], folder: Path) -> Any:
-        """A run on this machine alone. W&B may hold the id for a while after a start that failed;
-        one that stays taken is replaced.
-        """
-        for _ in range(ATTEMPTS):
-            try:
-                return init(**asked, mode="offline")
-            except Exception as error:
-                if "in use" not in str(error):
-                    raise
-                time.sleep(1)
-        self.mark["id"] = asked["id"] = new_id(folder)
-        return init(**asked, mode="offline")
+            wandb.teardown()  # the start that failed would go on holding the id
+            self._run = wandb.init(**asked, mode="offline")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Adds numbers of an update."""

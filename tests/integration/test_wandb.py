@@ -20,8 +20,10 @@ def alone(tmp_path, monkeypatch):
 
 
 def kept(folder) -> set[str]:
-    """The ids of the runs kept for `wandb sync` below a folder."""
-    return {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")}
+    """The ids of the runs kept for `wandb sync`, offline-run-TIME-ID or, for a second one within a
+    second, offline-run-TIME-ID-1.
+    """
+    return {path.name.split("-")[3] for path in folder.glob("wandb/offline-run-*")}
 
 
 def test_a_run_and_its_continuation_are_one_run_offline(tmp_path, monkeypatch):
