@@ -16,8 +16,12 @@ from .testing import TABLES, Case, Drawn
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MARGIN = 64  # elements before and after each tensor
 GRADIENTS = ("qkv", *TABLES)
+EPILOGUE = ("alpha", "beta", "exclusion")
 INPUTS = ("qkv", *TABLES, "seed", "grad_out")
-POINTERS = (*INPUTS[:-1], "out", "lse", "grad_out", *(f"grad_{name}" for name in GRADIENTS))
+POINTERS = (
+    *("qkv", *TABLES, *EPILOGUE, "seed", "out", "lse", "along", "grad_out", "grad_lse"),
+    *(f"grad_{name}" for name in (*GRADIENTS, *EPILOGUE)),
+)
 
 
 class KernelError(RuntimeError):

@@ -18,7 +18,7 @@ static void take(void* to, size_t bytes) {
 int main() {
     WindowAttentionArgs args;
     take(&args, sizeof args);
-    constexpr int POINTERS = 12;  // qkv .. grad_post
+    constexpr int POINTERS = 20;  // qkv .. grad_exclusion
     std::vector<std::vector<char>> memory(POINTERS);
     int64_t sizes[POINTERS];
     void** const pointers = reinterpret_cast<void**>(&args);

@@ -5,6 +5,11 @@
 //   P = softmax(S) * post[offset, head]
 //   O = dropout(P) v
 //
+// An epilogue gives the result of a token something of its own value, of either kind:
+//
+//   affine      out_i = alpha[head] v_i + beta[head] O_i
+//   exclusive   out_i = O_i - exclusion[head] r_i v_i,   r_i = (O_i v_i) / max(|v_i|^2, 1e-8)
+//
 // Cosine attention: q and k are divided by max(|q|, 1e-12) and max(|k|, 1e-12) first.
 //
 // Grid of height x width tokens, padded at its end to whole windows and rolled up and left by
@@ -24,17 +29,26 @@ typedef struct WindowAttentionArgs {
     const float* scale;     // (scale_rows, heads), scale_rows = T or 1
     const float* bias;      // (T, heads) or null
     const float* post;      // (T, heads) or null
+    const float* alpha;     // (heads) or null: no affine epilogue; beta likewise, together with it
+    const float* beta;
+    const float* exclusion; // (heads) or null; not together with alpha and beta
     const int64_t* seed;    // one number in the kernel's own memory, or null without dropout
     void* out;              // (batch, height, width, heads, head_dim) of `dtype`
     // (batch, windows, heads, N): log-sum-exp of a query's S; null in inference; not written for
     // padding
     float* lse;
-    // backward: all of the above as in the forward (out is not read), and
+    float* along;           // like lse: r_i of the exclusive epilogue; null in inference and without
+    // backward: all of the above as in the forward (out is read for the exclusive epilogue alone),
+    // and
     const void* grad_out;   // like out
+    const float* grad_lse;  // like lse, or null; what it holds for padding is not read
     void* grad_qkv;         // like qkv; every element is written
     float* grad_scale;      // (scale_rows, heads) or null; written, not added to
     float* grad_bias;       // (T, heads) or null
     float* grad_post;       // (T, heads) or null
+    float* grad_alpha;      // (heads) or null; this and the next two as the tables' gradients
+    float* grad_beta;       // (heads) or null
+    float* grad_exclusion;  // (heads) or null
     void* workspace;        // scratch of the size that the kernel's *_workspace says, or null
     int32_t batch, height, width, heads, head_dim;
     int32_t window[2], shift[2];
