@@ -14,9 +14,16 @@ from torch import Tensor
 
 from kernels.window_attention import OffsetTerms, window_layout
 from kernels.window_attention.plain import dropped_attention
-from kernels.window_attention.reference import merge_windows, softmax_attention, split_windows
+from kernels.window_attention.reference import (
+    add_mask,
+    merge_windows,
+    softmax_attention,
+    split_windows,
+    unit,
+)
 
 TABLES = ("scale", "bias", "post")
+EPILOGUES = {"": (), "affine": ("alpha", "beta"), "exclusive": ("exclusion",)}
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -30,6 +37,9 @@ class Case:
     magnitude: of q and k.
     ties: all q and k are equal.
     zero_rows: some tokens have q = k = 0.
+    tiny_values: some tokens have |v|^2 < 1e-8, some v = 0.
+    epilogue: "affine", "exclusive" or none (csrc/args.h).
+    lse: a gradient of the log-sum-exp comes in beside that of the output.
     """
 
     window: tuple[int, int] = (7, 7)
@@ -49,6 +59,9 @@ class Case:
     magnitude: float = 1.0
     ties: bool = False
     zero_rows: bool = False
+    tiny_values: bool = False
+    epilogue: str = ""
+    lse: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,7 +88,9 @@ class Case:
 
 
 class Drawn:
-    """The inputs of a case: qkv (B, H, W, 3C), grad_out (B, H, W, C), tables, seed."""
+    """The inputs of a case: qkv (B, H, W, 3C), grad_out (B, H, W, C), tables, seed; alpha, beta and
+    exclusion, (heads,) or None; grad_lse (B, nW, heads, N), NaN at padding, or None.
+    """
 
     def __init__(self, case: Case):
         generator = torch.Generator().manual_seed(
@@ -93,6 +108,9 @@ class Drawn:
             qkv[:, :, :, :2] = qkv[:, :1, :1, :2]
         if c.zero_rows:
             qkv[:, ::3, ::2, :2] = 0
+        if c.tiny_values:
+            qkv[:, ::2, ::3, 2] *= 1e-5
+            qkv[:, ::3, ::2, 2] = 0
         self.qkv = qkv.flatten(3).to(c.dtype)
         self.grad_out = normal(c.batch, *c.grid, c.heads * c.head_dim).to(c.dtype)
         usual = 8.0 if c.cosine else c.head_dim**-0.5
@@ -101,6 +119,15 @@ class Drawn:
         self.bias = 0.5 * normal(c.offsets, c.heads) if c.bias else None
         self.post = 1 + 0.3 * normal(c.offsets, c.heads) if c.post else None
         self.seed = torch.tensor([0x123456789ABCDEF])
+        named = EPILOGUES[c.epilogue]
+        self.alpha = 0.5 * normal(c.heads) if "alpha" in named else None
+        self.beta = 1 + 0.3 * normal(c.heads) if "beta" in named else None
+        self.exclusion = 1 + 0.3 * normal(c.heads) if "exclusion" in named else None
+        self.grad_lse = None
+        if c.lse:
+            real = real_rows(c)
+            rows = normal(c.batch, len(real), c.heads, real.shape[1])
+            self.grad_lse = rows.masked_fill(~real[:, None], torch.nan)
 
     @functools.cached_property
     def expected(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -110,28 +137,70 @@ class Drawn:
         return tuple(by_pytorch(self, dtype) for dtype in (torch.float64, self.case.dtype))
 
 
+def real_rows(case: Case) -> Tensor:
+    """(nW, N) bool: which queries of each window are tokens of the grid, not padding."""
+    layout = window_layout(case.grid, case.window, case.shift, case.mask_value)
+    return split_windows(torch.ones(1, *case.grid, 3), layout, 1)[0][:, 0, :, 0] > 0
+
+
+def log_sum_exp(
+    q: Tensor, k: Tensor, terms: OffsetTerms, mask: Tensor | None, cosine: bool
+) -> Tensor:
+    """(B*nW, heads, N), in float32 or wider: that of each row of the logits of
+    `softmax_attention`.
+    """
+    if cosine:
+        q, k = unit(q), unit(k)
+    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
+    bias = terms.dense("bias")
+    return add_mask(logits if bias is None else logits + bias, mask).logsumexp(-1)
+
+
+def apply_epilogue(y: Tensor, v: Tensor, given: dict[str, Tensor], heads: int) -> Tensor:
+    """The epilogue of csrc/args.h in float32 or wider: y and v (B, H, W, C) -> like y.
+
+    given: alpha and beta, or exclusion: (heads,), or a value for each element.
+    """
+    wide = torch.promote_types(y.dtype, torch.float32)
+    own, out = (x.to(wide).unflatten(-1, (heads, -1)) for x in (v, y))
+    factor = {name: x[:, None] if x.dim() == 1 else x for name, x in given.items()}
+    if "alpha" in given:
+        out = factor["alpha"] * own + factor["beta"] * out
+    else:
+        ratio = (out * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(1e-8)
+        out = out - factor["exclusion"] * ratio * own
+    return out.flatten(3).to(y.dtype)
+
+
 def specification(drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients by the specification in `dtype`, tables in float32 or wider: {"out",
-    "qkv", "scale", "bias", "post"}.
+    "qkv", "scale", "bias", "post"} and the factors of the epilogue.
     """
     c = drawn.case
     wide = torch.promote_types(dtype, torch.float32)
     layout = window_layout(c.grid, c.window, c.shift, c.mask_value)
     qkv = drawn.qkv.to(dtype, copy=True).requires_grad_()
-    tables = {}
-    for name in TABLES:
+    given = {}
+    for name in (*TABLES, *EPILOGUES[c.epilogue]):
         table = getattr(drawn, name)
-        tables[name] = None if table is None else table.to(wide, copy=True).requires_grad_()
-    terms = OffsetTerms(c.window, **tables)
+        given[name] = None if table is None else table.to(wide, copy=True).requires_grad_()
+    terms = OffsetTerms(c.window, *(given[name] for name in TABLES))
     q, k, v = split_windows(qkv, layout, c.heads)
     if not c.dropout:
         y = softmax_attention(q, k, v, terms, layout.mask, c.cosine)
     else:
         y = dropped_attention(q, k, v, terms, layout.mask, c.cosine, drawn.seed, c.dropout)
     out = merge_windows(y, layout)
-    out.backward(drawn.grad_out.to(dtype))
+    if c.epilogue:
+        factors = {name: given[name] for name in EPILOGUES[c.epilogue]}
+        out = apply_epilogue(out, qkv.chunk(3, -1)[2], factors, c.heads)
+    results, grads = [out], [drawn.grad_out.to(dtype)]
+    if c.lse:
+        results.append(log_sum_exp(q, k, terms, layout.mask, c.cosine))
+        grads.append(drawn.grad_lse.nan_to_num(0).flatten(0, 1).to(wide))
+    torch.autograd.backward(results, grads)
     found = {"out": out.detach(), "qkv": qkv.grad}
-    found.update({name: t.grad for name, t in tables.items() if t is not None})
+    found.update({name: t.grad for name, t in given.items() if t is not None})
     return found
 
 

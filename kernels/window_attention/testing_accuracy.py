@@ -2,16 +2,25 @@
 case's own dtype.
 """
 
+import copy
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
 from .layout import window_layout
+from .reference import split_windows
 from .terms import OffsetTerms
-from .testing import Case, Drawn, by_part, by_pytorch, specification
+from .testing import (
+    EPILOGUES,
+    Case,
+    Drawn,
+    by_part,
+    by_pytorch,
+    log_sum_exp,
+    real_rows,
+    specification,
+)
 
 
 def distances(found: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -33,27 +42,27 @@ def exact_lse(drawn: Drawn) -> Tensor:
     """(B, nW, heads, N) float64: the log-sum-exp of each row of logits; NaN at padding."""
     case = drawn.case
     layout = window_layout(case.grid, case.window, case.shift, case.mask_value)
-    q, k, _ = reference.split_windows(drawn.qkv.double(), layout, case.heads)
-    if case.cosine:
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    q, k, _ = split_windows(drawn.qkv.double(), layout, case.heads)
     bias = None if drawn.bias is None else drawn.bias.double()
     terms = OffsetTerms(case.window, drawn.scale.double(), bias)
-    logits = q @ k.mT * terms.dense("scale")
-    if bias is not None:
-        logits = logits + terms.dense("bias")
-    lse = reference.add_mask(logits, layout.mask).logsumexp(-1).unflatten(0, (case.batch, -1))
-    ones = reference.split_windows(torch.ones(1, *case.grid, 3), layout, 1)[0]
-    inside = ones[:, 0, :, 0] > 0  # (nW, N)
-    return lse.masked_fill(~inside[:, None], torch.nan)
+    lse = log_sum_exp(q, k, terms, layout.mask, case.cosine).unflatten(0, (case.batch, -1))
+    return lse.masked_fill(~real_rows(case)[:, None], torch.nan)
 
 
-def cancelling(drawn: Drawn) -> float:
-    """Largest sum of magnitudes, per head, in the gradient of a scale that is one number: what
+def cancelling(name: str, drawn: Drawn) -> float:
+    """Largest sum of magnitudes, per head, in the gradient of what is one number per head: what
     cancels in it.
+
+    name: "scale", or a factor of the epilogue.
     """
-    spread = Drawn(drawn.case)
-    spread.scale = drawn.scale.expand(drawn.case.offsets, -1)
-    return specification(spread, torch.float64)["scale"].abs().sum(0).max().item()
+    case, spread = drawn.case, copy.copy(drawn)
+    if name == "scale":
+        spread.scale = drawn.scale.expand(case.offsets, -1)
+        return specification(spread, torch.float64)["scale"].abs().sum(0).max().item()
+    factor = getattr(drawn, name)[:, None]
+    setattr(spread, name, factor.expand(case.batch, *case.grid, -1, case.head_dim))
+    grads = specification(spread, torch.float64)[name]
+    return grads.abs().sum((0, 1, 2, 4)).max().item()
 
 
 def remainder(drawn: Drawn) -> float:
@@ -75,8 +84,8 @@ def problems(results: dict[str, Tensor], drawn: Drawn) -> list[str]:
 
     A scale that is one number per head has a gradient of as few numbers, where PyTorch's error can
     be small by luck: it may also err by a tenth of the dtype's rounding (half of float32's) of what
-    cancels in it. PyTorch's worst error counts as half a unit in the last place of the largest
-    element at least.
+    cancels in it; so may the factors of an epilogue. PyTorch's worst error counts as half a unit in
+    the last place of the largest element at least.
     """
     case = drawn.case
     exact = by_pytorch(drawn, torch.float64)
@@ -103,9 +112,9 @@ def _slack(name: str, want: Tensor, drawn: Drawn) -> tuple[float, float]:
     norm, worst = 1e-6 * want.norm().item(), 1e-6 * want.abs().max().item()
     if not want.any():
         norm, worst = want.numel() ** 0.5 * remainder(drawn), remainder(drawn)
-    if name == "scale" and case.scale == "one":
+    if (name == "scale" and case.scale == "one") or name in EPILOGUES[case.epilogue]:
         share = 0.5 if case.dtype == torch.float32 else 0.1
-        luck = share * torch.finfo(case.dtype).eps * cancelling(drawn)
+        luck = share * torch.finfo(case.dtype).eps * cancelling(name, drawn)
         norm, worst = norm + luck * case.heads**0.5, worst + luck
     return norm, worst
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from kernels.window_attention import window_layout
 
-from .testing import TABLES, Case, Drawn
+from .testing import EPILOGUES, TABLES, Case, Drawn
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MARGIN = 64  # elements before and after each tensor
-GRADIENTS = ("qkv", *TABLES)
-EPILOGUE = ("alpha", "beta", "exclusion")
-INPUTS = ("qkv", *TABLES, "seed", "grad_out")
+EPILOGUE = tuple(name for names in EPILOGUES.values() for name in names)
+GRADIENTS = ("qkv", *TABLES, *EPILOGUE)
+INPUTS = (*GRADIENTS, "seed", "grad_out", "grad_lse")
 POINTERS = (
     *("qkv", *TABLES, *EPILOGUE, "seed", "out", "lse", "along", "grad_out", "grad_lse"),
-    *(f"grad_{name}" for name in (*GRADIENTS, *EPILOGUE)),
+    *(f"grad_{name}" for name in GRADIENTS),
 )
 
 
@@ -62,7 +62,7 @@ class Guarded:
     def unchanged(self) -> bool:
         """Whether nothing was written into the tensor."""
         inside = slice(MARGIN, -MARGIN)
-        return torch.equal(self.whole[inside], self.before[inside])
+        return _same(self.whole[inside], self.before[inside])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -75,7 +75,8 @@ class Call:
     """The tensors of a case laid out for the C interface.
 
     gradients: names among GRADIENTS that the backward is to give.
-    lse: whether the forward is to give the log-sum-exp of each row.
+    lse: whether the forward is to keep what the backward needs, the log-sum-exp of each row above
+        all.
     """
 
     def __init__(self, drawn: Drawn, gradients: tuple[str, ...] = GRADIENTS, lse: bool = True):
@@ -87,7 +88,7 @@ class Call:
             "out": Guarded(drawn.grad_out.shape, c.dtype),
             "grad_out": Guarded(drawn.grad_out.shape, c.dtype, drawn.grad_out),
         }
-        for name in TABLES:
+        for name in (*TABLES, *EPILOGUE):
             if (table := getattr(drawn, name)) is not None:
                 self.buffers[name] = Guarded(table.shape, torch.float32, table)
         if c.dropout:
@@ -95,6 +96,10 @@ class Call:
         if lse:
             shape = (c.batch, layout.num_windows, c.heads, layout.area)
             self.buffers["lse"] = Guarded(shape, torch.float32)
+            if c.epilogue == "exclusive":
+                self.buffers["along"] = Guarded(shape, torch.float32)
+        if c.lse:
+            self.buffers["grad_lse"] = Guarded(drawn.grad_lse.shape, torch.float32, drawn.grad_lse)
         for name in gradients:
             if name in self.buffers:
                 like = self.buffers[name].tensor
@@ -133,9 +138,7 @@ class Call:
             setattr(self.args, name, buffer.tensor.data_ptr())
 
     def results(self) -> dict[str, Tensor]:
-        """{"out", "qkv", "scale", "bias", "post"} as far as they were asked for: the output and
-        the gradients.
-        """
+        """{"out", "qkv", "scale", ...} as far as they were asked for: output and gradients."""
         names = {"out": "out", **{f"grad_{name}": name for name in GRADIENTS}}
         return {names[k]: b.tensor for k, b in self.buffers.items() if k in names}
 
@@ -194,8 +197,8 @@ class Kernel:
         return None if reason is None else reason.decode()
 
     def run(self, drawn: Drawn, gradients: tuple[str, ...] = GRADIENTS) -> dict[str, Tensor]:
-        """{"out", "qkv", "scale", "bias", "post", "lse"}: the output, the gradients, the log-sum-
-        exp, on the CPU.
+        """{"out", "qkv", "scale", ..., "lse"}: the output, the gradients, the log-sum-exp, on the
+        CPU.
         """
         call = Call(drawn, gradients)
         self.launch("forward", call)

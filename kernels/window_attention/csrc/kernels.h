@@ -10,8 +10,8 @@
 extern "C" {
 #endif
 
-// Null where the kernel can do these arguments (pointers are not looked at), else one clause that
-// says why not.
+// Null where the kernel can do these arguments (of a pointer, only whether it is null counts), else
+// one clause that says why not.
 const char* wa_cpu_supports(const WindowAttentionArgs* args);
 const char* wa_cuda_supports(const WindowAttentionArgs* args);
 

@@ -128,6 +128,8 @@ const char* wa_cpu_supports(const WindowAttentionArgs* a) {
     if (a->scale_rows != 1 && a->scale_rows != offsets)
         return "the scale has neither one row nor one for each offset";
     if (!(a->dropout >= 0 && a->dropout < 1)) return "the dropout is not in [0, 1)";
+    if (a->alpha || a->beta || a->exclusion) return "the CPU kernel has no epilogue";
+    if (a->grad_lse) return "the CPU kernel has no gradient of the log-sum-exp";
     return nullptr;
 }
 
