@@ -2,6 +2,7 @@
 the formula.
 """
 
+from .epilogue import Epilogue, apply_epilogue
 from .interface import BACKENDS, explain, window_attention
 from .layout import (
     WindowLayout,
@@ -15,8 +16,10 @@ from .terms import OffsetTerms
 
 __all__ = [
     "BACKENDS",
+    "Epilogue",
     "OffsetTerms",
     "WindowLayout",
+    "apply_epilogue",
     "explain",
     "relative_position_index",
     "window_attention",

@@ -10,9 +10,10 @@ from torch import Tensor
 from kernels.derivatives import is_transformed
 
 from .eager import eager_cannot, window_attention_eager
+from .epilogue import Epilogue, apply_epilogue
 from .fused import cannot, missing, never, window_attention_fused
 from .layout import WindowLayout
-from .reference import window_attention_reference
+from .reference import log_sum_exp, window_attention_reference
 from .sdpa import sdpa_cannot, window_attention_sdpa
 from .terms import OffsetTerms
 
@@ -78,11 +79,17 @@ def window_attention(
     cosine: bool = False,
     dropout: float = 0.0,
     backend: str = "auto",
-) -> Tensor:
+    *,
+    epilogue: Epilogue | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within windows: (B, H, W, 3C) -> (B, H, W, C). `window_attention_reference` is the
     specification.
 
     Args:
+        epilogue: what the result gets of each token's own value.
+        return_lse: return also the logarithm of each row's sum of exp(logits), bias and mask
+            included, (B, H, W, heads), float32 or wider; it is differentiable.
         backend: a name of BACKENDS, or "auto"; the environment variable WINDOW_ATTENTION_BACKEND
             overrides "auto".
     Raises: ValueError for a name that does not exist, and where the forced backend cannot do what
@@ -94,4 +101,9 @@ def window_attention(
         raise ValueError(
             f"window_attention: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}"
         )
-    return BACKENDS[backend](qkv, terms, layout, num_heads, cosine, dropout)
+    y = BACKENDS[backend](qkv, terms, layout, num_heads, cosine, dropout)
+    if epilogue is not None:
+        y = apply_epilogue(y, qkv[..., -y.shape[-1] :], epilogue, num_heads)
+    if return_lse:
+        return y, log_sum_exp(qkv, terms, layout, num_heads, cosine)
+    return y

@@ -44,6 +44,19 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=6e-8 if x.dtype == torch.float16 else 1e-12)
 
 
+def masked_logits(
+    q: Tensor, k: Tensor, terms: OffsetTerms, mask: Tensor | None = None, cosine: bool = False
+) -> Tensor:
+    """q kᵀ * scale + bias + mask on windows, (B*nW, heads, N, N) in float32 or wider; arguments as
+    in `softmax_attention`.
+    """
+    if cosine:
+        q, k = unit(q), unit(k)
+    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
+    bias = terms.dense("bias")
+    return add_mask(logits if bias is None else logits + bias, mask)
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -61,11 +74,7 @@ def softmax_attention(
     dropout: probability with which an entry of the map is dropped. The softmax runs in float32 or
         wider.
     """
-    if cosine:
-        q, k = unit(q), unit(k)
-    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
-    bias = terms.dense("bias")
-    attn = add_mask(logits if bias is None else logits + bias, mask).softmax(-1)
+    attn = masked_logits(q, k, terms, mask, cosine).softmax(-1)
     if terms.post is not None:
         attn = attn * terms.dense("post")
         attn = attn / attn.sum(-1, keepdim=True) if terms.renormalise else attn
@@ -90,3 +99,13 @@ def window_attention_reference(
     check_arguments(qkv, terms, layout, num_heads, dropout)
     q, k, v = split_windows(qkv, layout, num_heads)
     return merge_windows(softmax_attention(q, k, v, terms, layout.mask, cosine, dropout), layout)
+
+
+def log_sum_exp(
+    qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False
+) -> Tensor:
+    """log sum_j exp(S_ij) of the logits S of `window_attention_reference`: (B, H, W, heads)."""
+    check_arguments(qkv, terms, layout, num_heads)
+    q, k, _ = split_windows(qkv, layout, num_heads)
+    logits = masked_logits(q, k, terms, layout.mask, cosine)
+    return merge_windows(logits.logsumexp(-1, keepdim=True), layout)

@@ -2,8 +2,9 @@
 
 from .geometry import Geometry
 from .global_attention import GlobalAttention
-from .softmax import SoftmaxAttention, WindowAttention, WindowAttentionV2
+from .softmax import SoftmaxAttention
 from .spec import AttentionSpec
+from .swin_attention import WindowAttention, WindowAttentionV2
 
 __all__ = [
     "AttentionSpec",

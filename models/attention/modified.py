@@ -62,7 +62,10 @@ class Modified(nn.Module):
 
     def _stage(self, kind: type[Modifier]) -> list[Modifier]:
         built_in = zip(self.built_in(), self.built_in_kinds, strict=False)
-        parts = [part for part, its in built_in if issubclass(its, kind)]
+        return [part for part, its in built_in if issubclass(its, kind)] + self._configured(kind)
+
+    def _configured(self, kind: type[Modifier]) -> list[Modifier]:
+        parts = []
         for modifier in self.modifiers.values():
             parts += [part for part in _members(modifier) if isinstance(part, kind)]
         return parts
@@ -85,8 +88,8 @@ def _members(modifier: nn.Module) -> tuple[Modifier, ...]:
         if not isinstance(member, Modifier):
             raise ValueError(
                 f"{type(member).__name__} in place of an attention modifier does not say what it"
-                " changes; derive it from ProjectionModifier, TermModifier, LogitMixer or"
-                " MapModifier"
+                " changes; derive it from ProjectionModifier, TokenModifier, TermModifier,"
+                " LogitMixer, MapModifier, OutputModifier or BranchModifier"
             )
     return members
 

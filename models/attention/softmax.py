@@ -1,8 +1,4 @@
-"""Softmax attention within windows, y = map(softmax((q kᵀ) * scale + bias + mask)) v, and its Swin
-and SwinV2 forms.
-"""
-
-import math
+"""Softmax attention within windows, y = map(softmax((q kᵀ) * scale + bias + mask)) v."""
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +7,27 @@ from torch import Tensor, nn
 from kernels.linear import is_untouched, kept_for, run_linear
 from kernels.modes import without_autocast
 from kernels.window_attention import (
+    Epilogue,
     OffsetTerms,
     WindowLayout,
-    relative_position_index,
     window_attention,
 )
 from kernels.window_attention.reference import add_mask, merge_windows, split_windows, unit
-from models.layers.init import trunc_normal
 
-from .geometry import Geometry, relative_coords_table
+from .geometry import Geometry
 from .map_flops import modifier_flops
-from .modifiers import LogitMixer, MapModifier, TermModifier
+from .modifiers import (
+    BranchModifier,
+    LogitMixer,
+    MapModifier,
+    OutputModifier,
+    TermModifier,
+    TokenModifier,
+)
 from .modifiers.base import Modifier
 from .projection import Projection, present
 from .regions import zero_masked
 from .spec import AttentionSpec
-
-MAX_LOGIT_SCALE = 100.0
 
 
 class SoftmaxAttention(Projection):
@@ -64,8 +64,20 @@ class SoftmaxAttention(Projection):
         self.proj = nn.Linear(self.geometry.inner, self.out_dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.add_modifiers(self.spec.modifiers, self.geometry)
+        self._check_output_modifiers()
         self.logit_tap = nn.Identity()
         self.map_tap = nn.Identity()
+
+    def _check_output_modifiers(self) -> None:
+        """Raises: ValueError for those behind a modifier that changes the number of heads."""
+        outputs = self._configured(OutputModifier)
+        for mapped in self._configured(MapModifier):
+            if outputs and mapped.num_maps() != self.num_heads:
+                raise ValueError(
+                    f"{type(outputs[0]).__name__} works head by head, and"
+                    f" {type(mapped).__name__} makes {mapped.num_maps()} heads of"
+                    f" {self.num_heads}; keep the number (refiner: reduce=True), or leave one out"
+                )
 
     def base_terms(self) -> OffsetTerms:
         """The unmodified scale and bias, float32 tables (1, heads) and (T, heads)."""
@@ -100,17 +112,36 @@ class SoftmaxAttention(Projection):
                 terms = modifier(terms)
         return terms
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 3C): the projected tokens as attention takes them."""
+        qkv = self.project(x)
+        for modifier in self._stage(TokenModifier):
+            qkv = modifier(qkv)
+        return qkv
+
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """x: (B, H, W, C) with the grid of `layout` -> (B, H, W, C)."""
-        qkv = self.project(x)
-        terms = self.terms()
-        dropout = self.spec.drop if self.training else 0.0
+        qkv = self.tokens(x)
+        outputs = self._stage(OutputModifier)
+        with_lse = _any_reads(outputs, "lse")
         if self.is_open():
-            y, _ = self._open(qkv, terms, layout, dropout)
+            y, lse, _ = self._open(qkv, self.terms(), layout, with_lse)
         else:
-            backend = self.spec.backend
-            y = window_attention(qkv, terms, layout, self.num_heads, self.cosine, dropout, backend)
-        return self._result(y, x, qkv)
+            epilogue = _epilogue(outputs)
+            outputs = outputs if epilogue is None else outputs[1:]
+            y = window_attention(
+                qkv,
+                self.terms(),
+                layout,
+                self.num_heads,
+                self.cosine,
+                self._dropout(),
+                self.spec.backend,
+                epilogue=epilogue,
+                return_lse=with_lse,
+            )
+            y, lse = y if with_lse else (y, None)
+        return self._result(self._edit(outputs, y, x, layout, qkv, lse), x, qkv)
 
     def with_map(
         self, x: Tensor, layout: WindowLayout, carried: Tensor | None = None
@@ -119,14 +150,42 @@ class SoftmaxAttention(Projection):
 
         carried: (B*nW, H, N, N), added to the softmaxed map before the modifiers of the map.
         """
-        qkv = self.project(x)
-        dropout = self.spec.drop if self.training else 0.0
-        y, attn = self._open(qkv, self.terms(), layout, dropout, carried)
-        return self._result(y, x, qkv), attn
+        qkv = self.tokens(x)
+        outputs = self._stage(OutputModifier)
+        with_lse = _any_reads(outputs, "lse")
+        y, lse, attn = self._open(qkv, self.terms(), layout, with_lse, carried)
+        return self._result(self._edit(outputs, y, x, layout, qkv, lse), x, qkv), attn
+
+    def _dropout(self) -> float:
+        return self.spec.drop if self.training else 0.0
+
+    def _edit(
+        self,
+        outputs: list[OutputModifier],
+        y: Tensor,
+        x: Tensor,
+        layout: WindowLayout,
+        qkv: Tensor,
+        lse: Tensor | None,
+    ) -> Tensor:
+        """What the output modifiers make of the heads' results y."""
+        given = {"qkv": qkv, "lse": lse}
+        v = qkv[..., -self.geometry.inner :]
+        for modifier in outputs:
+            y = modifier(y, v, x, layout, **{name: given[name] for name in modifier.reads})
+        return y
 
     def _result(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
         y = run_linear(self.proj, self.before_projection(y, x))
         return self.finish(self.proj_drop(y), x, qkv)
+
+    def on_branch(self, o: Tensor, stream: Tensor) -> Tensor:
+        """What the branch modifiers make of o, which the block is about to add to the residual
+        stream: both (B, N, C) -> the same.
+        """
+        for modifier in self._stage(BranchModifier):
+            o = modifier(o, stream)
+        return o
 
     def before_projection(self, y: Tensor, x: Tensor) -> Tensor:
         """The heads' results y, given the module's input x; a form that norms or gates them does it
@@ -153,11 +212,11 @@ class SoftmaxAttention(Projection):
         qkv: Tensor,
         terms: OffsetTerms,
         layout: WindowLayout,
-        dropout: float,
+        with_lse: bool,
         carried: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The same with the N x N matrix in the open, for modifiers of the matrix itself and for
-        hooks on the two taps.
+        hooks on the two taps: y, the rows' log-sum-exp where it is asked for, and the map.
         """
         q, k, v = split_windows(qkv, layout, self.num_heads)
         if self.cosine:
@@ -166,18 +225,22 @@ class SoftmaxAttention(Projection):
         if terms.bias is not None:
             logits = logits + terms.dense("bias")
         with without_autocast(qkv.device.type):
+            for modifier in self._stage(LogitMixer):
+                logits = modifier(logits)
+            logits = self.logit_tap(add_mask(logits, layout.mask))
             attn = self.map_tap(self._map(logits, terms, layout, carried))
-        return merge_windows(weigh(attn, v, dropout), layout), attn
+            lse = None
+            if with_lse:
+                lse = merge_windows(logits.logsumexp(-1, keepdim=True), layout)
+        return merge_windows(weigh(attn, v, self._dropout()), layout), lse, attn
 
     def _map(
         self, logits: Tensor, terms: OffsetTerms, layout: WindowLayout, carried: Tensor | None
     ) -> Tensor:
-        """Scaled and biased logits (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N, N),
-        modifiers and all in float32.
+        """Logits with everything added (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N,
+        N), modifiers and all in float32.
         """
-        for modifier in self._stage(LogitMixer):
-            logits = modifier(logits)
-        attn = self.logit_tap(add_mask(logits, layout.mask)).softmax(-1)
+        attn = logits.softmax(-1)
         if terms.post is not None:
             attn = attn * terms.dense("post")
             if terms.renormalise:
@@ -235,6 +298,23 @@ def _read_by(modules: list[nn.Module]) -> tuple[list[nn.Module], list[Tensor]] |
     return seen, present(read)
 
 
+def _any_reads(outputs: list[OutputModifier], name: str) -> bool:
+    """Whether one of the modifiers asks for `name`."""
+    for modifier in outputs:
+        if name in modifier.reads:
+            return True
+    return False
+
+
+def _epilogue(outputs: list[OutputModifier]) -> Epilogue | None:
+    """The first modifier as an epilogue of the kernel; None where it has none, or where it must be
+    called because it is hooked.
+    """
+    if len(outputs) == 0 or not is_untouched(outputs[0], type(outputs[0])):
+        return None
+    return outputs[0].epilogue()
+
+
 def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:
     """A map (B*nW, G, N, N) times v (B*nW, H, N, D), whose channels are cut anew for a map of more
     heads: (B*nW, G, N, H D / G).
@@ -243,105 +323,3 @@ def weigh(attn: Tensor, v: Tensor, dropout: float) -> Tensor:
     if v.shape[1] != heads:
         v = v.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
     return F.dropout(attn, dropout).to(v.dtype) @ v
-
-
-class WindowAttention(SoftmaxAttention):
-    """Swin's attention: logits (q kᵀ) * scale plus a learned bias per relative offset.
-
-    Args:
-        qk_scale: the scale; None is head_dim^-0.5.
-    State dict: relative_position_bias_table (T, heads), relative_position_index (N, N), qkv, proj.
-    Source: Swin Transformer, arXiv:2103.14030, eq. 4.
-    """
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        spec: AttentionSpec,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        proj_drop: float = 0.0,
-    ):
-        super().__init__(geometry, spec)
-        self.scale = qk_scale or geometry.head_channels**-0.5
-        self.relative_position_bias_table = nn.Parameter(
-            trunc_normal(torch.empty(geometry.num_offsets, geometry.num_heads), 0.02)
-        )
-        self.register_buffer("relative_position_index", relative_position_index(geometry.window))
-        self.register_buffer(
-            "uniform_scale", torch.full((1, geometry.num_heads), self.scale), persistent=False
-        )
-        self._finish(qkv_bias, proj_drop)
-
-    def term_parameters(self) -> list[Tensor]:
-        """The bias table."""
-        return [self.relative_position_bias_table]
-
-    def base_terms(self) -> OffsetTerms:
-        """scale (1, heads), bias (T, heads)."""
-        return OffsetTerms(self.window_size, self.uniform_scale, self.relative_position_bias_table)
-
-
-class WindowAttentionV2(SoftmaxAttention):
-    """SwinV2's attention: cosine of q and k times a learned scale, plus a bias that an MLP reads
-    off log-spaced offsets.
-
-    State dict: logit_scale (heads, 1, 1), q_bias and v_bias (C,), relative_coords_table,
-        relative_position_index, cpb_mlp, qkv, proj.
-    Source: Swin Transformer V2, arXiv:2111.09883, eq. 2 to 4; the scale is at most 100, the bias 16
-        sigmoid(mlp).
-    """
-
-    cosine = True
-
-    def __init__(
-        self, geometry: Geometry, spec: AttentionSpec, qkv_bias: bool = True, proj_drop: float = 0.0
-    ):
-        super().__init__(geometry, spec)
-        if not 0 < spec.logit_scale_init <= MAX_LOGIT_SCALE:
-            raise ValueError(
-                f"logit_scale_init is {spec.logit_scale_init}; it must be above 0 and at most"
-                f" {MAX_LOGIT_SCALE:g}"
-            )
-        self.logit_scale = nn.Parameter(
-            torch.full((geometry.num_heads, 1, 1), math.log(spec.logit_scale_init))
-        )
-        self.q_bias = nn.Parameter(torch.zeros(geometry.dim)) if qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(geometry.dim)) if qkv_bias else None
-        self.register_buffer(
-            "relative_coords_table",
-            relative_coords_table(geometry.window, geometry.pretrained_window),
-        )
-        self.register_buffer("relative_position_index", relative_position_index(geometry.window))
-        self.cpb_mlp = nn.Sequential(
-            nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, geometry.num_heads, bias=False)
-        )
-        self._finish(False, proj_drop)
-
-    def term_parameters(self) -> list[Tensor]:
-        """The scale."""
-        return [self.logit_scale]
-
-    def base_terms(self) -> OffsetTerms:
-        """scale (1, heads) in (0, 100], bias (T, heads) in (0, 16), or unbounded without the
-        sigmoid.
-        """
-        scale = self.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp().view(1, -1)
-        bias = self.cpb_mlp(self.relative_coords_table.flatten(0, 2))
-        if self.spec.bias_sigmoid:
-            bias = 16 * torch.sigmoid(bias)
-        return OffsetTerms(self.window_size, scale, bias)
-
-    def term_modules(self) -> list[nn.Module]:
-        """The bias MLP."""
-        return [self.cpb_mlp]
-
-    def extra_bias_parameters(self) -> list[Tensor | None]:
-        """The biases of q and of v."""
-        return [self.q_bias, self.v_bias]
-
-    def extra_bias(self) -> Tensor | None:
-        """(3C,): k has no bias."""
-        if self.q_bias is None:
-            return None
-        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])

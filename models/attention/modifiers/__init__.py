@@ -7,11 +7,14 @@ import pkgutil
 
 from .base import (
     MODIFIERS,
+    BranchModifier,
     LogitMixer,
     MapModifier,
     Modifier,
+    OutputModifier,
     ProjectionModifier,
     TermModifier,
+    TokenModifier,
     WeightModifier,
 )
 
@@ -20,10 +23,13 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "MODIFIERS",
+    "BranchModifier",
     "LogitMixer",
     "MapModifier",
     "Modifier",
+    "OutputModifier",
     "ProjectionModifier",
     "TermModifier",
+    "TokenModifier",
     "WeightModifier",
 ]

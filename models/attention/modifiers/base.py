@@ -1,10 +1,12 @@
 """The places at which attention can be modified: A = softmax((q kᵀ) * scale + bias + mask), y =
-map(A) v.
+map(A) v, o = proj(y), and the residual stream s + o.
 """
+
+from typing import Any
 
 from torch import Tensor, nn
 
-from kernels.window_attention import OffsetTerms
+from kernels.window_attention import Epilogue, OffsetTerms, WindowLayout
 from models.attention.geometry import Geometry
 from registry import Registry
 
@@ -71,6 +73,16 @@ class ProjectionModifier(Modifier):
 WeightModifier = ProjectionModifier  # its former name
 
 
+class TokenModifier(Modifier):
+    """Changes the projected tokens, after all projection modifiers and before attention; keeps the
+    fused kernel.
+    """
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(..., 3C), q, k and v, each split into heads -> the same; not in place."""
+        raise NotImplementedError
+
+
 class TermModifier(Modifier):
     """Changes what multiplies and what is added to the logits: tables over relative offsets, fused
     kernels included.
@@ -120,3 +132,34 @@ class MapModifier(Modifier):
         """
         former = getattr(self, "settle", None)
         return former(attn) if former else attn
+
+
+class OutputModifier(Modifier):
+    """Changes what the heads give, before the output projection; keeps the fused kernel. A class
+    token counts as any token.
+
+    reads: what its forward is given besides, by keyword: "lse", the logarithm of each row's sum of
+        exp(logits), (B, H, W, heads), float32; "qkv", the projected tokens (B, H, W, 3C).
+    """
+
+    reads: tuple[str, ...] = ()
+
+    def forward(self, y: Tensor, v: Tensor, x: Tensor, layout: WindowLayout, **read: Any) -> Tensor:
+        """y = A v, v (B, H, W, inner), the module's input x (B, H, W, C) -> (B, H, W, inner)."""
+        raise NotImplementedError
+
+    def epilogue(self) -> Epilogue | None:
+        """The same as an epilogue of the kernel, or None; used for the first of the output
+        modifiers.
+        """
+        return None
+
+
+class BranchModifier(Modifier):
+    """Changes the branch of attention where the block adds it to the residual stream: behind the
+    projection, SwinV2's norm and ViT's layer scale, in front of stochastic depth.
+    """
+
+    def forward(self, o: Tensor, stream: Tensor) -> Tensor:
+        """o, what the block would add to `stream`, both (B, N, C) -> the same."""
+        raise NotImplementedError
