@@ -105,3 +105,11 @@ def counters(library: ctypes.CDLL) -> dict[str, int]:
     values = (ctypes.c_uint64 * len(names))()
     library.wa_emu_take_counters(values)
     return dict(zip(names, values, strict=True))
+
+
+def few_by_default(cases: list) -> list:
+    """The cases as parameters of a test, all but every third of them for the slow tier."""
+    return [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if number % 3 else [])
+        for number, case in enumerate(cases)
+    ]

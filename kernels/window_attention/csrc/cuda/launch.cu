@@ -33,7 +33,6 @@ const char* why_not(const WindowAttentionArgs& a) {
             return "the tensors must start at a multiple of 16 bytes";
     if (!(a.dropout >= 0.f && a.dropout < 1.f)) return "dropout must be in [0, 1)";
     if (a.alpha || a.beta || a.exclusion) return "the CUDA kernels have no epilogue";
-    if (a.grad_lse) return "the CUDA kernels have no gradient of the log-sum-exp";
     return nullptr;
 }
 

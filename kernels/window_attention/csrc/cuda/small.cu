@@ -15,7 +15,7 @@ int blocks_at_a_time(const SmallProblem& p, bool backward) {
     const bool table = p.a.scale_rows > 1;
     if (!is_lean(p)) return 2;
     if (!backward) return table || p.tokens > 56 ? 3 : 4;
-    return table || p.a.cosine || p.a.grad_scale ? 2 : 3;
+    return table || p.a.cosine || p.a.grad_scale || with_epilogue(p.a) ? 2 : 3;
 }
 
 SmallProblem problem_of(const WindowAttentionArgs& a, bool backward) {

@@ -3,7 +3,7 @@
 //
 //   G = dO vᵀ
 //   G' = G keep post
-//   dS = P (G' - Σ_j P G')
+//   dS = P (G' - Σ_j P G' + d lse)
 //   dv = (P keep post)ᵀ dO
 //   dq = (dS w) k
 //   dk = (dS w)ᵀ q
@@ -210,8 +210,14 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
                 *reinterpret_cast<uint32_t*>(pairs_p + (pair ^ n << 4) + h * HALF) = pack2<T>(
                     kept[2 * h], kept[2 * h + 1]);
         }
-        const float inner[2] = {across_quad_sum(part[0] + part[1]),
-                                across_quad_sum(part[2] + part[3])};
+        float inner[2] = {across_quad_sum(part[0] + part[1]), across_quad_sum(part[2] + part[3])};
+        if (K::EPILOGUE && p.a.grad_lse) {
+            float of_lse[2];
+            read_rows(of_lse, p, window, places,
+                      p.a.grad_lse + ((int64_t)index * heads + head) * p.tokens, row, 0.f);
+            inner[0] -= of_lse[0];
+            inner[1] -= of_lse[1];
+        }
 
         // x: dS; dS w to shared memory, and kept in pairs of 16 bits
         uint32_t ds[2 * K::WARPS][2];

@@ -7,8 +7,9 @@
 
 // LEAN: tables as fragments in shared memory, sums in registers, two stages; no factor after the
 // softmax, no dropout. Otherwise: tables as they are and sums in shared memory, one stage; does
-// everything.
-template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool LEAN_> struct BackwardKind {
+// everything. EPILOGUE: the gradient of the log-sum-exp, too; serves arguments without it.
+template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool LEAN_, bool EPILOGUE_ = false>
+struct BackwardKind {
     using T = T_;
     static constexpr int D = D_;
     static constexpr int NT = NT_;
@@ -19,12 +20,14 @@ template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool LEAN_> struc
     static constexpr bool W = W_;
     static constexpr bool COSINE = COSINE_;
     static constexpr bool LEAN = LEAN_;
+    static constexpr bool EPILOGUE = EPILOGUE_;
+    using WithEpilogue = BackwardKind<T_, D_, NT_, W_, COSINE_, LEAN_, true>;
     static constexpr bool ONE_SCALE_SUM = LEAN && COSINE && !W;
     // the scale is left to the rows of dq and dk, which are scaled anyway; only in bf16, since dS
     // without it may be too small for fp16
     static constexpr bool LATE_SCALE = COSINE && !W && std::is_same<T, bf16>::value;
     // a multiprocessor, as far as registers go
-    static constexpr int BLOCKS = LEAN && !W && !COSINE ? 3 : LEAN ? 2 : 1;
+    static constexpr int BLOCKS = LEAN && !W && !COSINE && !EPILOGUE ? 3 : LEAN ? 2 : 1;
     static constexpr int PAIRS = ROWS * ROWS * 2;
     static constexpr int FRAGMENTS = WARPS * NT * 32 * 16;
     static constexpr int TABLE = (MOST_OFFSETS + 3) / 4 * 16;
@@ -105,17 +108,22 @@ WA_DEVICE void rows_with_rows(float (&out)[NT][4], const unsigned char* rows, in
     }
 }
 
-// Log-sum-exp of rows `row` and `row + 8` of a window, `from` being where its row 0 is; infinite on
-// rows that are no query: their P is 0
-WA_DEVICE void read_lse(float (&lse)[2], const SmallProblem& p, const Window& w,
-                        const uint32_t* places, const float* from, int row) {
+// What `from`, laid out like the log-sum-exp, holds for rows `row` and `row + 8` of a window, its
+// row 0 being there; `otherwise` on rows that are no query
+WA_DEVICE void read_rows(float (&x)[2], const SmallProblem& p, const Window& w,
+                         const uint32_t* places, const float* from, int row, float otherwise) {
     bool query[2] = {row < p.tokens, row + 8 < p.tokens};
     if (!w.plain) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) query[h] = is_query(p, w, places, row + 8 * h);
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) lse[h] = query[h] ? from[row + 8 * h] : INFINITY;
+    for (int h = 0; h < 2; ++h) x[h] = query[h] ? from[row + 8 * h] : otherwise;
+}
+// Log-sum-exp; infinite on rows that are no query: their P is 0
+WA_DEVICE void read_lse(float (&lse)[2], const SmallProblem& p, const Window& w,
+                        const uint32_t* places, const float* from, int row) {
+    read_rows(lse, p, w, places, from, row, INFINITY);
 }
 
 // Writes rows `row` and `row + 8` of a gradient into this warp's rows of a tile. With COSINE the

@@ -1,5 +1,5 @@
 // Backward, first kernel: a strip of queries of every window of one head. Forms delta (the sum over
-// keys of P dP), dq, and the gradients of the tables, whose N x N entries stay in shared memory
+// keys of P dP, less the gradient of the row's log-sum-exp), dq, and the gradients of the tables, whose N x N entries stay in shared memory
 // over all windows of the block: each is owned by one thread, so nothing is atomic.
 #pragma once
 #include "tiled_pairs.h"
@@ -294,6 +294,7 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
                     own.delta[r] *= own.map_rescale[r];
                     if (writes) p.map_rescale[own.row[r]] = own.map_rescale[r];
                 }
+                if (inside && p.a.grad_lse) own.delta[r] -= p.a.grad_lse[own.row[r]];
                 if (writes) p.delta[own.row[r]] = own.delta[r];
             }
         }
