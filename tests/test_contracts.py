@@ -9,7 +9,13 @@ import torch
 
 from models.attention.modifiers import MODIFIERS
 from tests.helpers import ROOT, imported_packages
-from tests.models.builders import ATTENTION_FAMILIES, NO_GRADIENT, modified, randomise
+from tests.models.builders import (
+    ATTENTION_FAMILIES,
+    EVERYWHERE,
+    NO_GRADIENT,
+    modified,
+    randomise,
+)
 
 # What a package may import of this repository; main.py may import everything, and nothing may
 # import main.py.
@@ -57,12 +63,21 @@ MAY_IMPORT = {
 }
 OUTSIDE = {"matplotlib": {"engine/curves.py"}, "yacs": {"settings/reading.py"}}
 OWN = {*MAY_IMPORT, "main", "tests", "tools", "benchmarks"}
-# The others compile too, but take minutes together.
-COMPILED = [
-    name if name in ("swin", "swinv2", "vit") else pytest.param(name, marks=pytest.mark.slow)
-    for name in ATTENTION_FAMILIES
-]
 MODIFIER_NAMES = MODIFIERS.names()  # before any test registers its own
+COMPILED = ("swin", "swinv2", "vit")  # the others compile too, but take minutes together
+# What a family has no place for, with words of the reason that its users read.
+REFUSED: dict[tuple[str, str], str] = {}
+# Arms that another family than Swin tries by default.
+HOME: dict[str, str] = {}
+# Pairs whose results are compared with each other, or whose parts meet in one place.
+PAIRS = [
+    ("qk_residual", "exclusive"),
+    ("qk_residual", "qk_norm"),
+    ("crpw", "self_weight", "head_temperature"),
+    ("elementwise_mask", "head_temperature"),
+    ("exclusive", "branch_gain"),
+    ("self_mask", "sink"),
+]
 
 
 def library_files():
@@ -86,10 +101,49 @@ def test_one_file_alone_imports(library):
     } == OUTSIDE[library]
 
 
-@pytest.mark.parametrize("name", MODIFIER_NAMES)
+def products(compiled: bool = False) -> list:
+    """(modifier, family) for all that a family takes; by default the first ones on every family and
+    the arms on one, the rest in `make test-long`. Compiling takes seconds each.
+    """
+    found = []
+    for name in MODIFIER_NAMES:
+        for family in ATTENTION_FAMILIES:
+            everywhere = name in EVERYWHERE
+            marks = () if everywhere or family == HOME.get(name, "swin") else pytest.mark.long
+            if compiled and not marks and not (everywhere and family in COMPILED):
+                marks = pytest.mark.slow
+            if (family, name) not in REFUSED:
+                found.append(pytest.param(name, family, marks=marks))
+    return found
+
+
+each_product = pytest.mark.parametrize(("name", "family"), products())
+
+
+def train(model: torch.nn.Module, steps: int) -> set[str]:
+    """Trains a model of `small` and asserts finite losses; returns the parameters that got a
+    gradient.
+    """
+    optimizer, touched = torch.optim.AdamW(model.parameters(), lr=1e-2), set()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 16, 16)), torch.arange(4))
+        loss.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        touched |= {
+            key
+            for key, p in model.named_parameters()
+            if p.grad is not None and p.grad.abs().max() > 0
+        }
+        optimizer.step()
+        assert loss.isfinite()
+    return touched
+
+
 class TestEveryModifier:
     """Runs for each file of models/attention/modifiers."""
 
+    @pytest.mark.parametrize("name", MODIFIER_NAMES)
     def test_has_a_yaml_a_test_and_a_docstring_with_shapes(self, name):
         assert any(name in path.read_text() for path in (ROOT / "configs").rglob("*.yaml")), (
             "no YAML switches it on"
@@ -99,28 +153,16 @@ class TestEveryModifier:
         ), "no test names it"
         assert "Shapes:" in inspect.getdoc(MODIFIERS[name])
 
-    @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+    @each_product
     def test_trains_every_parameter_within_three_steps(self, name, family):
         torch.manual_seed(0)
         model = modified(family, name)
-        optimizer, touched = torch.optim.AdamW(model.parameters(), lr=1e-2), set()
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(
-                model(torch.randn(4, 3, 16, 16)), torch.arange(4)
-            )
-            loss.backward()
-            touched |= {
-                key
-                for key, p in model.named_parameters()
-                if p.grad is not None and p.grad.abs().max() > 0
-            }
-            optimizer.step()
-            assert loss.isfinite()
         silent = NO_GRADIENT.get((family, name), "none")
-        assert touched == {key for key, _ in model.named_parameters() if not key.startswith(silent)}
+        assert train(model, 3) == {
+            key for key, _ in model.named_parameters() if not key.startswith(silent)
+        }
 
-    @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+    @each_product
     def test_is_finite_and_close_in_bfloat16_autocast(self, name, family):
         model = randomise(modified(family, name), std=0.1)
         images = torch.randn(2, 3, 16, 16)
@@ -130,14 +172,14 @@ class TestEveryModifier:
         assert all(p.grad.isfinite().all() for p in model.parameters())
         torch.testing.assert_close(low.float(), model(images), rtol=0.05, atol=0.05)
 
-    @pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+    @each_product
     def test_its_state_dict_brings_the_same_logits_to_another_model(self, name, family):
         model, images = randomise(modified(family, name), std=0.1).eval(), torch.randn(2, 3, 16, 16)
         other = randomise(modified(family, name), seed=1).eval()
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(images), model(images))
 
-    @pytest.mark.parametrize("family", COMPILED)
+    @pytest.mark.parametrize(("name", "family"), products(compiled=True))
     def test_compiles_to_one_graph_with_the_same_result(self, name, family):
         # else the names before this one count as recompilations of the same code
         torch.compiler.reset()
@@ -151,3 +193,37 @@ class TestEveryModifier:
         model(images).sum().backward()
         for key, p in model.named_parameters():
             torch.testing.assert_close(ours[key], p.grad, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize(("family", "name"), REFUSED)
+def test_what_a_family_has_no_place_for_is_refused_in_one_line(family, name):
+    with pytest.raises(ValueError, match=REFUSED[family, name]) as caught:
+        modified(family, name)
+    assert "\n" not in str(caught.value)
+
+
+def train_or_refuse(*texts: str) -> None:
+    """A training step of Swin with these modifiers, or a refusal of one line."""
+    torch.manual_seed(0)
+    try:
+        model = modified("swin", *texts)
+    except ValueError as error:
+        assert "\n" not in str(error) and ";" in str(error)
+        return
+    train(model, 1)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_modifiers_that_are_compared_work_together(pair):
+    if not set(pair) <= set(MODIFIER_NAMES):
+        pytest.skip("not registered")
+    torch.manual_seed(0)
+    train(modified("swin", *pair), 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODIFIER_NAMES)
+def test_every_pair_trains_or_is_refused(name):
+    for other in MODIFIER_NAMES:
+        if other != name:
+            train_or_refuse(name, other)

@@ -17,6 +17,7 @@ from models import (
 )
 from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS, ProjectionModifier
+from registry import parse_call
 
 FAMILIES = {
     "swin": SwinTransformer,
@@ -52,6 +53,18 @@ OPTIONS = {
         )
     ),
 }
+# Tried by default on every family, grid and model of timm. The arms of the near-identity family
+# have a float64 formula each (tests/models/family) and are tried on one; `make test-long`: on all.
+EVERYWHERE = (
+    "crpw",
+    "elementwise_mask",
+    "gaussian_mixture_mask",
+    "init_identity",
+    "qk_residual",
+    "re_attention",
+    "refiner",
+    "talking_heads",
+)
 GRID = list(itertools.product((False, True), repeat=3))
 
 
@@ -76,17 +89,26 @@ LAST_BLOCK = {"vit": "blocks.1.attn.modifiers.", "pit": "transformers.1.blocks.0
 NO_GRADIENT = {
     (family, name): place
     for family, place in LAST_BLOCK.items()
-    for name in ("crpw", "elementwise_mask", "gaussian_mixture_mask")
+    for name in (
+        "crpw",
+        "elementwise_mask",
+        "gaussian_mixture_mask",
+        "self_bias",
+        "self_weight",
+    )
 }
 
 
-def modified(family: str, name: str) -> torch.nn.Module:
-    """`small` with one modifier. T2T's token transformers refuse what adds x to q and k of another
+def modified(family: str, *texts: str) -> torch.nn.Module:
+    """`small` with modifiers. T2T's token transformers refuse what adds x to q and k of another
     width; its blocks take it.
     """
-    blocks_alone = family == "t2t" and issubclass(MODIFIERS[name], ProjectionModifier)
+    kinds = [MODIFIERS[parse_call(text)[0]] for text in texts]
+    blocks_alone = family == "t2t" and any(
+        isinstance(kind, type) and issubclass(kind, ProjectionModifier) for kind in kinds
+    )
     return small(
-        family, attention=AttentionSpec((name,)), **({"modified": "blocks"} if blocks_alone else {})
+        family, attention=AttentionSpec(texts), **({"modified": "blocks"} if blocks_alone else {})
     )
 
 

@@ -8,8 +8,7 @@ import torch
 
 from models import CaiT
 from models.attention import AttentionSpec
-from models.attention.modifiers import MODIFIERS
-from tests.models.builders import randomise, size, small
+from tests.models.builders import EVERYWHERE, randomise, size, small
 from tests.models.originals import MASK, assert_same_as_original, patches, renamed, trained
 
 GMM = "gaussian_mixture_mask"
@@ -108,7 +107,7 @@ def test_the_class_token_sees_itself_only_in_the_released_form(context):
     assert sizes == [17 if context == "all" else 16]
 
 
-@pytest.mark.parametrize("name", MODIFIERS.names())
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_every_modifier_reaches_the_patch_blocks_alone(name):
     model = small("cait", attention=AttentionSpec((name,)))
     assert all(name in block.attn.modifiers for block in model.blocks)

@@ -9,10 +9,10 @@ from kernels.window_attention import OffsetTerms
 from models import PiT
 from models.attention import AttentionSpec, Geometry, GlobalAttention
 from models.attention.modifiers import MODIFIERS, TermModifier
-from tests.models.builders import randomise
+from tests.models.builders import EVERYWHERE, randomise
 
 GRIDS = [(1, 1), (1, 2), (2, 1), (3, 2)]
-TERM_MODIFIERS = [name for name in MODIFIERS.names() if issubclass(MODIFIERS[name], TermModifier)]
+TERM_MODIFIERS = [name for name in EVERYWHERE if issubclass(MODIFIERS[name], TermModifier)]
 SPECS = [
     *((name,) for name in TERM_MODIFIERS),
     ("crpw(source=table)",),

@@ -14,7 +14,7 @@ from models.attention.mixers import MIXERS
 from models.attention.modifiers import MODIFIERS
 from models.attention.regions import axis_kinds, by_region, zero_masked
 from models.layers.sw_mlp import WindowTokenMix
-from tests.models.builders import randomise
+from tests.models.builders import EVERYWHERE, randomise
 
 LAYOUTS = [  # grid, window, shift
     ((8, 8), (4, 4), (2, 2)),
@@ -25,7 +25,7 @@ LAYOUTS = [  # grid, window, shift
     ((9, 9), (5, 5), (3, 4)),
 ]
 SPECS = [
-    *MODIFIERS.names(),
+    *EVERYWHERE,
     *(
         f"refiner({options})"
         for options in (

@@ -17,7 +17,7 @@ from models.attention.softmax import SoftmaxAttention
 from models.build import ModelError
 from models.timm_models import FITTING
 from optimizer import LayerIds, parameter_groups
-from tests.models.builders import randomise
+from tests.models.builders import EVERYWHERE, randomise
 
 SMALL = "depth=2, embed_dim=48, num_heads=4"
 MODELS = {  # a name that pytest shows -> timm model with options
@@ -143,7 +143,7 @@ class TestEveryModel:
 UNREAD = {"vit with registers", "deit distilled", "vit with normed q and k"}
 
 
-@pytest.mark.parametrize("modifier", MODIFIERS.names())
+@pytest.mark.parametrize("modifier", EVERYWHERE)
 @pytest.mark.parametrize(
     "name", ["vit with registers", "deit distilled", "beit", "cait", "vit with normed q and k"]
 )
