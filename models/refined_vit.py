@@ -261,7 +261,7 @@ class RefinedViT(TokenTransformer):
             if shares:
                 return SharedMapAttention(geometry, refine, qkv_bias, drop_rate, spec.drop)
             if hands_on:
-                return MapAttention(geometry, spec, qkv_bias, drop_rate, carry)
+                return MapAttention(geometry, spec, qkv_bias, drop_rate, carry, any(shared))
             return global_attention(geometry, spec, qkv_bias=qkv_bias, proj_drop=drop_rate)
 
         hidden = int(embed_dim * mlp_ratio)

@@ -66,7 +66,11 @@ OWN = {*MAY_IMPORT, "main", "tests", "tools", "benchmarks"}
 MODIFIER_NAMES = MODIFIERS.names()  # before any test registers its own
 COMPILED = ("swin", "swinv2", "vit")  # the others compile too, but take minutes together
 # What a family has no place for, with words of the reason that its users read.
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("vit", "gpsa"): "class token",
+    ("pit", "gpsa"): "class token",
+    ("refined_vit", "gpsa"): "class token",
+}
 # Arms that another family than Swin tries by default.
 HOME: dict[str, str] = {}
 # Pairs whose results are compared with each other, or whose parts meet in one place.

@@ -9,7 +9,7 @@ from .geometry import Geometry
 from .global_attention import GlobalAttention
 from .map_flops import modifier_flops
 from .modified import Modified
-from .modifiers import MapModifier
+from .modifiers import MapModifier, OutputModifier
 from .softmax import weigh
 from .spec import AttentionSpec
 
@@ -22,11 +22,12 @@ class MapAttention(GlobalAttention):
 
     Args:
         carry: whether the map of the previous blocks is added.
+        shared: whether other blocks (SharedMapAttention) take its map; these have no modifiers.
     Shapes: x (B, N, C), previous (B, H, N, N) or None -> (B, N, C) and A (B, H, N, N), float32 or
         wider, before dropout.
     State dict: qkv, proj, as GlobalAttention.
-    Raises: ValueError for a mixer, which has no map, and for a modifier that changes the number of
-        maps.
+    Raises: ValueError for a mixer, which has no map, for a modifier that changes the number of
+        maps, and, where the map is shared, for one of what the heads give.
     Source: Refiner, arXiv:2106.03714, in the form of github.com/zhoudaquan/Refiner_ViT, which hands
         the map on behind the dropout.
     """
@@ -38,6 +39,7 @@ class MapAttention(GlobalAttention):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         carry: bool = True,
+        shared: bool = False,
     ):
         if spec.mixer != "softmax":
             raise ValueError(
@@ -53,6 +55,11 @@ class MapAttention(GlobalAttention):
                     f" {geometry.num_heads}, which the next block cannot take; keep the number"
                     " (refiner: reduce=True), or SHARE_EVERY 1, CARRY False, COS_REG 0"
                 )
+        for modifier in self._stage(OutputModifier) if shared else ():
+            raise ValueError(
+                f"{type(modifier).__name__} changes what the heads give, and blocks that share a"
+                " map have no modifiers; set MODEL.REFINED_VIT.SHARE_EVERY 1, or leave it out"
+            )
 
     def is_open(self) -> bool:
         """Always: the next block needs the map."""

@@ -1,5 +1,7 @@
 """Softmax attention within windows, y = map(softmax((q kᵀ) * scale + bias + mask)) v."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,6 +158,13 @@ class SoftmaxAttention(Projection):
         y, lse, attn = self._open(qkv, self.terms(), layout, with_lse, carried)
         return self._result(self._edit(outputs, y, x, layout, qkv, lse), x, qkv), attn
 
+    def _attend(self, qkv: Tensor, terms: OffsetTerms, layout: WindowLayout) -> Tensor:
+        """Attention of the same tokens by other terms, which an output modifier may ask for; never
+        by cosine: (B, H, W, 3C) -> (B, H, W, C).
+        """
+        drop, backend = self._dropout(), self.spec.backend
+        return window_attention(qkv, terms, layout, self.num_heads, False, drop, backend)
+
     def _dropout(self) -> float:
         return self.spec.drop if self.training else 0.0
 
@@ -169,7 +178,7 @@ class SoftmaxAttention(Projection):
         lse: Tensor | None,
     ) -> Tensor:
         """What the output modifiers make of the heads' results y."""
-        given = {"qkv": qkv, "lse": lse}
+        given = {"qkv": qkv, "lse": lse, "attend": partial(self._attend, qkv)}
         v = qkv[..., -self.geometry.inner :]
         for modifier in outputs:
             y = modifier(y, v, x, layout, **{name: given[name] for name in modifier.reads})
@@ -257,14 +266,18 @@ class SoftmaxAttention(Projection):
     def map_flops(self, layout: WindowLayout) -> int:
         """Multiply-accumulates for all windows of one map."""
         on_maps = modifier_flops(self._on_maps(), self.num_heads, layout.area, layout)
-        return layout.num_windows * self._unmodified_flops(layout.area) + on_maps
+        by_window = self._unmodified_flops(layout.area) + self._added_flops(layout.area)
+        return layout.num_windows * by_window + on_maps
 
     def flops(self, tokens: int) -> int:
         """Multiply-accumulates for one window of `tokens` tokens: by Swin's count, projections and
         the two products, and what modifiers do to the map.
         """
         on_map = modifier_flops(self._on_maps(), self.num_heads, tokens)
-        return self._unmodified_flops(tokens) + on_map
+        return self._unmodified_flops(tokens) + self._added_flops(tokens) + on_map
+
+    def _added_flops(self, tokens: int) -> int:
+        return sum(modifier.flops(tokens) for modifier in self._configured(Modifier))
 
     def _unmodified_flops(self, tokens: int) -> int:
         inner = self.geometry.inner

@@ -16,7 +16,7 @@ from models import (
     timm_model,
 )
 from models.attention import AttentionSpec
-from models.attention.modifiers import MODIFIERS, ProjectionModifier
+from models.attention.modifiers import MODIFIERS, OutputModifier, ProjectionModifier
 from registry import parse_call
 
 FAMILIES = {
@@ -101,15 +101,20 @@ NO_GRADIENT = {
 
 def modified(family: str, *texts: str) -> torch.nn.Module:
     """`small` with modifiers. T2T's token transformers refuse what adds x to q and k of another
-    width; its blocks take it.
+    width; its blocks take it. Refined ViT's blocks with a shared map refuse what changes the heads'
+    results; without sharing they take it.
     """
     kinds = [MODIFIERS[parse_call(text)[0]] for text in texts]
-    blocks_alone = family == "t2t" and any(
-        isinstance(kind, type) and issubclass(kind, ProjectionModifier) for kind in kinds
-    )
-    return small(
-        family, attention=AttentionSpec(texts), **({"modified": "blocks"} if blocks_alone else {})
-    )
+
+    def any_is(wanted: type) -> bool:
+        return any(isinstance(kind, type) and issubclass(kind, wanted) for kind in kinds)
+
+    changes = {}
+    if family == "t2t" and any_is(ProjectionModifier):
+        changes["modified"] = "blocks"
+    if family == "refined_vit" and any_is(OutputModifier):
+        changes["share_every"] = 1
+    return small(family, attention=AttentionSpec(texts), **changes)
 
 
 def randomise(model: torch.nn.Module, std: float = 0.3, seed: int = 0) -> torch.nn.Module:

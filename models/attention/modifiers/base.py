@@ -37,6 +37,12 @@ class Modifier(nn.Module):
         """Names of own parameters that weight decay leaves alone; by default none."""
         return set()
 
+    def flops(self, tokens: int) -> int:
+        """Multiply-accumulates of own matrix products for a window of `tokens` tokens; what works
+        on N x N matrices is counted by running it.
+        """
+        return 0
+
 
 class ProjectionModifier(Modifier):
     """Changes the projections q, k, v = x Wᵀ + b before the head split, in one of two equal ways.
@@ -139,10 +145,18 @@ class OutputModifier(Modifier):
     token counts as any token.
 
     reads: what its forward is given besides, by keyword: "lse", the logarithm of each row's sum of
-        exp(logits), (B, H, W, heads), float32; "qkv", the projected tokens (B, H, W, 3C).
+        exp(logits), (B, H, W, heads), float32; "qkv", the projected tokens (B, H, W, 3C);
+        "attend", a function of terms and layout, which gives what the same tokens receive by them,
+        (B, H, W, inner), with the dropout and the backend of the module.
     """
 
     reads: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A subclass with a forward of its own has no epilogue unless it says one."""
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls) and "epilogue" not in vars(cls):
+            cls.epilogue = OutputModifier.epilogue
 
     def forward(self, y: Tensor, v: Tensor, x: Tensor, layout: WindowLayout, **read: Any) -> Tensor:
         """y = A v, v (B, H, W, inner), the module's input x (B, H, W, C) -> (B, H, W, inner)."""

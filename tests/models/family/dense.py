@@ -7,6 +7,7 @@ Notation: L tokens of an image (class tokens first), H heads of D channels, N to
 
 import copy
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -290,6 +291,26 @@ def compare_fused(
     for name, value in expected.items():
         error, allowed = distance(fused[name], value), distance(eager[name], value)
         assert error <= 2 * allowed + slack, f"{name}: {error:.1e}, eager {allowed:.1e}"
+
+
+def compare_fused_over(places: list[Place], modifiers: list[str], formula: Formula) -> None:
+    """Asserts the same of the median, over the places, of each tensor's error: one number alone,
+    such as a gradient that cancels out, may be near by chance. No error may be large either.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for place in places:
+        attention, x = place.attention(*modifiers), place.x()
+        expected = _by_formula(exact(attention), x, place.layout, formula)
+        eager = _by_module(_with_backend(attention, "reference"), x, place.layout)
+        fused = _by_module(_with_backend(attention, "fused"), x, place.layout)
+        for name, value in expected.items():
+            pair = distance(fused[name], value), distance(eager[name], value)
+            errors.setdefault(name, []).append(pair)
+    slack = 4 * torch.finfo(torch.float32).eps
+    for name, pairs in errors.items():
+        ours, allowed = map(statistics.median, zip(*pairs, strict=True))
+        assert ours <= 2 * allowed + slack, f"{name}: {pairs}"
+        assert max(ours for ours, _ in pairs) < 1e-4, f"{name}: {pairs}"
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,82 @@
+"""One more key for every query, with a logit and no value: attention to nothing."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.window_attention import WindowLayout
+from models.attention.geometry import Geometry
+
+from .base import MODIFIERS, OutputModifier
+
+NEAR_PLAIN = -10.0  # a row of 49 equal logits 0 keeps all but 1e-6 of its sum
+
+
+@MODIFIERS.register("sink")
+class Sink(OutputModifier):
+    """Adds exp(b) to the denominator of each row of the softmax, by a factor on the result.
+
+        A_ij = exp(S_ij) / (exp(b) + sum_j exp(S_ij))
+        y    <- y * sigmoid(L - b)        L = log sum_j exp(S_ij), over the keys that i may see
+
+    S is what the softmax takes, mixers of the logits included; the factor multiplies whatever the
+    map gave, edits of the softmaxed map included. Padding is no sink.
+
+    Args:
+        learned: b is a parameter; False fixes it, with b = 0 as softmax-1.
+        init: b at the start; None is -10 where it is learned, close to the plain model, and 0 where
+            it is fixed. SwinV2's logits start between about -2 and 18, and L above 10: there -10
+            is so far below that b hardly learns; start nearer, such as at 5.
+        std: standard deviation of normal noise on the start; `init=0, std=0.02` is GPT-OSS's start
+            in Transformers, `init=0` that of x-transformers.
+    Shapes: y (B, H, W, inner) -> same; b (heads,), no weight decay. The factor is worked out in
+        float32, and the result rounded once.
+    Neutral: b -> -inf; b = -30 gives the plain result bit for bit unless a row's L is below -13.
+    Raises: ValueError for `std` without `learned`, below 0 or infinite, and for an `init` that is
+        nan or inf.
+    Source: the learned b is GPT-OSS's, whose column of logits is dropped behind the softmax.
+        Evan Miller, "Attention is off by one", for b = 0: not verified.
+    """
+
+    reads = ("lse",)
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        learned: bool = True,
+        init: float | None = None,
+        std: float = 0.0,
+    ):
+        super().__init__(geometry)
+        start = init
+        if init is None:
+            start = NEAR_PLAIN if learned else 0.0
+        if not start < math.inf or not 0 <= std < math.inf:
+            raise ValueError(
+                f"sink(init={init}, std={std}): init is a number and std a number of at least 0"
+            )
+        if std and not learned:
+            raise ValueError(
+                f"sink(learned=False, std={std}): a fixed sink has no noise; leave std"
+            )
+        self.std = std
+        b = torch.full((geometry.num_heads,), float(start))
+        if learned:
+            self.b = nn.Parameter(b)
+        else:
+            self.register_buffer("b", b, persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, attention: nn.Module) -> None:
+        """Adds the noise to the start."""
+        if self.std:
+            self.b.add_(torch.randn_like(self.b), alpha=self.std)
+
+    def forward(self, y: Tensor, v: Tensor, x: Tensor, layout: WindowLayout, lse: Tensor) -> Tensor:
+        """y (B, H, W, inner), lse (B, H, W, heads) -> (B, H, W, inner)."""
+        # by the logarithm: a factor that rounds to 1 still has its small gradient
+        kept = F.logsigmoid(lse - self.b.to(lse.dtype)).exp()  # (B, H, W, heads)
+        heads = y.unflatten(-1, (self.geometry.num_heads, -1)) * kept[..., None]
+        return heads.flatten(-2).to(y.dtype)
