@@ -28,21 +28,31 @@ def is_differentiated_again(grad: Tensor) -> bool:
 
 
 def plain_gradients(
-    formula: Callable[..., Tensor],
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
-    grad: Tensor,
+    grad: Tensor | tuple[Tensor | None, ...],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of formula(*inputs) that are `needed`, differentiable in `grad` and `inputs`.
 
+    grad: of the result; of a formula with several results one each, None where it does not count.
     inputs: as they were given to the operation, so that the edges of its graph lead on from here.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         views = [_view(x, needs) for x, needs in zip(inputs, needed, strict=True)]
         places = [i for i, needs in enumerate(needed) if needs]
+        results = formula(*views)
+        if isinstance(results, tuple):
+            pairs = [(r, g) for r, g in zip(results, grad, strict=True) if g is not None]
+            results, grad = zip(*pairs, strict=True)
         found = torch.autograd.grad(
-            formula(*views), [views[i] for i in places], grad, create_graph=again
+            results,
+            [views[i] for i in places],
+            grad,
+            create_graph=again,
+            allow_unused=True,  # not every result depends on every input
+            materialize_grads=True,
         )
     own = dict(zip(places, found, strict=True))
     return [own.get(i) for i in range(len(views))]

@@ -87,8 +87,7 @@ def test_pytorch_s_checks_of_an_operation(window):
         qkv,
         scale,
         bias,
-        None,
-        None,
+        *(None,) * 5,  # no post, no epilogue, no seed
         layout.window,
         layout.shift,
         2,

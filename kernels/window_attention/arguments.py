@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .epilogue import Epilogue
 from .layout import WindowLayout
 from .terms import OffsetTerms
 
@@ -50,6 +51,21 @@ def check_grid(qkv: Tensor, layout: WindowLayout) -> None:
             f"window_attention: the layout is that of {layout.grid[0]}x{layout.grid[1]} tokens, qkv"
             f" has {height}x{width}; window_layout(({height}, {width}), ...) makes the right one"
         )
+
+
+def check_epilogue(epilogue: Epilogue | None, qkv: Tensor, num_heads: int) -> None:
+    """Raises ValueError, in one line, for factors that are not those of qkv's heads."""
+    given = {} if epilogue is None else vars(epilogue)
+    for name, factor in given.items():
+        if factor is None:
+            continue
+        if tuple(factor.shape) != (num_heads,) or not factor.is_floating_point():
+            raise ValueError(
+                f"window_attention: {name} is {tuple(factor.shape)} of {_name(factor)};"
+                f" ({num_heads},) is needed, a real number for each head"
+            )
+        if not _together(factor.device, qkv.device):
+            raise ValueError(f"window_attention: {name} is on {factor.device}, qkv on {qkv.device}")
 
 
 def _check_term(

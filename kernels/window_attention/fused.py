@@ -9,14 +9,16 @@ from kernels.library.loader import DTYPES
 from kernels.modes import autocast_dtype
 
 from . import operations, selfcheck
-from .arguments import check_arguments
+from .arguments import check_arguments, check_epilogue
+from .epilogue import Epilogue, apply_epilogue
 from .layout import WindowLayout
-from .reference import window_attention_reference
+from .reference import merge_windows, window_attention_reference, with_endings
 from .terms import OffsetTerms
 
 # What the kernel of a device takes: channels of a head; tokens along a side of a window and in all
 # of it. Other devices have no kernel.
 HEAD_DIMS = {"cuda": (16, 32, 64), "cpu": tuple(range(8, 257, 8))}
+WITH_EPILOGUE = ("cpu",)  # elsewhere the plain formula follows the kernel
 MOST_TOKENS = {"cuda": (576, 576), "cpu": (32, 1024)}
 
 
@@ -116,9 +118,12 @@ def window_attention_fused(
     num_heads: int,
     cosine: bool = False,
     dropout: float = 0.0,
-) -> Tensor:
-    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention_reference`. Under autocast the result
-    has autocast's dtype.
+    *,
+    epilogue: Epilogue | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(B, H, W, 3C) -> (B, H, W, C); see `window_attention`. Under autocast the result has
+    autocast's dtype; the log-sum-exp is float32.
 
     Deterministic. Which entries of the map are dropped follows from one number drawn from PyTorch's
     generator of the device, so `torch.manual_seed` and activation checkpoints reproduce them.
@@ -131,20 +136,30 @@ def window_attention_fused(
     if reason:
         raise ValueError(f"window_attention: the fused backend does not apply: {reason}")
     if plain:
-        return window_attention_reference(qkv, terms, layout, num_heads, cosine, dropout)
+        y = window_attention_reference(qkv, terms, layout, num_heads, cosine, dropout)
+        return with_endings(y, qkv, terms, layout, num_heads, cosine, epilogue, return_lse)
+    check_epilogue(epilogue, qkv, num_heads)
+    if epilogue is not None and qkv.device.type not in WITH_EPILOGUE:
+        y, lse = window_attention_fused(
+            qkv, terms, layout, num_heads, cosine, dropout, return_lse=True
+        )
+        y = apply_epilogue(y, qkv[..., -y.shape[-1] :], epilogue, num_heads)
+        return (y, lse) if return_lse else y
     tables = (terms.scale, terms.bias, terms.post)
     scale, bias, post = (
         None if table is None else table.float().expand(-1, num_heads) for table in tables
     )
     seed = torch.randint(2**63 - 1, (1,), device=qkv.device) if dropout else None
+    factors = [None] * 3
+    if epilogue is not None:
+        factors = [epilogue.alpha, epilogue.beta, epilogue.exclusion]
+    factors = [None if x is None else x.float() for x in factors]
+    differentiable = (qkv, scale, bias, post, *factors)
     need_lse = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (qkv, scale, bias, post)
+        t is not None and t.requires_grad for t in differentiable
     )
-    return operations.call(
-        qkv,
-        scale,
-        bias,
-        post,
+    y, lse = operations.call(
+        *differentiable,
         seed,
         layout.window,
         layout.shift,
@@ -152,5 +167,8 @@ def window_attention_fused(
         cosine,
         layout.mask_value,
         float(dropout),
-        need_lse,
+        need_lse or return_lse,
     )
+    if not return_lse:
+        return y
+    return y, merge_windows(lse.flatten(0, 1).unsqueeze(-1), layout)

@@ -10,10 +10,10 @@ from torch import Tensor
 from kernels.derivatives import is_transformed
 
 from .eager import eager_cannot, window_attention_eager
-from .epilogue import Epilogue, apply_epilogue
+from .epilogue import Epilogue
 from .fused import cannot, missing, never, window_attention_fused
 from .layout import WindowLayout
-from .reference import log_sum_exp, window_attention_reference
+from .reference import window_attention_reference, with_endings
 from .sdpa import sdpa_cannot, window_attention_sdpa
 from .terms import OffsetTerms
 
@@ -101,9 +101,11 @@ def window_attention(
         raise ValueError(
             f"window_attention: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}"
         )
-    y = BACKENDS[backend](qkv, terms, layout, num_heads, cosine, dropout)
-    if epilogue is not None:
-        y = apply_epilogue(y, qkv[..., -y.shape[-1] :], epilogue, num_heads)
-    if return_lse:
-        return y, log_sum_exp(qkv, terms, layout, num_heads, cosine)
-    return y
+    attend = BACKENDS[backend]
+    if epilogue is None and not return_lse:
+        return attend(qkv, terms, layout, num_heads, cosine, dropout)
+    if backend == "fused":
+        endings = {"epilogue": epilogue, "return_lse": return_lse}
+        return attend(qkv, terms, layout, num_heads, cosine, dropout, **endings)
+    y = attend(qkv, terms, layout, num_heads, cosine, dropout)
+    return with_endings(y, qkv, terms, layout, num_heads, cosine, epilogue, return_lse)

@@ -1,9 +1,10 @@
 """What Python adds to the compiled operations of csrc/binding.cpp: shapes for tracing, gradients,
 autocast.
 
-`torch.ops.idsw.window_attention_forward` returns (out, lse),
-`torch.ops.idsw.window_attention_backward` the gradients of qkv, scale, bias and post. Both are
-deterministic, and one node each in a compiled or exported graph.
+`torch.ops.idsw.window_attention_forward` returns (out, lse, along) of csrc/args.h, of which out and
+lse are differentiable; `torch.ops.idsw.window_attention_backward` the gradients of qkv, the tables
+and the factors of the epilogue. Both are deterministic, and one node each in a compiled or exported
+graph.
 """
 
 import torch
@@ -15,6 +16,7 @@ from kernels.library.loader import after_loading
 
 from .plain import plain_attention
 
+DIFFERENTIABLE = ("qkv", "scale", "bias", "post", "alpha", "beta", "exclusion")  # come first
 FORWARD, BACKWARD = "idsw::window_attention_forward", "idsw::window_attention_backward"
 
 
@@ -34,28 +36,19 @@ def register() -> None:
 _registered: list[torch.library.Library] = []
 
 
-def call(*inputs) -> torch.Tensor:
-    """The result of the forward for the inputs of its schema."""
-    return torch.ops.idsw.window_attention_forward(*inputs)[0]
+def call(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and log-sum-exp of the forward for the inputs of its schema."""
+    return torch.ops.idsw.window_attention_forward(*inputs)[:2]
 
 
 def _fake_forward(
-    qkv, scale, bias, post, seed, window, shift, num_heads, cosine, mask_value, dropout, need_lse
-):
-    batch, height, width, channels = qkv.shape
-    windows = -(-height // window[0]) * -(-width // window[1])
-    shape = (batch, windows, num_heads, window[0] * window[1]) if need_lse else (0,)
-    out = qkv.new_empty((batch, height, width, channels // 3))
-    return out, qkv.new_empty(shape, dtype=torch.float32)
-
-
-def _fake_backward(
-    grad_out,
     qkv,
-    lse,
     scale,
     bias,
     post,
+    alpha,
+    beta,
+    exclusion,
     seed,
     window,
     shift,
@@ -63,12 +56,44 @@ def _fake_backward(
     cosine,
     mask_value,
     dropout,
-    need_scale,
-    need_bias,
-    need_post,
+    need_lse,
 ):
-    tables = [(scale, need_scale), (bias, need_bias), (post, need_post)]
-    shapes = [table.shape if needed and table is not None else (0,) for table, needed in tables]
+    batch, height, width, channels = qkv.shape
+    windows = -(-height // window[0]) * -(-width // window[1])
+    rows = (batch, windows, num_heads, window[0] * window[1])
+    out = qkv.new_empty((batch, height, width, channels // 3))
+    return out, *(
+        qkv.new_empty(rows if needed else (0,), dtype=torch.float32)
+        for needed in (need_lse, need_lse and exclusion is not None)
+    )
+
+
+def _fake_backward(
+    grad_out,
+    grad_lse,
+    qkv,
+    out,
+    lse,
+    along,
+    scale,
+    bias,
+    post,
+    alpha,
+    beta,
+    exclusion,
+    seed,
+    window,
+    shift,
+    num_heads,
+    cosine,
+    mask_value,
+    dropout,
+    *needed,
+):
+    given = (scale, bias, post, alpha, beta, exclusion)
+    shapes = [
+        x.shape if needs and x is not None else (0,) for x, needs in zip(given, needed, strict=True)
+    ]
     return qkv.new_empty(qkv.shape), *(
         qkv.new_empty(shape, dtype=torch.float32) for shape in shapes
     )
@@ -87,11 +112,28 @@ def register_flops() -> None:
             known[operation] = flop_registry[operation]
 
 
-def _forward_flops(qkv, scale, bias, post, seed, window, *_, **__) -> int:
+def _forward_flops(qkv, scale, bias, post, alpha, beta, exclusion, seed, window, *_, **__) -> int:
     return 2 * _products(qkv, window)  # q kᵀ, and the map times v
 
 
-def _backward_flops(grad_out, qkv, lse, scale, bias, post, seed, window, *_, **__) -> int:
+def _backward_flops(
+    grad_out,
+    grad_lse,
+    qkv,
+    out,
+    lse,
+    along,
+    scale,
+    bias,
+    post,
+    alpha,
+    beta,
+    exclusion,
+    seed,
+    window,
+    *_,
+    **__,
+) -> int:
     return 4 * _products(qkv, window)  # those of the plain formula: two for each in the forward
 
 
@@ -118,30 +160,45 @@ def _autocast(device: str):
 
 
 def _save(ctx, inputs, output) -> None:
-    qkv, scale, bias, post, seed, *options, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    *tensors, seed = inputs[: len(DIFFERENTIABLE) + 1]
+    options, need_lse = inputs[len(DIFFERENTIABLE) + 1 : -1], inputs[-1]
+    out, lse, along = output
+    ctx.mark_non_differentiable(*((along,) if need_lse else (lse, along)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, output[1], scale, bias, post, seed)
+    exclusive = tensors[-1] is not None
+    results = (out, lse, along) if exclusive else (None, lse, None)
+    ctx.save_for_backward(*tensors, seed, *results)
     ctx.options = options
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 12
-    qkv, lse, scale, bias, post, seed = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:4]
-    if is_differentiated_again(grad):
+def _backward(ctx, grad, grad_lse, _):
+    rest = (None,) * (2 + len(ctx.options))  # seed, options and need_lse have no gradient
+    given = [g for g in (grad, grad_lse) if g is not None]
+    if not given:
+        return (None,) * len(DIFFERENTIABLE) + rest
+    *tensors, seed, out, lse, along = ctx.saved_tensors
+    needed = ctx.needs_input_grad[: len(DIFFERENTIABLE)]
+    if any(is_differentiated_again(g) for g in given):
         grads = plain_gradients(
             lambda *inputs: plain_attention(*inputs, seed, *ctx.options),
-            (qkv, scale, bias, post),
-            grad,
+            tensors,
+            (grad, grad_lse),
             needed,
         )
-        return *grads, *(None,) * 8
+        return *grads, *rest
+    qkv = tensors[0]
+    if grad is None:
+        grad = qkv.new_zeros((*qkv.shape[:3], qkv.shape[3] // 3))
     grads = torch.ops.idsw.window_attention_backward(
-        grad.contiguous(), qkv, lse, scale, bias, post, seed, *ctx.options, *needed[1:]
+        grad.contiguous(),
+        grad_lse,
+        qkv,
+        out,
+        lse,
+        along,
+        *tensors[1:],
+        seed,
+        *ctx.options,
+        *needed[1:],
     )
-    return (
-        *(table if needs else None for table, needs in zip(grads, needed, strict=True)),
-        *(None,) * 8,
-    )
+    return *(g if needs else None for g, needs in zip(grads, needed, strict=True)), *rest

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kernels.modes import without_autocast
 
+from .epilogue import Epilogue, apply_epilogue
 from .layout import window_layout
-from .reference import merge_windows, softmax_attention, split_windows
+from .reference import masked_logits, merge_windows, softmax_attention, split_windows
 from .terms import OffsetTerms
 
 
@@ -17,6 +18,9 @@ def plain_attention(
     scale: Tensor,
     bias: Tensor | None,
     post: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    exclusion: Tensor | None,
     seed: Tensor | None,
     window: tuple[int, int],
     shift: tuple[int, int],
@@ -24,8 +28,10 @@ def plain_attention(
     cosine: bool,
     mask_value: float,
     dropout: float,
-) -> Tensor:
-    """(B, H, W, 3C) -> (B, H, W, C), computed in float32 or wider; the same entries are dropped."""
+) -> tuple[Tensor, Tensor]:
+    """The result (B, H, W, C) and the log-sum-exp (B, nW, heads, N) of the logits, computed in
+    float32 or wider; the same entries are dropped.
+    """
     window, shift = tuple(window), tuple(shift)
     layout = window_layout(tuple(qkv.shape[1:3]), window, shift, mask_value, qkv.device)
     terms = OffsetTerms(window, scale, bias, post)
@@ -36,7 +42,12 @@ def plain_attention(
             y = dropped_attention(q, k, v, terms, layout.mask, cosine, seed, dropout)
         else:
             y = softmax_attention(q, k, v, terms, layout.mask, cosine)
-        return merge_windows(y, layout).to(qkv.dtype)
+        y = merge_windows(y, layout)
+        if not (alpha is None and exclusion is None):
+            epilogue = Epilogue(alpha, beta, exclusion)
+            y = apply_epilogue(y, wide[..., -y.shape[-1] :], epilogue, num_heads)
+        lse = masked_logits(q, k, terms, layout.mask, cosine).logsumexp(-1)
+        return y.to(qkv.dtype), lse.unflatten(0, (qkv.shape[0], -1))
 
 
 def dropped_attention(

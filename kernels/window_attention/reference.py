@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_arguments, check_grid
+from .arguments import check_arguments, check_epilogue, check_grid
+from .epilogue import Epilogue, apply_epilogue
 from .layout import WindowLayout, crop_grid, pad_grid, window_partition, window_reverse
 from .terms import OffsetTerms
 
@@ -99,6 +100,25 @@ def window_attention_reference(
     check_arguments(qkv, terms, layout, num_heads, dropout)
     q, k, v = split_windows(qkv, layout, num_heads)
     return merge_windows(softmax_attention(q, k, v, terms, layout.mask, cosine, dropout), layout)
+
+
+def with_endings(
+    y: Tensor,
+    qkv: Tensor,
+    terms: OffsetTerms,
+    layout: WindowLayout,
+    num_heads: int,
+    cosine: bool = False,
+    epilogue: Epilogue | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `window_attention` makes of the result y of attention: y, or y and the log-sum-exp."""
+    check_epilogue(epilogue, qkv, num_heads)
+    if epilogue is not None:
+        y = apply_epilogue(y, qkv[..., -y.shape[-1] :], epilogue, num_heads)
+    if not return_lse:
+        return y
+    return y, log_sum_exp(qkv, terms, layout, num_heads, cosine)
 
 
 def log_sum_exp(

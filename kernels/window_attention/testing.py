@@ -15,11 +15,10 @@ from torch import Tensor
 from kernels.window_attention import OffsetTerms, window_layout
 from kernels.window_attention.plain import dropped_attention
 from kernels.window_attention.reference import (
-    add_mask,
+    masked_logits,
     merge_windows,
     softmax_attention,
     split_windows,
-    unit,
 )
 
 TABLES = ("scale", "bias", "post")
@@ -143,20 +142,7 @@ def real_rows(case: Case) -> Tensor:
     return split_windows(torch.ones(1, *case.grid, 3), layout, 1)[0][:, 0, :, 0] > 0
 
 
-def log_sum_exp(
-    q: Tensor, k: Tensor, terms: OffsetTerms, mask: Tensor | None, cosine: bool
-) -> Tensor:
-    """(B*nW, heads, N), in float32 or wider: that of each row of the logits of
-    `softmax_attention`.
-    """
-    if cosine:
-        q, k = unit(q), unit(k)
-    logits = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * terms.dense("scale")
-    bias = terms.dense("bias")
-    return add_mask(logits if bias is None else logits + bias, mask).logsumexp(-1)
-
-
-def apply_epilogue(y: Tensor, v: Tensor, given: dict[str, Tensor], heads: int) -> Tensor:
+def with_epilogue(y: Tensor, v: Tensor, given: dict[str, Tensor], heads: int) -> Tensor:
     """The epilogue of csrc/args.h in float32 or wider: y and v (B, H, W, C) -> like y.
 
     given: alpha and beta, or exclusion: (heads,), or a value for each element.
@@ -193,10 +179,10 @@ def specification(drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
     out = merge_windows(y, layout)
     if c.epilogue:
         factors = {name: given[name] for name in EPILOGUES[c.epilogue]}
-        out = apply_epilogue(out, qkv.chunk(3, -1)[2], factors, c.heads)
+        out = with_epilogue(out, qkv.chunk(3, -1)[2], factors, c.heads)
     results, grads = [out], [drawn.grad_out.to(dtype)]
     if c.lse:
-        results.append(log_sum_exp(q, k, terms, layout.mask, c.cosine))
+        results.append(masked_logits(q, k, terms, layout.mask, c.cosine).logsumexp(-1))
         grads.append(drawn.grad_lse.nan_to_num(0).flatten(0, 1).to(wide))
     torch.autograd.backward(results, grads)
     found = {"out": out.detach(), "qkv": qkv.grad}

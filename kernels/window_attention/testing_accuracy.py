@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import window_layout
-from .reference import split_windows
+from .reference import masked_logits, split_windows
 from .terms import OffsetTerms
 from .testing import (
     EPILOGUES,
@@ -17,7 +17,6 @@ from .testing import (
     Drawn,
     by_part,
     by_pytorch,
-    log_sum_exp,
     real_rows,
     specification,
 )
@@ -45,7 +44,8 @@ def exact_lse(drawn: Drawn) -> Tensor:
     q, k, _ = split_windows(drawn.qkv.double(), layout, case.heads)
     bias = None if drawn.bias is None else drawn.bias.double()
     terms = OffsetTerms(case.window, drawn.scale.double(), bias)
-    lse = log_sum_exp(q, k, terms, layout.mask, case.cosine).unflatten(0, (case.batch, -1))
+    lse = masked_logits(q, k, terms, layout.mask, case.cosine).logsumexp(-1)
+    lse = lse.unflatten(0, (case.batch, -1))
     return lse.masked_fill(~real_rows(case)[:, None], torch.nan)
 
 

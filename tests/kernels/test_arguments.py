@@ -123,14 +123,21 @@ def test_a_grid_of_no_whole_windows_is_neither_cut_nor_put_together():
     [
         (0, torch.ones(1, 4, 8, HEADS * 16), "grad_out must be like the output"),
         (0, torch.ones(1, 8, 4, HEADS * 16, dtype=torch.bfloat16), "grad_out must be like"),
-        (2, torch.ones(3), "lse is not what the forward returns"),
-        (3, torch.ones(7, HEADS), "scale must be"),
+        (1, torch.ones(3), "grad_lse is not like lse"),
+        (3, torch.ones(1, 8, 8, HEADS * 16), "out must be like the output"),
+        (4, torch.ones(3), "lse is not what the forward returns"),
+        (5, torch.ones(3), "along is not what the forward returns"),
+        (5, None, "the exclusive epilogue needs out and along"),
+        (6, torch.ones(7, HEADS), "scale must be"),
+        (11, torch.ones(HEADS, 1), r"exclusion must be \(2,\)"),
+        (9, torch.ones(HEADS), "alpha and beta of an affine epilogue come together"),
     ],
 )
 def test_the_backward_operation_checks_what_it_is_given(number, value, message):
-    arguments = [torch.ones(1, 8, 4, HEADS * 16), torch.ones(QKV), torch.ones(1, 2, HEADS, 16)]
-    arguments += [torch.ones(1, HEADS), None, None, None, [4, 4], [0, 0], HEADS, False, -100.0]
-    arguments += [0.0, False, False, False]
+    out, rows = torch.ones(1, 8, 4, HEADS * 16), torch.ones(1, 2, HEADS, 16)
+    arguments = [out, rows, torch.ones(QKV), out, rows, rows, torch.ones(1, HEADS), None, None]
+    arguments += [None, None, torch.ones(HEADS), None, [4, 4], [0, 0], HEADS, False, -100.0, 0.0]
+    arguments += [False] * 6
     torch.ops.idsw.window_attention_backward(*arguments)
     arguments[number] = value
     with pytest.raises(RuntimeError, match=message):

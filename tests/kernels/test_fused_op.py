@@ -19,11 +19,13 @@ from kernels.window_attention import (
     window_layout,
 )
 from kernels.window_attention.plain import plain_attention
+from kernels.window_attention.testing import EPILOGUES
 from models.attention import AttentionSpec
 from tests.kernels.grids import GRIDS, offsets
 from tests.models.builders import randomise, small
 
 HEADS, DIM = 2, 16
+FACTORS = ("alpha", "beta", "exclusion")
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +103,9 @@ def test_the_result_and_its_gradients_are_the_specification_s(grid, scale, cosin
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ["everything", "one scale, dropout", "no gradient"])
+@pytest.mark.parametrize(
+    "case", ["everything", "one scale, dropout", "no gradient", "affine", "exclusive"]
+)
 def test_forward_passes_pytorch_s_checks_of_an_operation(case):
     qkv, tables = draw((4, 4), post=True)
     scale, bias, post, seed, dropout = tables["scale"], tables["bias"], tables["post"], None, 0.0
@@ -115,11 +119,14 @@ def test_forward_passes_pytorch_s_checks_of_an_operation(case):
         )
     if case == "no gradient":
         qkv, scale, bias, post = qkv.detach(), scale.detach(), bias.detach(), None
+    given = EPILOGUES[case if case in EPILOGUES else ""]
+    factors = [torch.rand(HEADS).requires_grad_() if name in given else None for name in FACTORS]
     arguments = (
         qkv,
         scale,
         bias,
         post,
+        *factors,
         seed,
         [4, 4],
         [2, 2],
@@ -135,19 +142,32 @@ def test_forward_passes_pytorch_s_checks_of_an_operation(case):
 
 
 @pytest.mark.parametrize(
-    "needed", [(True, True, True), (False, True, False), (False, False, False)]
+    ("epilogue", "needed"),
+    [
+        ("affine", (True, True, True, True, True, False)),
+        ("exclusive", (False, True, False, False, False, True)),
+        ("exclusive", (False,) * 6),
+        ("", (True, True, True, False, False, False)),
+    ],
 )
-def test_backward_passes_pytorch_s_checks_of_an_operation(needed):
+def test_backward_passes_pytorch_s_checks_of_an_operation(epilogue, needed):
     qkv, tables = draw((4, 4), post=True)
     tensors = [t.detach() for t in (qkv, *tables.values())]
-    out, lse = torch.ops.idsw.window_attention_forward(
-        *tensors, None, [4, 4], [2, 2], HEADS, True, -100.0, 0.0, True
+    given = EPILOGUES[epilogue]
+    factors = [torch.rand(HEADS) if name in given else None for name in FACTORS]
+    out, lse, along = torch.ops.idsw.window_attention_forward(
+        *tensors, *factors, None, [4, 4], [2, 2], HEADS, True, -100.0, 0.0, True
     )
+    assert (along.numel() > 0) == (epilogue == "exclusive")
     arguments = (
         out,
+        lse if epilogue else None,
         tensors[0],
+        out if epilogue == "exclusive" else None,
         lse,
+        along if epilogue == "exclusive" else None,
         *tensors[1:],
+        *factors,
         None,
         [4, 4],
         [2, 2],
@@ -332,12 +352,12 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch):
     call = torch.ops.idsw.window_attention_backward
 
     def spy(*arguments):
-        asked.append(arguments[-3:])
+        asked.append(arguments[-6:])
         return call(*arguments)
 
     monkeypatch.setattr(torch.ops.idsw, "window_attention_backward", spy)
     y.sum().backward()
-    assert asked == [(False, True, False)]
+    assert asked == [(False, True, False, False, False, False)]
 
 
 def test_a_gradient_of_the_gradient_has_the_same_entries_dropped():
@@ -345,11 +365,11 @@ def test_a_gradient_of_the_gradient_has_the_same_entries_dropped():
     qkv, tables = draw(layout.window, grid=(3, 4))
     inputs = [qkv, *tables.values()]
     seed = torch.tensor([2**62 + 5])
-    arguments = (None, seed, [2, 2], [1, 1], HEADS, True, -100.0, 0.4)
+    arguments = (None, None, None, None, seed, [2, 2], [1, 1], HEADS, True, -100.0, 0.4)
     y = torch.ops.idsw.window_attention_forward(*inputs, *arguments, True)[0]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     outcomes = []
-    for result, leaves in ((y, inputs), (plain_attention(*exact, *arguments), exact)):
+    for result, leaves in ((y, inputs), (plain_attention(*exact, *arguments)[0], exact)):
         first = torch.autograd.grad(result.sin().sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         outcomes.append([result, *first, *second])
@@ -387,6 +407,9 @@ def test_strided_inputs_and_any_mask_value_are_right():
         ({"qkv": torch.ones(1, 8, 8, 60)}, "head dimension"),
         ({"shift": [4, 0]}, "0 <= shift < window"),
         ({"window": [4]}, "pairs"),
+        ({"alpha": torch.ones(HEADS)}, "alpha and beta of an affine epilogue come together"),
+        ({"exclusion": torch.ones(3)}, r"exclusion must be \(2,\), a number for each head"),
+        ({"exclusion": torch.ones(HEADS).double()}, "exclusion must be .* in float32"),
         ({"dropout": 0.5}, "needs a seed"),
         ({"dropout": 1.0}, r"not in \[0, 1\)"),
     ],
@@ -397,6 +420,9 @@ def test_what_the_operation_cannot_take_is_said_in_one_line(change, message):
         "scale": torch.ones(1, HEADS),
         "bias": None,
         "post": None,
+        "alpha": None,
+        "beta": None,
+        "exclusion": None,
         "seed": None,
         "window": [4, 4],
         "shift": [0, 0],

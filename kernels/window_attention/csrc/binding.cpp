@@ -66,8 +66,31 @@ void check_table(const Table& table, const char* name, const Tensor& qkv, const 
         o.heads, "): a row for each offset between two tokens of a window, a column for each head");
 }
 
-WindowAttentionArgs describe(const Tensor& qkv, const Tensor& scale, const Table& bias,
-                             const Table& post, const Table& seed, const Options& o) {
+void check_factor(const Table& factor, const char* name, const Tensor& qkv, const Options& o) {
+    STD_TORCH_CHECK(!factor || (factor->scalar_type() == ScalarType::Float &&
+                                together(*factor, qkv) && factor->dim() == 1 &&
+                                factor->size(0) == o.heads),
+                    "window_attention: ", name, " must be (", o.heads,
+                    ",), a number for each head, in float32 on the device of qkv");
+}
+
+// All inputs but qkv, contiguous.
+struct Terms {
+    Terms(const Tensor& scale, const Table& bias, const Table& post, const Table& alpha,
+          const Table& beta, const Table& exclusion, const Table& seed)
+        : scale(torch::stable::contiguous(scale)), bias(contiguous(bias)), post(contiguous(post)),
+          alpha(contiguous(alpha)), beta(contiguous(beta)), exclusion(contiguous(exclusion)),
+          seed(seed) {}
+    static Table contiguous(const Table& x) { return x ? Table(torch::stable::contiguous(*x)) : x; }
+    Tensor scale;
+    Table bias, post, alpha, beta, exclusion, seed;
+};
+
+const float* floats_of(const Table& x) {
+    return x ? static_cast<const float*>(x->const_data_ptr()) : nullptr;
+}
+
+WindowAttentionArgs describe(const Tensor& qkv, const Terms& t, const Options& o) {
     STD_TORCH_CHECK(o.window.size() == 2 && o.shift.size() == 2,
                     "window_attention: window and shift are pairs (rows, columns)");
     for (int axis = 0; axis < 2; ++axis)
@@ -79,18 +102,22 @@ WindowAttentionArgs describe(const Tensor& qkv, const Tensor& scale, const Table
                     " heads");
     STD_TORCH_CHECK(o.dropout >= 0 && o.dropout < 1, "window_attention: dropout ", o.dropout,
                     " is not in [0, 1)");
-    STD_TORCH_CHECK(o.dropout == 0 || (seed && seed->scalar_type() == ScalarType::Long &&
-                                       seed->numel() == 1 && together(*seed, qkv)),
+    STD_TORCH_CHECK(o.dropout == 0 || (t.seed && t.seed->scalar_type() == ScalarType::Long &&
+                                       t.seed->numel() == 1 && together(*t.seed, qkv)),
                     "window_attention: dropout needs a seed, one int64 on the device of qkv");
-    check_table(scale, "scale", qkv, o, true);
-    check_table(bias, "bias", qkv, o, false);
-    check_table(post, "post", qkv, o, false);
+    check_table(t.scale, "scale", qkv, o, true);
+    check_table(t.bias, "bias", qkv, o, false);
+    check_table(t.post, "post", qkv, o, false);
+    check_factor(t.alpha, "alpha", qkv, o);
+    check_factor(t.beta, "beta", qkv, o);
+    check_factor(t.exclusion, "exclusion", qkv, o);
     WindowAttentionArgs a{};
     a.qkv = qkv.const_data_ptr();
-    a.scale = static_cast<const float*>(scale.const_data_ptr());
-    a.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-    a.post = post ? static_cast<const float*>(post->const_data_ptr()) : nullptr;
-    a.seed = o.dropout > 0 ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+    a.scale = static_cast<const float*>(t.scale.const_data_ptr());
+    a.bias = floats_of(t.bias), a.post = floats_of(t.post);
+    a.alpha = floats_of(t.alpha), a.beta = floats_of(t.beta);
+    a.exclusion = floats_of(t.exclusion);
+    a.seed = o.dropout > 0 ? static_cast<const int64_t*>(t.seed->const_data_ptr()) : nullptr;
     a.batch = static_cast<int32_t>(qkv.size(0));
     a.height = static_cast<int32_t>(qkv.size(1));
     a.width = static_cast<int32_t>(qkv.size(2));
@@ -100,7 +127,7 @@ WindowAttentionArgs describe(const Tensor& qkv, const Tensor& scale, const Table
         a.window[axis] = static_cast<int32_t>(o.window[axis]);
         a.shift[axis] = static_cast<int32_t>(o.shift[axis]);
     }
-    a.scale_rows = static_cast<int32_t>(scale.size(0));
+    a.scale_rows = static_cast<int32_t>(t.scale.size(0));
     a.cosine = o.cosine;
     a.dtype = dtype_of(qkv);
     a.threads = 1;
@@ -187,8 +214,6 @@ void call(const Device& device, WindowAttentionArgs& a, const Tensor& like, int 
                     " failed with code ", code);
 }
 
-Table contiguous(const Table& x) { return x ? Table(torch::stable::contiguous(*x)) : x; }
-
 // Kernels read by vectors: contiguous, from a multiple of 16 bytes on; a copy where x is not.
 Tensor whole(const Tensor& x) {
     const Tensor y = torch::stable::contiguous(x);
@@ -196,16 +221,15 @@ Tensor whole(const Tensor& x) {
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> forward(Tensor qkv, Tensor scale, Table bias, Table post, Table seed,
-                                   std::vector<int64_t> window, std::vector<int64_t> shift,
-                                   int64_t num_heads, bool cosine, double mask_value,
-                                   double dropout, bool need_lse) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor qkv, Tensor scale, Table bias, Table post,
+                                           Table alpha, Table beta, Table exclusion, Table seed,
+                                           std::vector<int64_t> window, std::vector<int64_t> shift,
+                                           int64_t num_heads, bool cosine, double mask_value,
+                                           double dropout, bool need_lse) {
     const Options o{window, shift, num_heads, cosine, mask_value, dropout};
+    const Terms terms{scale, bias, post, alpha, beta, exclusion, seed};
     qkv = whole(qkv);
-    scale = torch::stable::contiguous(scale);
-    bias = contiguous(bias);
-    post = contiguous(post);
-    WindowAttentionArgs a = describe(qkv, scale, bias, post, seed, o);
+    WindowAttentionArgs a = describe(qkv, terms, o);
     const Device device(qkv);
     device.prepare(a);
     Tensor out = torch::stable::new_empty(qkv,
@@ -213,37 +237,58 @@ std::tuple<Tensor, Tensor> forward(Tensor qkv, Tensor scale, Table bias, Table p
     const std::vector<int64_t> rows{a.batch, windows_of(a), a.heads, o.window[0] * o.window[1]};
     // the kernel leaves the rows of padding as they are
     const bool padded = a.height % a.window[0] || a.width % a.window[1];
-    Tensor lse = !need_lse ? torch::stable::new_empty(qkv, {0}, ScalarType::Float)
-                 : padded  ? torch::stable::new_zeros(qkv, rows, ScalarType::Float)
-                           : torch::stable::new_empty(qkv, rows, ScalarType::Float);
+    const auto of_rows = [&](bool needed, float*& pointer) {
+        if (!needed) return torch::stable::new_empty(qkv, {0}, ScalarType::Float);
+        Tensor made = padded ? torch::stable::new_zeros(qkv, rows, ScalarType::Float)
+                             : torch::stable::new_empty(qkv, rows, ScalarType::Float);
+        pointer = static_cast<float*>(made.mutable_data_ptr());
+        return made;
+    };
+    Tensor lse = of_rows(need_lse, a.lse);
+    Tensor along = of_rows(need_lse && exclusion, a.along);
     a.out = out.mutable_data_ptr();
-    a.lse = need_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
     if (out.numel() > 0) call(device, a, qkv, 0);
-    return {out, lse};
+    return {out, lse, along};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad_out, Tensor qkv, Tensor lse, Tensor scale, Table bias, Table post, Table seed,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad_out, Table grad_lse, Tensor qkv, Table out, Tensor lse, Table along, Tensor scale,
+    Table bias, Table post, Table alpha, Table beta, Table exclusion, Table seed,
     std::vector<int64_t> window, std::vector<int64_t> shift, int64_t num_heads, bool cosine,
-    double mask_value, double dropout, bool need_scale, bool need_bias, bool need_post) {
+    double mask_value, double dropout, bool need_scale, bool need_bias, bool need_post,
+    bool need_alpha, bool need_beta, bool need_exclusion) {
     const Options o{window, shift, num_heads, cosine, mask_value, dropout};
+    const Terms terms{scale, bias, post, alpha, beta, exclusion, seed};
     qkv = whole(qkv);
-    scale = torch::stable::contiguous(scale);
-    bias = contiguous(bias);
-    post = contiguous(post);
     grad_out = whole(grad_out), lse = torch::stable::contiguous(lse);
-    WindowAttentionArgs a = describe(qkv, scale, bias, post, seed, o);
-    bool fits = grad_out.scalar_type() == qkv.scalar_type() && together(grad_out, qkv) &&
-                grad_out.dim() == 4;
-    for (int axis = 0; fits && axis < 4; ++axis)
-        fits = grad_out.size(axis) * (axis == 3 ? 3 : 1) == qkv.size(axis);
-    STD_TORCH_CHECK(fits, "window_attention: grad_out must be like the output: (B, H, W, C), of the "
-                          "dtype and on the device of qkv");
-    STD_TORCH_CHECK(
-        lse.scalar_type() == ScalarType::Float && together(lse, qkv) &&
-            lse.numel() == a.batch * windows_of(a) * a.heads * a.window[0] * a.window[1],
-        "window_attention: lse is not what the forward returns with need_lse");
+    if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+    WindowAttentionArgs a = describe(qkv, terms, o);
+    const auto check_result = [&](const Tensor& x, const char* name) {
+        bool fits = x.scalar_type() == qkv.scalar_type() && together(x, qkv) && x.dim() == 4;
+        for (int axis = 0; fits && axis < 4; ++axis)
+            fits = x.size(axis) * (axis == 3 ? 3 : 1) == qkv.size(axis);
+        STD_TORCH_CHECK(fits, "window_attention: ", name, " must be like the output: (B, H, W, C), "
+                        "of the dtype and on the device of qkv");
+    };
+    const auto check_rows = [&](const Tensor& x, const char* name, const char* what) {
+        STD_TORCH_CHECK(
+            x.scalar_type() == ScalarType::Float && together(x, qkv) &&
+                x.numel() == a.batch * windows_of(a) * a.heads * a.window[0] * a.window[1],
+            "window_attention: ", name, " is not ", what);
+    };
+    check_result(grad_out, "grad_out");
+    check_rows(lse, "lse", "what the forward returns with need_lse");
+    if (grad_lse) check_rows(*grad_lse, "grad_lse", "like lse");
+    if (exclusion) {
+        STD_TORCH_CHECK(out && along, "window_attention: the backward of the exclusive epilogue "
+                                      "needs out and along, as the forward returned them");
+        out = whole(*out), along = torch::stable::contiguous(*along);
+        check_result(*out, "out");
+        check_rows(*along, "along", "what the forward returns with need_lse");
+        a.out = const_cast<void*>(out->const_data_ptr());
+        a.along = const_cast<float*>(floats_of(along));
+    }
     const Device device(qkv);
     device.prepare(a);
     // then no kernel runs, and the gradients of the tables are sums of nothing
@@ -257,13 +302,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     };
     Tensor grad_qkv = torch::stable::empty_like(qkv);
     a.grad_qkv = grad_qkv.mutable_data_ptr();
-    Tensor grad_scale = table(scale, need_scale, a.grad_scale);
-    Tensor grad_bias = table(bias, need_bias, a.grad_bias);
-    Tensor grad_post = table(post, need_post, a.grad_post);
+    Tensor grad_scale = table(terms.scale, need_scale, a.grad_scale);
+    Tensor grad_bias = table(terms.bias, need_bias, a.grad_bias);
+    Tensor grad_post = table(terms.post, need_post, a.grad_post);
+    Tensor grad_alpha = table(terms.alpha, need_alpha, a.grad_alpha);
+    Tensor grad_beta = table(terms.beta, need_beta, a.grad_beta);
+    Tensor grad_exclusion = table(terms.exclusion, need_exclusion, a.grad_exclusion);
     a.grad_out = grad_out.const_data_ptr();
+    a.grad_lse = floats_of(grad_lse);
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
     if (!empty) call(device, a, qkv, 1);
-    return {grad_qkv, grad_scale, grad_bias, grad_post};
+    return {grad_qkv, grad_scale, grad_bias, grad_post, grad_alpha, grad_beta, grad_exclusion};
 }
 
 // GELU between two linear layers, on the CPU.
@@ -332,16 +381,17 @@ Tensor gelu_backward(Tensor kept, Table bias, Tensor act, Tensor grad) {
 
 STABLE_TORCH_LIBRARY(idsw, m) {
     m.def(
-        "window_attention_forward(Tensor qkv, Tensor scale, Tensor? bias, Tensor? post, Tensor? "
-        "seed, int[] window, int[] shift, "
-        "int num_heads, bool cosine, float mask_value, float dropout, bool need_lse) -> (Tensor, "
-        "Tensor)");
+        "window_attention_forward(Tensor qkv, Tensor scale, Tensor? bias, Tensor? post, "
+        "Tensor? alpha, Tensor? beta, Tensor? exclusion, Tensor? seed, int[] window, int[] shift, "
+        "int num_heads, bool cosine, float mask_value, float dropout, bool need_lse) "
+        "-> (Tensor out, Tensor lse, Tensor along)");
     m.def(
-        "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor lse, Tensor scale, Tensor? "
-        "bias, Tensor? post, Tensor? seed, "
-        "int[] window, int[] shift, int num_heads, bool cosine, float mask_value, float dropout, "
-        "bool need_scale, bool need_bias, "
-        "bool need_post) -> (Tensor, Tensor, Tensor, Tensor)");
+        "window_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor qkv, Tensor? out, "
+        "Tensor lse, Tensor? along, Tensor scale, Tensor? bias, Tensor? post, Tensor? alpha, "
+        "Tensor? beta, Tensor? exclusion, Tensor? seed, int[] window, int[] shift, int num_heads, "
+        "bool cosine, float mask_value, float dropout, bool need_scale, bool need_bias, "
+        "bool need_post, bool need_alpha, bool need_beta, bool need_exclusion) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def("gelu_forward(Tensor before, Tensor? bias, Tensor(a!)? kept, Tensor(b!) act) -> ()");
     m.def("gelu_backward(Tensor kept, Tensor? bias, Tensor(a!) act, Tensor(b!) grad) -> Tensor");
 }

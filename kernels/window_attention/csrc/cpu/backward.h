@@ -12,7 +12,22 @@
 //   d post = P * keep / (1 - dropout) * dO vᵀ
 //
 // (cosine: dq - q (q dq) / |q|^2, and the same for k.) The rows of P are divided by their sums once
-// more, because a rounded log-sum-exp would shift a whole row.
+// more, because a rounded log-sum-exp would shift a whole row. A gradient dL of the log-sum-exp is
+// taken from the sums of the rows:
+//
+//   dS = P (G - rowsum(P G) + dL)
+//
+// Epilogues, from the gradient dZ of their result; c = rowsum(dZ v), m = max(|v|^2, 1e-8), r = along:
+//
+//   affine      dO = beta dZ
+//               dv += alpha dZ
+//               d alpha = sum c
+//               d beta = sum P factors (dZ vᵀ)
+//   exclusive   dO = dZ - exclusion c/m v
+//               dv += -exclusion (r dZ + c/m (O - 2 r v)), without the last term where |v|^2 < 1e-8
+//               d exclusion = -sum r c
+//
+// Here O = out + exclusion r v. beta stands outside of all products, because it may be 0.
 #pragma once
 #include "forward.h"
 
@@ -23,9 +38,13 @@ template <class Unit>
 struct Backward : Head<Unit> {
     using Base = Head<Unit>;
     static constexpr bool PAIRS = Base::PAIRS;
+    using Base::channels;
     float *q, *k, *v, *g, *turned_k, *turned_v, *paired_q, *paired_k, *paired_g;  // g: grad_out
     float *logits, *map, *grads, *left, *map_pairs, *grad_pairs;  // (queries, columns) each
-    float *grad_q, *grad_k, *grad_v, *kept, *line;
+    float *grad_q, *grad_k, *grad_v, *kept, *line, *result;  // result: a row of out
+    float beta;          // of the head at hand; 1 without an affine epilogue
+    double *factor_sums;  // gradients of alpha, beta and exclusion for every head of the group
+    double *of_factors;   // and for the one at hand
     Dense sum_scale, sum_bias, sum_post;  // of the head at hand
     float* sums;                           // those of every head of the group
     int64_t sum_scale_size, sum_bias_size, sum_post_size;
@@ -51,7 +70,7 @@ struct Backward : Head<Unit> {
         logits = c->take<float>(block);
         map = c->take<float>(block);
         grads = c->take<float>(block);
-        kept = c->take<float>(rows);
+        kept = c->take<float>(rows), result = c->take<float>(a.exclusion ? width : 0);
         const int64_t halves = PAIRS ? block / 2 : 0;
         left = c->take<float>(halves);
         map_pairs = c->take<float>(halves);
@@ -64,7 +83,7 @@ struct Backward : Head<Unit> {
         sum_scale_size = !a.grad_scale ? 0 : a.scale_rows == 1 ? rows : pairs;
         sum_bias_size = a.grad_bias ? pairs : 0, sum_post_size = a.grad_post ? pairs : 0;
         sums = c->take<float>((sum_scale_size + sum_bias_size + sum_post_size) * j->group);
-        uniforms = c->take<double>(j->group);
+        uniforms = c->take<double>(j->group), factor_sums = c->take<double>(3 * j->group);
         line = (float*)c->take<double>(j->offsets);
     }
 
@@ -74,6 +93,7 @@ struct Backward : Head<Unit> {
         memset(sums, 0,
                (sum_scale_size + sum_bias_size + sum_post_size) * this->heads * sizeof(float));
         memset(uniforms, 0, this->heads * sizeof(double));
+        memset(factor_sums, 0, 3 * this->heads * sizeof(double));
         const int64_t end = least(job->windows, int64_t(run_index + 1) * job->run);
         for (int64_t index = int64_t(run_index) * job->run; index < end; ++index) {
             this->go_to(index);
@@ -90,10 +110,11 @@ struct Backward : Head<Unit> {
         sum_scale.at = sums + slot * (sum_scale_size + sum_bias_size + sum_post_size);
         sum_bias.at = sum_scale.at + sum_scale_size;
         sum_post.at = sum_bias.at + sum_bias_size;
-        uniform = uniforms + slot;
+        uniform = uniforms + slot, of_factors = factor_sums + 3 * slot;
+        beta = this->a.beta ? this->a.beta[this->head] : 1;
     }
 
-    // Writes the tables' gradients from this head and run.
+    // Writes the gradients of tables and factors from this head and run.
     void write_table_gradients(int run_index) {
         const Job* job = this->job;
         const WindowAttentionArgs& a = this->a;
@@ -108,7 +129,13 @@ struct Backward : Head<Unit> {
             collect(job, sum_bias.at, this->columns, (double*)line, to);
             to += job->offsets;
         }
-        if (a.grad_post) collect(job, sum_post.at, this->columns, (double*)line, to);
+        if (a.grad_post) {
+            collect(job, sum_post.at, this->columns, (double*)line, to);
+            to += job->offsets;
+        }
+        if (a.grad_alpha) *to++ = float(of_factors[0]);
+        if (a.grad_beta) *to++ = float(of_factors[1]);
+        if (a.grad_exclusion) *to = float(of_factors[2]);
     }
 
     template <class T>
@@ -125,6 +152,8 @@ struct Backward : Head<Unit> {
         this->take((const T*)a.grad_out, 1, 0, g);
         turn(k, packed, turned_k, columns, columns, packed);
         turn(v, packed, turned_v, columns, columns, packed);
+        if (a.grad_alpha) multiply_values();
+        if (a.exclusion) differentiate_exclusion<T>(index);
         if (PAIRS) {
             pair_rows(q, packed, paired_q, columns, width);
             pair_rows(k, packed, paired_k, columns, width);
@@ -160,12 +189,13 @@ struct Backward : Head<Unit> {
             product<Unit>(down, (PAIRS ? paired_q : q) + skip, width, grad_k, width, area, width,
                           units, first > 0);
             product<Unit>(map_down, (PAIRS ? paired_g : g) + skip, width, grad_v, width, area,
-                          width, units, first > 0);
+                          width, units, first > 0 || a.exclusion);
             for (int r = 0; r < count; ++r)
                 store_gradient<T>(0, first + r, grad_q + r * width, q, this->inverse_q, LN2);
         }
         for (int j = 0; j < area; ++j) {
             store_gradient<T>(1, j, grad_k + j * width, k, this->inverse_k, LN2);
+            if (a.alpha) mix_gradient(j);
             store_gradient<T>(2, j, grad_v + j * width, nullptr, nullptr, 1);
         }
     }
@@ -191,10 +221,63 @@ struct Backward : Head<Unit> {
                   this->dim);
     }
 
-    // Channels d .. d + W - 1 of a packed row.
-    static inline vf channels(const float* row, int d) {
-        if (!PAIRS) return load(row + d);
-        return (vf)(__builtin_convertvector(*(const vh_any*)((const uint16_t*)row + d), vi) << 16);
+    // Adds sum c of the window to the gradient of alpha.
+    void multiply_values() {
+        vf total = {};
+        for (int i = 0; i < this->job->area; ++i)
+            for (int d = 0; d < this->width; d += W)
+                total += channels(g + i * this->packed, d) * channels(v + i * this->packed, d);
+        of_factors[0] += sum(total);
+    }
+
+    // The gradient of v_j through both parts of the affine epilogue.
+    void mix_gradient(int j) {
+        const vf alpha = all(this->a.alpha[this->head]), by = all(beta);
+        float* const grad = grad_v + j * this->width;
+        for (int d = 0; d < this->width; d += W)
+            store(grad + d, by * load(grad + d) + alpha * channels(g + j * this->packed, d));
+    }
+
+    // Turns dZ in `g` into dO, and begins `grad_v` with what v gets besides.
+    template <class T>
+    void differentiate_exclusion(int64_t index) {
+        const WindowAttentionArgs& a = this->a;
+        const int width = this->width, packed = this->packed;
+        const float exclusion = a.exclusion[this->head];
+        const float* const ratios = a.along + (index * a.heads + this->head) * this->job->area;
+        for (int i = 0; i < this->job->area; ++i) {
+            const int64_t token = this->place.token[i];
+            float *const to = grad_v + i * width, *const grad = g + i * packed;
+            const float* const value = v + i * packed;
+            if (token < 0) {
+                memset(to, 0, width * sizeof(float));
+                continue;
+            }
+            const T* const from = (const T*)a.out + (token * a.heads + this->head) * this->dim;
+            load_row<Floats, T>(from, result, this->dim, width);
+            vf products = {}, squares = {};
+            for (int d = 0; d < width; d += W) {
+                const vf own = channels(value, d);
+                products += own * channels(grad, d), squares += own * own;
+            }
+            const float square = sum(squares), product = sum(products), ratio = ratios[i];
+            const bool large = square > LEAST_SQUARE;
+            const vf share = all(exclusion * (product / (large ? square : LEAST_SQUARE)));
+            const vf taken = all(exclusion * ratio);
+            const vf back = all(exclusion * ratio - (large ? 2 * ratio : 0));
+            for (int d = 0; d < width; d += W) {
+                const vf own = channels(value, d), z = channels(grad, d);
+                store(to + d, -taken * z - share * (load(result + d) + back * own));
+                store_channels(grad, d, z - share * own);
+            }
+            of_factors[2] -= ratio * product;
+        }
+    }
+
+    // Writes channels d .. d + W - 1 of a packed row.
+    static inline void store_channels(float* row, int d, vf x) {
+        if (PAIRS) *(vh_any*)((uint16_t*)row + d) = to_bf16(x);
+        else store(row + d, x);
     }
 
     // From the logits and dO vᵀ of query i: P * factors in `map`, H in `grads`, and the sums of the
@@ -209,13 +292,14 @@ struct Backward : Head<Unit> {
             memset(p, 0, columns * sizeof(float)), memset(h, 0, columns * sizeof(float));
             return;
         }
+        const int64_t at = (index * a.heads + this->head) * this->job->area + i;
         if (a.cosine) this->normalise(s, i);
         const float* const scale = this->scale.at + i * this->scale.row;
         const float* const bias = this->bias_row(i);
         const float* const factors = this->has_factors() ? this->factors_row(index, i, true)
                                                          : nullptr;
         if (factors && a.grad_post) memcpy(kept, h, columns * sizeof(float));
-        const vf lse = all(a.lse[(index * a.heads + this->head) * this->job->area + i] * LOG2E);
+        const vf lse = all(a.lse[at] * LOG2E);
         vf row_sums = {}, along = {};
         for (int n = 0; n < columns; n += W) {
             const vf e = exp2v<Unit::SIZE == 1>(load(s + n) * load(scale + n) + load(bias + n) -
@@ -226,7 +310,7 @@ struct Backward : Head<Unit> {
             store(p + n, e);
         }
         const float inverse_sum = 1 / sum(row_sums);
-        const vf by = all(inverse_sum), mean = all(sum(along) * inverse_sum);
+        const vf by = all(inverse_sum), mean = all(taken_off(at, sum(along) * inverse_sum));
         float* const to_scale = sum_scale.at + i * sum_scale.row;
         float* const to_bias = sum_bias.at + i * sum_bias.row;
         if (a.grad_scale && a.grad_bias)
@@ -246,7 +330,14 @@ struct Backward : Head<Unit> {
         const float* const keep = this->factors_row(index, i, false);
         float* const to_post = sum_post.at + i * sum_post.row;
         for (int n = 0; n < columns; n += W)
-            store(to_post + n, load(to_post + n) + load(s + n) * load(keep + n) * load(kept + n));
+            store(to_post + n, load(to_post + n) +
+                                   load(s + n) * load(keep + n) * (load(kept + n) * all(beta)));
+    }
+
+    // What all of a row of beta G is lessened by: beta rowsum(P G) - dL. at: of the row in lse.
+    inline float taken_off(int64_t at, float mean) {
+        if (this->a.grad_beta) of_factors[1] += mean;
+        return beta * mean - (this->a.grad_lse ? this->a.grad_lse[at] : 0);
     }
 
     // As `row` and `round_block` together, for rows of four vectors, which stay in registers.
@@ -296,7 +387,8 @@ struct Backward : Head<Unit> {
         if (a.cosine) this->normalise(s, i);
         const float* const scale = this->scale.at + i * this->scale.row;
         const float* const bias = this->bias_row(i);
-        const vf lse = all(a.lse[(index * a.heads + this->head) * this->job->area + i] * LOG2E);
+        const int64_t at = (index * a.heads + this->head) * this->job->area + i;
+        const vf lse = all(a.lse[at] * LOG2E);
         vf row_sums = {}, along = {};
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
@@ -305,13 +397,14 @@ struct Backward : Head<Unit> {
             row_sums += p[n], along += p[n] * load(g_row + n * W);
         }
         const float inverse_sum = 1 / sum(row_sums);
-        const vf by = all(inverse_sum), mean = all(sum(along) * inverse_sum);
+        const vf by = all(inverse_sum), mean = all(taken_off(at, sum(along) * inverse_sum));
+        const vf outside = all(beta);
         float* const to_scale = sum_scale.at + i * sum_scale.row;
         float* const to_bias = sum_bias.at + i * sum_bias.row;
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
             p[n] *= by;
-            const vf grad = p[n] * (load(g_row + n * W) - mean);
+            const vf grad = p[n] * (load(g_row + n * W) * outside - mean);
             h[n] = grad * load(scale + n * W);
             if (SCALE) store(to_scale + n * W, load(to_scale + n * W) + grad * load(s + n * W));
             if (BIAS) store(to_bias + n * W, load(to_bias + n * W) + grad);
@@ -326,8 +419,9 @@ struct Backward : Head<Unit> {
     template <bool SCALE, bool BIAS>
     void differentiate(const float* s, float* p, float* h, const float* scale, vf by, vf mean,
                        float* to_scale, float* to_bias) {
+        const vf outside = all(beta);
         for (int n = 0; n < this->columns; n += W) {
-            const vf x = load(p + n) * by, grad = x * (load(h + n) - mean);
+            const vf x = load(p + n) * by, grad = x * (load(h + n) * outside - mean);
             store(p + n, x), store(h + n, grad * load(scale + n));
             if (SCALE) store(to_scale + n, load(to_scale + n) + grad * load(s + n));
             if (BIAS) store(to_bias + n, load(to_bias + n) + grad);

@@ -45,7 +45,8 @@ Job make_job(const WindowAttentionArgs* a, int backward) {
     if (backward) {
         job.partial = static_cast<float*>(a->workspace);
         job.partial_size = (a->grad_scale ? a->scale_rows : 0) + (a->grad_bias ? job.offsets : 0) +
-                           (a->grad_post ? job.offsets : 0);
+                           (a->grad_post ? job.offsets : 0) + (a->grad_alpha != nullptr) +
+                           (a->grad_beta != nullptr) + (a->grad_exclusion != nullptr);
     }
     return job;
 }
@@ -73,9 +74,10 @@ void sum_head(int64_t head, void* of) {
     const Job& job = *static_cast<const Call*>(of)->job;
     const WindowAttentionArgs& a = *job.args;
     const float* from = job.partial + head * job.runs * job.partial_size;
-    float* const tables[3] = {a.grad_scale, a.grad_bias, a.grad_post};
-    const int rows[3] = {a.scale_rows, job.offsets, job.offsets};
-    for (int which = 0; which < 3; ++which) {
+    float* const tables[6] = {a.grad_scale, a.grad_bias, a.grad_post,
+                              a.grad_alpha, a.grad_beta, a.grad_exclusion};
+    const int rows[6] = {a.scale_rows, job.offsets, job.offsets, 1, 1, 1};
+    for (int which = 0; which < 6; ++which) {
         if (!tables[which]) continue;
         for (int t = 0; t < rows[which]; ++t) {
             double total = 0;
@@ -128,8 +130,8 @@ const char* wa_cpu_supports(const WindowAttentionArgs* a) {
     if (a->scale_rows != 1 && a->scale_rows != offsets)
         return "the scale has neither one row nor one for each offset";
     if (!(a->dropout >= 0 && a->dropout < 1)) return "the dropout is not in [0, 1)";
-    if (a->alpha || a->beta || a->exclusion) return "the CPU kernel has no epilogue";
-    if (a->grad_lse) return "the CPU kernel has no gradient of the log-sum-exp";
+    if (!a->alpha != !a->beta) return "alpha and beta of an affine epilogue come together";
+    if (a->alpha && a->exclusion) return "the epilogue is affine or exclusive, not both";
     return nullptr;
 }
 

@@ -56,6 +56,7 @@ static inline void softmax_row(float* logits, const float* scale, const float* b
 template <class Unit>
 struct Forward : Head<Unit> {
     using Base = Head<Unit>;
+    using Base::channels;
     float *q, *k, *v, *turned_k, *paired_v, *logits, *out;
     float *row_sums, *row_maxima;  // of the rows of a block
     uint16_t* map;
@@ -112,9 +113,13 @@ struct Forward : Head<Unit> {
                           this->keys, false);
             for (int r = 0; r < count; ++r) {
                 const int64_t token = this->place.token[first + r];
+                if (token < 0) continue;
+                float* const row = out + r * this->width;
+                float factor = 1 / row_sums[r];
+                if (a.alpha) mix(row, v + (first + r) * packed, &factor);
+                else if (a.exclusion) exclude(index, first + r, row, &factor);
                 T* const to = (T*)a.out + (token * a.heads + this->head) * this->dim;
-                if (token >= 0)
-                    store_row((const float*)out + r * this->width, 1 / row_sums[r], to, this->dim);
+                store_row((const float*)row, factor, to, this->dim);
             }
         }
     }
@@ -128,6 +133,35 @@ struct Forward : Head<Unit> {
         const float* const scale = this->scale.at + i * this->scale.row;
         softmax_row<Unit>(s, scale, this->bias_row(i), factors, columns, map + r * columns,
                           row_maxima[r], row_sums[r]);
+    }
+
+    // row = alpha v_i + beta row * factor; the factor becomes 1.
+    void mix(float* row, const float* value, float* factor) const {
+        const vf alpha = all(this->a.alpha[this->head]);
+        const vf beta = all(this->a.beta[this->head] * *factor);
+        for (int d = 0; d < this->width; d += W)
+            store(row + d, alpha * channels(value, d) + beta * load(row + d));
+        *factor = 1;
+    }
+
+    // The exclusive epilogue of query i on row * factor; the factor becomes 1.
+    void exclude(int64_t index, int i, float* row, float* factor) const {
+        const WindowAttentionArgs& a = this->a;
+        const float* const value = v + i * this->packed;
+        const vf by = all(*factor);
+        vf products = {}, squares = {};
+        for (int d = 0; d < this->width; d += W) {
+            const vf own = channels(value, d), y = load(row + d) * by;
+            store(row + d, y);
+            products += y * own, squares += own * own;
+        }
+        const float square = sum(squares);
+        const float ratio = sum(products) / (square > LEAST_SQUARE ? square : LEAST_SQUARE);
+        if (a.along) a.along[(index * a.heads + this->head) * this->job->area + i] = ratio;
+        const vf taken = all(a.exclusion[this->head] * ratio);
+        for (int d = 0; d < this->width; d += W)
+            store(row + d, load(row + d) - taken * channels(value, d));
+        *factor = 1;
     }
 
     void store_lse(int64_t index, int first, int count) {

@@ -21,8 +21,8 @@ struct Job {
     int runs, run;      // runs of windows per head; windows in a run
     int groups, group;  // groups of heads; heads in a group, in the last one perhaps fewer
     int64_t windows;    // in all images
-    // backward: (heads, runs, partial_size) sums of the tables' gradients: scale, bias, post as far
-    // as asked for
+    // backward: (heads, runs, partial_size) sums of the gradients of scale, bias, post, alpha, beta
+    // and exclusion as far as asked for
     float* partial;
     int partial_size;
 };

@@ -10,6 +10,7 @@ namespace wa {
 namespace WA_ISA {
 
 constexpr float NEVER = -1e30f;  // added to a logit, takes its key out of the softmax
+constexpr float LEAST_SQUARE = 1e-8f;  // of |v|^2 in the exclusive epilogue
 
 // Hands out parts of a piece of memory, or with base null only counts.
 struct Carver {
@@ -204,6 +205,9 @@ struct Head {
             __builtin_prefetch(from + 2 * part + d);
             if (backward) __builtin_prefetch(grad + d);
         }
+        if (!backward || !a.exclusion) return;
+        const char* result = (const char*)a.out + (ahead->token[i] * a.heads + next_head) * bytes;
+        for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(result + d);
     }
 
     // Rows (columns, packed) of part 0, 1 or 2 of qkv, or of grad_out; zeros for padding and behind
@@ -227,6 +231,12 @@ struct Head {
         }
         if (columns > job->area)
             memset(to + job->area * packed, 0, (columns - job->area) * packed * sizeof(float));
+    }
+
+    // Channels d .. d + W - 1 of a packed row.
+    static inline vf channels(const float* row, int d) {
+        if (!PAIRS) return load(row + d);
+        return (vf)(__builtin_convertvector(*(const vh_any*)((const uint16_t*)row + d), vi) << 16);
     }
 
     // 1 / max(|x|, 1e-12) of packed rows.
