@@ -9,6 +9,7 @@ from kernels.window_attention import WindowLayout, window_partition, window_reve
 
 from .geometry import Geometry
 from .mixers import MIXERS
+from .regions import axis_regions
 from .spec import AttentionSpec
 
 
@@ -121,14 +122,6 @@ def by_regions(
             )
         strips.append(torch.cat(parts, 2))
     return torch.cat(strips, 1)
-
-
-def axis_regions(length: int, window: int, shift: int) -> list[tuple[int, int]]:
-    """(size, how many) of the regions along an axis of `length` tokens, in order."""
-    whole, rest = divmod(length - shift, window)
-    return [
-        (size, count) for size, count in ((shift, 1), (window, whole), (rest, 1)) if size and count
-    ]
 
 
 def refuse_softmax_options(spec: AttentionSpec) -> None:

@@ -12,6 +12,63 @@ from kernels.window_attention import WindowLayout
 from kernels.window_attention.layout import cache_tensors
 
 
+def visible_mean(v: Tensor, layout: WindowLayout) -> Tensor:
+    """The mean over the tokens that each token sees, itself included: U v with U_ij = 1 / n_i for
+    visible pairs and 0 for others; padding counts nowhere.
+
+    Shapes: (B, H, W, C) with the grid of `layout` -> the same, float32 or wider; may be a view.
+    """
+    return spread_regions(region_means(v, layout), layout)
+
+
+def region_means(v: Tensor, layout: WindowLayout) -> Tensor:
+    """The mean of each region: (B, H, W, C) -> (B, R, S, C), float32 or wider, for R regions along
+    the rows of the grid and S along its columns.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    axes = zip(layout.grid, layout.window, layout.shift, strict=True)
+    for dim, axis in enumerate(axes, 1):
+        regions = axis_regions(*axis)
+        parts = v.split([size * count for size, count in regions], dim)
+        means = [
+            part.unflatten(dim, (count, size)).mean(dim + 1, dtype=wide)
+            for part, (size, count) in zip(parts, regions, strict=True)
+        ]
+        v = means[0] if len(means) == 1 else torch.cat(means, dim)
+    return v
+
+
+def spread_regions(means: Tensor, layout: WindowLayout) -> Tensor:
+    """To each token what its region has: (B, R, S, C) -> (B, H, W, C), a view where one region is
+    the grid.
+    """
+    axes = [*zip(layout.grid, layout.window, layout.shift, strict=True)]
+    for dim in (2, 1):  # the rows last: they copy most
+        regions = axis_regions(*axes[dim - 1])
+        parts = means.split([count for _, count in regions], dim)
+        tokens = [_repeat(part, dim, size) for part, (size, _) in zip(parts, regions, strict=True)]
+        means = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim)
+    return means
+
+
+def _repeat(part: Tensor, dim: int, times: int) -> Tensor:
+    """Each entry along `dim` `times` times in a row."""
+    shape = list(part.shape)
+    shape.insert(dim + 1, times)
+    return part.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+
+
+def axis_regions(length: int, window: int, shift: int) -> list[tuple[int, int]]:
+    """(size, how many) of the regions along an axis of `length` tokens, in order: the `shift`
+    tokens that the roll takes from the front, whole windows, and a rest.
+    """
+    front = min(shift, length)
+    whole, rest = divmod(length - front, window)
+    return [
+        (size, count) for size, count in ((front, 1), (window, whole), (rest, 1)) if size and count
+    ]
+
+
 def zero_masked(maps: Tensor, mask: Tensor | None) -> Tensor:
     """Sets the pairs that the mask forbids to zero: maps (B*nW, H, N, N), mask (nW, N, N)."""
     if mask is None:

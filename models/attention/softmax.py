@@ -130,7 +130,6 @@ class SoftmaxAttention(Projection):
             y, lse, _ = self._open(qkv, self.terms(), layout, with_lse)
         else:
             epilogue = _epilogue(outputs)
-            outputs = outputs if epilogue is None else outputs[1:]
             y = window_attention(
                 qkv,
                 self.terms(),
@@ -143,6 +142,9 @@ class SoftmaxAttention(Projection):
                 return_lse=with_lse,
             )
             y, lse = y if with_lse else (y, None)
+            if epilogue is not None:
+                y = outputs[0].after_epilogue(y, qkv[..., -self.geometry.inner :], layout)
+                outputs = outputs[1:]
         return self._result(self._edit(outputs, y, x, layout, qkv, lse), x, qkv)
 
     def with_map(

@@ -163,10 +163,14 @@ class OutputModifier(Modifier):
         raise NotImplementedError
 
     def epilogue(self) -> Epilogue | None:
-        """The same as an epilogue of the kernel, or None; used for the first of the output
-        modifiers.
+        """The same as an epilogue of the kernel, or its first step, which `after_epilogue` follows;
+        None where it has none. Used for the first of the output modifiers.
         """
         return None
+
+    def after_epilogue(self, y: Tensor, v: Tensor, layout: WindowLayout) -> Tensor:
+        """What is left of it when the kernel has done the epilogue; by default nothing."""
+        return y
 
 
 class BranchModifier(Modifier):
