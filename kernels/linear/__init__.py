@@ -8,13 +8,14 @@ from .mlp import fused_mlp
 from .precision import computed_in, describe_products, result_dtype
 from .prepared import PreparedLinear
 from .products import linear
-from .watched import is_cpu_inference, is_plain, is_untouched
+from .watched import are_all_hooked, is_cpu_inference, is_plain, is_untouched
 
 __all__ = [
     "EvalCache",
     "Evaluation",
     "Linear",
     "PreparedLinear",
+    "are_all_hooked",
     "computed_in",
     "describe_products",
     "evaluation",

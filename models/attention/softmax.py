@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.linear import is_untouched, kept_for, run_linear
+from kernels.linear import are_all_hooked, is_untouched, kept_for, run_linear
 from kernels.modes import without_autocast
 from kernels.window_attention import (
     Epilogue,
@@ -325,7 +325,7 @@ def _epilogue(outputs: list[OutputModifier]) -> Epilogue | None:
     """The first modifier as an epilogue of the kernel; None where it has none, or where it must be
     called because it is hooked.
     """
-    if len(outputs) == 0 or not is_untouched(outputs[0], type(outputs[0])):
+    if len(outputs) == 0 or not is_untouched(outputs[0], type(outputs[0])) or are_all_hooked():
         return None
     return outputs[0].epilogue()
 
