@@ -145,6 +145,12 @@ class WindowLayout:
         """Tokens per window, N."""
         return self.window[0] * self.window[1]
 
+    def forbidding(self) -> "WindowLayout":
+        """The same with a mask of -inf between tokens that the roll brought together."""
+        if self.shift == (0, 0):
+            return self
+        return window_layout(self.grid, self.window, self.shift, -math.inf, self.tokens.device)
+
     def head_rows(self, batch: int, parts: int, heads: int) -> tuple[Tensor, Tensor]:
         """Row numbers that turn a token-major matrix into a head-major one, and back; cached for
         the last batch sizes.

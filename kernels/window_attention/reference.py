@@ -78,8 +78,14 @@ def softmax_attention(
     attn = masked_logits(q, k, terms, mask, cosine).softmax(-1)
     if terms.post is not None:
         attn = attn * terms.dense("post")
-        attn = attn / attn.sum(-1, keepdim=True) if terms.renormalise else attn
+        attn = renormalised(attn) if terms.renormalise else attn
     return F.dropout(attn, dropout).to(v.dtype) @ v
+
+
+def renormalised(attn: Tensor) -> Tensor:
+    """A map (..., N, N) with rows that sum to 1; a row of zeros stays one."""
+    total = attn.sum(-1, keepdim=True)
+    return attn / torch.where(total == 0, 1.0, total)
 
 
 def window_attention_reference(

@@ -65,6 +65,15 @@ class OffsetTerms:
         fields.update({FORMER_NAMES.get(name, name): value for name, value in changes.items()})
         return OffsetTerms(self.window, **fields, prefix=self.prefix, neutral=self.neutral)
 
+    def scale_heads(self, factor: Tensor) -> "OffsetTerms":
+        """A copy whose scale is multiplied by a factor per head (heads,), in whichever form it is
+        given; the pairs of class tokens too.
+        """
+        copy = self.replace(scale=_times_heads(self.scale, factor))
+        if self.prefix:
+            copy.neutral = _times_heads(self.neutral, factor)
+        return copy
+
     def dense(self, name: str) -> Tensor | None:
         """The term `name` gathered over pairs: (heads, N, N), or (heads, 1, 1) for one that is the
         same everywhere.
@@ -107,6 +116,10 @@ class OffsetTerms:
         term = getattr(self, FORMER_NAMES.get(name, name))
         if term is None or term.dim() == 2:
             return table.expand(2, -1) if self.repeats else table
+        return self.over_pairs(table, neutral)
+
+    def over_pairs(self, table: Tensor, neutral: float) -> Tensor:
+        """`table` (T, heads) gathered over pairs, (heads, N, N), with `neutral` at the prefix."""
         return self._with_prefix(gather_offsets(table, self.window), table.new_full((1,), neutral))
 
     def _with_prefix(self, gathered: Tensor, neutral: Tensor) -> Tensor:
@@ -131,6 +144,11 @@ class OffsetTerms:
             return None if bias is None else bias[None]
         mask = layout.mask[:, None].to(self.scale.dtype)
         return mask if bias is None else bias + mask
+
+
+def _times_heads(term: Tensor, factor: Tensor) -> Tensor:
+    """(rows, heads) or dense (heads, N, N), times (heads,)."""
+    return term * (factor if term.dim() == 2 else factor[:, None, None])
 
 
 def gather_offsets(table: Tensor | None, window: Size) -> Tensor | None:

@@ -47,6 +47,12 @@ class Geometry:
         """T = (2 Mh - 1)(2 Mw - 1), rows of an offset table."""
         return (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
 
+    def own_offset(self) -> Tensor:
+        """(T, 1) bool: True in the row of an offset table where a token meets itself, its middle
+        row.
+        """
+        return (torch.arange(self.num_offsets) == self.num_offsets // 2)[:, None]
+
     def log_coords(self) -> Tensor:
         """(T, 2) float32: log-spaced (row, column) offset behind each row of an offset table."""
         return relative_coords_table(self.window, self.pretrained_window).flatten(0, 2)

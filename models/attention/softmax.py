@@ -14,7 +14,13 @@ from kernels.window_attention import (
     WindowLayout,
     window_attention,
 )
-from kernels.window_attention.reference import add_mask, merge_windows, split_windows, unit
+from kernels.window_attention.reference import (
+    add_mask,
+    merge_windows,
+    renormalised,
+    split_windows,
+    unit,
+)
 
 from .geometry import Geometry
 from .map_flops import modifier_flops
@@ -124,6 +130,7 @@ class SoftmaxAttention(Projection):
     def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
         """x: (B, H, W, C) with the grid of `layout` -> (B, H, W, C)."""
         qkv = self.tokens(x)
+        layout = self._masked(layout)
         outputs = self._stage(OutputModifier)
         with_lse = _any_reads(outputs, "lse")
         if self.is_open():
@@ -155,10 +162,18 @@ class SoftmaxAttention(Projection):
         carried: (B*nW, H, N, N), added to the softmaxed map before the modifiers of the map.
         """
         qkv = self.tokens(x)
+        layout = self._masked(layout)
         outputs = self._stage(OutputModifier)
         with_lse = _any_reads(outputs, "lse")
         y, lse, attn = self._open(qkv, self.terms(), layout, with_lse, carried)
         return self._result(self._edit(outputs, y, x, layout, qkv, lse), x, qkv), attn
+
+    def _masked(self, layout: WindowLayout) -> WindowLayout:
+        """The layout with the mask that the term modifiers need."""
+        for modifier in self._stage(TermModifier):
+            if modifier.forbids:
+                return layout.forbidding()
+        return layout
 
     def _attend(self, qkv: Tensor, terms: OffsetTerms, layout: WindowLayout) -> Tensor:
         """Attention of the same tokens by other terms, which an output modifier may ask for; never
@@ -236,8 +251,11 @@ class SoftmaxAttention(Projection):
         if terms.bias is not None:
             logits = logits + terms.dense("bias")
         with without_autocast(qkv.device.type):
-            for modifier in self._stage(LogitMixer):
+            mixers = self._stage(LogitMixer)
+            for modifier in mixers:
                 logits = modifier(logits)
+            for modifier in self._stage(TermModifier) if len(mixers) > 0 else ():
+                logits = modifier.after_mixing(logits, terms)
             logits = self.logit_tap(add_mask(logits, layout.mask))
             attn = self.map_tap(self._map(logits, terms, layout, carried))
             lse = None
@@ -255,7 +273,7 @@ class SoftmaxAttention(Projection):
         if terms.post is not None:
             attn = attn * terms.dense("post")
             if terms.renormalise:
-                attn = attn / attn.sum(-1, keepdim=True)
+                attn = renormalised(attn)
         if carried is not None:
             attn = attn + carried
         for modifier in self._stage(MapModifier):

@@ -15,6 +15,9 @@ GRIDS = [(1, 1), (1, 2), (2, 1), (3, 2)]
 TERM_MODIFIERS = [name for name in EVERYWHERE if issubclass(MODIFIERS[name], TermModifier)]
 SPECS = [
     *((name,) for name in TERM_MODIFIERS),
+    ("self_bias", "self_exclude", "self_weight"),
+    ("self_bias", "elementwise_mask", "self_exclude", "self_weight"),
+    ("self_mask(temperature=False)",),
     ("crpw(source=table)",),
     ("crpw(mode=one_plus)",),
     ("crpw(mode=sigmoid16)",),
@@ -46,7 +49,7 @@ def test_pairs_of_a_class_token_are_neutral_and_those_of_patches_as_without_one(
     attention, bare = (attention_on(grid, modifiers, count) for count in (prefix, 0))
     bare.load_state_dict(attention.state_dict())
     tokens = prefix + grid[0] * grid[1]
-    for name, neutral in (("scale", 4**-0.5), ("post", 1.0)):
+    for name, neutral in (("scale", 4**-0.5), ("bias", 0.0), ("post", 1.0)):
         term, patches = attention.terms().dense(name), bare.terms().dense(name)
         if patches is None or torch.equal(patches, torch.full_like(patches, neutral)):
             assert term is None or torch.equal(term, torch.full_like(term, neutral))

@@ -94,12 +94,23 @@ class TermModifier(Modifier):
     kernels included.
 
     A table (T, H) is combined with a term through `terms.matching`, which leaves class tokens alone
-    on every grid; a factor per head (H,) acts on them too.
+    on every grid; a factor per head (H,) acts on them too: `terms.scale_heads`.
+
+    forbids: True for one that needs a weight of exactly 0 between tokens that a shift brought
+        together, whatever their logits; Swin's mask of -100 gives them exp(-100) of it.
     """
+
+    forbids = False
 
     def forward(self, terms: OffsetTerms) -> OffsetTerms:
         """terms.scale (T or 1, H), terms.bias (T, H) or None -> the same."""
         raise NotImplementedError
+
+    def after_mixing(self, logits: Tensor, terms: OffsetTerms) -> Tensor:
+        """Logits (B*nW, H, N, N) whose heads logit mixers have mixed -> the same; for a mask, which
+        must not be mixed.
+        """
+        return logits
 
 
 class LogitMixer(Modifier):
