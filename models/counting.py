@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from kernels.modes import without_autocast
-from models.attention.modifiers import Modifier
+from models.attention.modifiers import LogitMixer, MapModifier
 from models.attention.softmax import SoftmaxAttention
 
 _ATEN = torch.ops.aten
@@ -98,7 +98,7 @@ def _count(model: nn.Module, images: Tensor) -> Macs:
     handles = [
         handle
         for module in model.modules()
-        if isinstance(module, Modifier)
+        if isinstance(module, (LogitMixer, MapModifier))
         for handle in (
             module.register_forward_pre_hook(counter.enter),
             module.register_forward_hook(counter.leave),
@@ -120,7 +120,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        # modifiers: how many are at work, one inside the other
+        # modifiers: how many of the N x N matrix are at work, one inside the other
         self.macs = Macs()
         self.modifiers = 0
 

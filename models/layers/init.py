@@ -2,7 +2,7 @@
 
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,20 @@ def trunc_normal(tensor: Tensor, std: float) -> Tensor:
     if not std:
         return nn.init.zeros_(tensor)
     return tensor if is_fake(tensor) else nn.init.trunc_normal_(tensor, std=std)
+
+
+def set_values(parts: Iterable[Tensor], values: Callable[[], Iterable[Tensor]]) -> None:
+    """Copies `values()` into `parts`, one each, with no gradient to be recorded. They are not even
+    computed for parts without values of their own (meta, fake), which are written all the same, so
+    that the change shows.
+    """
+    parts = list(parts)
+    if any(part.is_meta or is_fake(part) for part in parts):
+        for part in parts:
+            part.zero_()
+        return
+    for part, value in zip(parts, values(), strict=True):
+        part.copy_(value)
 
 
 def init_linear_and_norm(module: nn.Module) -> None:
