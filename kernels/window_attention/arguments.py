@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .epilogue import Epilogue
+from .epilogue import FACTORS, Epilogue
 from .layout import WindowLayout
 from .terms import OffsetTerms
 
@@ -55,8 +55,8 @@ def check_grid(qkv: Tensor, layout: WindowLayout) -> None:
 
 def check_epilogue(epilogue: Epilogue | None, qkv: Tensor, num_heads: int) -> None:
     """Raises ValueError, in one line, for factors that are not those of qkv's heads."""
-    given = {} if epilogue is None else vars(epilogue)
-    for name, factor in given.items():
+    for name in FACTORS:
+        factor = None if epilogue is None else getattr(epilogue, name)
         if factor is None:
             continue
         if tuple(factor.shape) != (num_heads,) or not factor.is_floating_point():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LEAST_NORM = 1e-8  # of |v|^2
+FACTORS = ("alpha", "beta", "exclusion")
 
 
 @dataclass(frozen=True)

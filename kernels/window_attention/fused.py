@@ -10,7 +10,7 @@ from kernels.modes import autocast_dtype
 
 from . import operations, selfcheck
 from .arguments import check_arguments, check_epilogue
-from .epilogue import Epilogue, apply_epilogue
+from .epilogue import FACTORS, Epilogue, apply_epilogue
 from .layout import WindowLayout
 from .reference import merge_windows, window_attention_reference, with_endings
 from .terms import OffsetTerms
@@ -150,9 +150,7 @@ def window_attention_fused(
         None if table is None else table.float().expand(-1, num_heads) for table in tables
     )
     seed = torch.randint(2**63 - 1, (1,), device=qkv.device) if dropout else None
-    factors = [None] * 3
-    if epilogue is not None:
-        factors = [epilogue.alpha, epilogue.beta, epilogue.exclusion]
+    factors = [None if epilogue is None else getattr(epilogue, name) for name in FACTORS]
     factors = [None if x is None else x.float() for x in factors]
     differentiable = (qkv, scale, bias, post, *factors)
     need_lse = torch.is_grad_enabled() and any(

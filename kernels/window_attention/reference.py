@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.modes import without_autocast
+
 from .arguments import check_arguments, check_epilogue, check_grid
 from .epilogue import Epilogue, apply_epilogue
 from .layout import WindowLayout, crop_grid, pad_grid, window_partition, window_reverse
@@ -130,8 +132,12 @@ def with_endings(
 def log_sum_exp(
     qkv: Tensor, terms: OffsetTerms, layout: WindowLayout, num_heads: int, cosine: bool = False
 ) -> Tensor:
-    """log sum_j exp(S_ij) of the logits S of `window_attention_reference`: (B, H, W, heads)."""
+    """log sum_j exp(S_ij) of the logits S of `window_attention_reference`: (B, H, W, heads), in
+    float32 or wider, the products too.
+    """
     check_arguments(qkv, terms, layout, num_heads)
-    q, k, _ = split_windows(qkv, layout, num_heads)
-    logits = masked_logits(q, k, terms, layout.mask, cosine)
-    return merge_windows(logits.logsumexp(-1, keepdim=True), layout)
+    with without_autocast(qkv.device.type):
+        wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+        q, k, _ = split_windows(wide, layout, num_heads)
+        logits = masked_logits(q, k, terms, layout.mask, cosine)
+        return merge_windows(logits.logsumexp(-1, keepdim=True), layout)

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from kernels.linear import mlp, precision, products
-from kernels.window_attention import OffsetTerms, fused, window_attention, window_layout
+from kernels.window_attention import (
+    Epilogue,
+    OffsetTerms,
+    fused,
+    window_attention,
+    window_layout,
+)
 from models.attention import AttentionSpec, neighbourhood
 from models.attention.geometry import Geometry
 from models.attention.global_attention import GlobalAttention
@@ -52,6 +58,18 @@ def attention(backend: str, cosine: bool = False) -> Callable[..., Tensor]:
     def function(qkv, scale, bias, *post):
         terms = OffsetTerms(LAYOUT.window, scale, bias, *post)
         return window_attention(qkv, terms, LAYOUT, 2, cosine, backend=backend)
+
+    return function
+
+
+def with_ending(backend: str, kind: str) -> Callable[..., Tensor]:
+    """Result and log-sum-exp of attention with an epilogue, side by side."""
+
+    def function(qkv, scale, bias, *factors):
+        epilogue = Epilogue(*factors) if kind == "affine" else Epilogue(exclusion=factors[0])
+        terms = OffsetTerms(LAYOUT.window, scale, bias)
+        options = {"backend": backend, "epilogue": epilogue, "return_lse": True}
+        return torch.cat(window_attention(qkv, terms, LAYOUT, 2, **options), -1)
 
     return function
 
@@ -112,6 +130,17 @@ OPERATIONS = [
             2e-4,
         )
         for cosine, scale, post in ((False, TABLE, [TABLE]), (True, (1, 2), []))
+    ),
+    *(
+        Operation(
+            ("GeneratedBackwardFor_idsw_window_attention_forward_defaultBackward",),
+            with_ending("fused", kind),
+            with_ending("reference", kind),
+            (QKV, (1, 2), TABLE, *((2,) for _ in range(factors))),
+            F32,
+            2e-4,
+        )
+        for kind, factors in (("affine", 2), ("exclusive", 1))
     ),
     *(
         Operation(
