@@ -70,6 +70,13 @@ REFUSED: dict[tuple[str, str], str] = {
     ("vit", "gpsa"): "class token",
     ("pit", "gpsa"): "class token",
     ("refined_vit", "gpsa"): "class token",
+    ("swinv2", "qk_norm"): "divides q and k by their norms",
+    ("timm", "qk_norm"): "norms q and k already",
+    ("swinv2", "impulse_bias"): "by an MLP",
+    **{
+        (family, "impulse_bias"): "no position bias"
+        for family in ("vit", "cait", "pit", "t2t", "refined_vit", "timm")
+    },
 }
 # Arms that another family than Swin tries by default.
 HOME: dict[str, str] = {}

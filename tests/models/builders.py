@@ -17,6 +17,8 @@ from models import (
 )
 from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS, OutputModifier, ProjectionModifier
+from models.attention.modifiers.mimetic import Mimetic
+from models.attention.modifiers.orthogonal import Orthogonal
 from registry import parse_call
 
 FAMILIES = {
@@ -100,17 +102,17 @@ NO_GRADIENT = {
 
 
 def modified(family: str, *texts: str) -> torch.nn.Module:
-    """`small` with modifiers. T2T's token transformers refuse what adds x to q and k of another
-    width; its blocks take it. Refined ViT's blocks with a shared map refuse what changes the heads'
+    """`small` with modifiers. T2T's token transformers refuse what needs q, k and v as wide as x;
+    its blocks take it. Refined ViT's blocks with a shared map refuse what changes the heads'
     results; without sharing they take it.
     """
     kinds = [MODIFIERS[parse_call(text)[0]] for text in texts]
 
-    def any_is(wanted: type) -> bool:
+    def any_is(wanted) -> bool:
         return any(isinstance(kind, type) and issubclass(kind, wanted) for kind in kinds)
 
     changes = {}
-    if family == "t2t" and any_is(ProjectionModifier):
+    if family == "t2t" and any_is((ProjectionModifier, Mimetic, Orthogonal)):
         changes["modified"] = "blocks"
     if family == "refined_vit" and any_is(OutputModifier):
         changes["share_every"] = 1

@@ -60,6 +60,7 @@ WORDS = {  # that some part takes
     *("one_plus", "sigmoid16", "logits", "probs", "zeros", "ones", "paper", "release", "relu6"),
     *("row", "raster", "key_grid", "query_grid", "include", "exclude", "preset", "qk", "q", "k"),
     *("l2", "softmax", "shared", "per_head", "mask", "zero", "sqrt_d", "other", "off"),
+    *("dct", "random", "match", "qkv", "auto", "layer", "rms", "head", "element", "open"),
 }
 
 
