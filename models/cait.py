@@ -3,6 +3,7 @@ class token asks them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -46,10 +47,11 @@ class ScaledBlock(TokenBlock):
             nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_v: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """(B, N, C) -> (B, N, C)."""
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
-        return self.feed(x)
+        y, handed = self.attended(self.norm1(x), first_v=first_v)
+        x = self.feed(x + self.drop_path(self.edited(self.gamma_1 * y, x)))
+        return x if handed is None else (x, handed)
 
     def feed(self, x: Tensor) -> Tensor:
         """The branch of the MLP: (B, N, C) -> (B, N, C)."""
@@ -176,8 +178,9 @@ class CaiT(TokenTransformer):
         self.blocks = nn.ModuleList()
         rates = drop_path_rates(drop_path_rate, depth, drop_path_profile)
         for number, rate in enumerate(rates, 1):
+            place = replace(geometry, block=number - 1)
             attn = TalkingHeadsAttention(
-                geometry, spec, qkv_bias, None, drop_rate, mixing, mixing_bias
+                place, spec, qkv_bias, None, drop_rate, mixing, mixing_bias
             )
             gamma = gamma_at(layer_scale, number)
             self.blocks.append(ScaledBlock(embed_dim, attn, hidden, drop_rate, rate, gamma, norm))

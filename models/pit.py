@@ -3,6 +3,7 @@ halve from stage to stage.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +201,7 @@ class PiT(TokenTransformer):
             geometry = Geometry(dim, heads, grid, prefix=self.prefix, head_dim=head_dim or 0)
             blocks = [
                 token_block(
-                    geometry,
+                    replace(geometry, block=number),
                     attention or AttentionSpec(),
                     mlp_ratio,
                     qkv_bias=qkv_bias,
@@ -208,7 +209,7 @@ class PiT(TokenTransformer):
                     drop_path=next(rates),
                     norm_eps=norm_eps,
                 )
-                for _ in range(depth)
+                for number in range(depth)
             ]
             stages.append(PoolingStage(pool, blocks, self.prefix + grid[0] * grid[1]))
         self.transformers = nn.ModuleList(stages)

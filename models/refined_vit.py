@@ -3,6 +3,7 @@ block.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +81,11 @@ def patch_embedding(
 
 class MapBlock(TokenBlock):
     """x + 2 drop_path(attn(norm1(x), A)), then x + 2 drop_path(gamma mlp(norm2(x))); the map of the
-    attention is returned too.
+    attention is returned too. Branch modifiers edit the branch with its factor 2.
 
     Args:
-        attn: (x, previous map) -> (y, map) where `hands_on`, else x -> y.
+        attn: (x, previous map) -> (y, map) where `hands_on`; else as in TokenBlock, and `previous`
+            are the values that the first block hands down, if it does.
         gain: initial gamma, per channel.
         eps: of the norms.
     Shapes: x (B, N, C), previous (B, H, N, N) or None -> x, and the map (B, H, N, N) or None. State
@@ -116,13 +118,16 @@ class MapBlock(TokenBlock):
         return isinstance(self.attn, SharedMapAttention)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Step:
-        """x (B, N, C), previous (B, H, N, N) or None -> x and the map."""
+        """x (B, N, C), previous (B, H, N, N) or None -> x and the map, or what else is handed
+        down.
+        """
         if self.hands_on:
-            y, attn = self.attn(self.norm1(x), previous)
+            y, handed = self.attn(self.norm1(x), previous)
         else:
-            y, attn = self.attn(self.norm1(x)), None
-        x = x + 2 * self.drop_path(y)
-        return x + 2 * self.drop_path(self.ls2(self.mlp(self.norm2(x)))), attn
+            y, handed = self.attended(self.norm1(x), first_v=previous)
+            handed = previous if handed is None else handed
+        x = x + self.drop_path(self.edited(2 * y, x))
+        return x + 2 * self.drop_path(self.ls2(self.mlp(self.norm2(x)))), handed
 
 
 def run_map_blocks(
@@ -257,20 +262,27 @@ class RefinedViT(TokenTransformer):
         geometry = Geometry(embed_dim, num_heads, self.patch_embed.patches_resolution, prefix=1)
         hands_on = any(shared) or carry or cos_reg > 0
 
-        def attend(shares: bool) -> nn.Module:
+        def attend(shares: bool, number: int) -> nn.Module:
             if shares:
                 return SharedMapAttention(geometry, refine, qkv_bias, drop_rate, spec.drop)
             if hands_on:
                 return MapAttention(geometry, spec, qkv_bias, drop_rate, carry, any(shared))
-            return global_attention(geometry, spec, qkv_bias=qkv_bias, proj_drop=drop_rate)
+            place = replace(geometry, block=number)
+            return global_attention(place, spec, qkv_bias=qkv_bias, proj_drop=drop_rate)
 
         hidden = int(embed_dim * mlp_ratio)
         rates = drop_path_rates(drop_path_rate, depth, drop_path_profile)
         self.blocks = nn.ModuleList()
-        for shares, rate in zip(shared, rates, strict=True):
-            attn = attend(shares)
+        for number, (shares, rate) in enumerate(zip(shared, rates, strict=True)):
+            attn = attend(shares, number)
             self.blocks.append(
                 MapBlock(embed_dim, attn, hidden, drop_rate, rate, mlp_gain, norm_eps, hands_on)
+            )
+        if any(shared) and self.blocks[0].edits:
+            raise ValueError(
+                f"refined_vit: {', '.join(self.blocks[0].edits)} edits the attention branch of"
+                " every block, and blocks that share a map take no modifiers; set"
+                " MODEL.REFINED_VIT.SHARE_EVERY 1"
             )
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()

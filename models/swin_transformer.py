@@ -42,11 +42,18 @@ class SwinTransformerBlock(AttentionBlock):
         """The attention of this block."""
         return window_attention(WindowAttention, block_geometry(self), **self.attention_options)
 
-    def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
-        """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
+    def forward(
+        self, x: Tensor, grid: Size | None = None, first_v: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (B, L, C) on `grid` (default: the resolution it was built for).
+
+        first_v: what the first block of the stage hands down, beside its tokens, if it does.
+        """
         grid = grid or self.input_resolution
-        x = x + self.drop_path(self.attend(self.norm1(x), grid))
-        return x + self.drop_path(self.mix(self.norm2(x), grid))
+        y, handed = self.attend(self.norm1(x), grid, first_v)
+        x = x + self.drop_path(self.edited(y, x))
+        x = x + self.drop_path(self.mix(self.norm2(x), grid))
+        return x if handed is None else (x, handed)
 
 
 @BACKBONES.register("swin")

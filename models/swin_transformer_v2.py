@@ -46,11 +46,18 @@ class SwinTransformerBlockV2(AttentionBlock):
             **self.attention_options,
         )
 
-    def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
-        """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
+    def forward(
+        self, x: Tensor, grid: Size | None = None, first_v: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (B, L, C) on `grid` (default: the resolution it was built for).
+
+        first_v: what the first block of the stage hands down, beside its tokens, if it does.
+        """
         grid = grid or self.input_resolution
-        x = x + self.drop_path(self.norm1(self.attend(x, grid)))
-        return x + self.drop_path(self.norm2(self.mix(x, grid)))
+        y, handed = self.attend(x, grid, first_v)
+        x = x + self.drop_path(self.edited(self.norm1(y), x))
+        x = x + self.drop_path(self.norm2(self.mix(x, grid)))
+        return x if handed is None else (x, handed)
 
 
 @BACKBONES.register("swinv2")

@@ -2,6 +2,7 @@
 positions, blocks, the mean of the tokens.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec, Geometry, GlobalAttention
+from models.attention.modifiers import BranchModifier
 from models.base.backbone import BACKBONES
 from models.base.token_block import TokenBlock
 from models.base.tokens import TokenTransformer
@@ -27,8 +29,8 @@ class SkipAttention(GlobalAttention):
     With "value" the result is as wide as v, whatever the input: attention can so change the number
     of channels.
     Shapes: (B, N, C) -> (B, N, heads * D) with "value", else (B, N, C). State dict: qkv, proj.
-    Raises: ValueError for another word, and for a mixer instead of softmax attention, which
-        has no v to add.
+    Raises: ValueError for another word, for a mixer instead of softmax attention, which has no v
+        to add, and for a branch modifier beside a skip.
     Source: Tokens-to-Token ViT, arXiv:2101.11986, and its released code.
     """
 
@@ -50,6 +52,12 @@ class SkipAttention(GlobalAttention):
         out_dim = geometry.inner if skip == "value" else geometry.dim
         super().__init__(geometry, spec, qkv_bias, qk_scale, proj_drop, out_dim)
         self.skip = skip
+        if skip != "none" and (edits := self.names_of(BranchModifier)):
+            raise ValueError(
+                f"{', '.join(edits)} edits what a block adds to the residual stream, and this"
+                " attention adds a skip of its own to that (in the blocks not with"
+                " MODEL.T2T.PRESET paper)"
+            )
 
     def finish(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
         """The result of the projection with the skip."""
@@ -279,8 +287,10 @@ class T2TViT(TokenTransformer):
         hidden = int(embed_dim * mlp_ratio)
         norm = partial(nn.LayerNorm, eps=norm_eps)
         self.blocks = nn.ModuleList()
-        for rate in drop_path_rates(drop_path_rate, depth, drop_path_profile):
-            attn = SkipAttention(geometry, spec, qkv_bias, None, drop_rate, skip)
+        rates = drop_path_rates(drop_path_rate, depth, drop_path_profile)
+        for number, rate in enumerate(rates):
+            place = replace(geometry, block=number)
+            attn = SkipAttention(place, spec, qkv_bias, None, drop_rate, skip)
             self.blocks.append(
                 TokenBlock(embed_dim, attn, hidden, drop_rate, rate, norm_layer=norm)
             )

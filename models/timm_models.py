@@ -11,7 +11,8 @@ from torch import nn
 from checkpoint import check_initial, loses_bias, model_residual, to_qk_residual
 from kernels.window_attention.layout import Size, to_pair
 from models.attention import AttentionSpec
-from models.attention.timm_attention import replacement
+from models.attention.softmax import SoftmaxAttention
+from models.attention.timm_attention import full_name, replacement
 from models.base.backbone import BACKBONES, Backbone, attention_spec
 from models.base.options import SOFTMAX, pixels
 from registry import did_you_mean, option_annotations, parse_call, read_options
@@ -37,6 +38,12 @@ INSTEAD = {
     "resnet": "sasa_resnet",
 }  # MODEL.TYPE by name
 
+# Blocks that add what their attention gives, scaled by channel or not, to the residual stream.
+PRE_NORM_BLOCKS = (
+    "timm.models.vision_transformer.Block",
+    "timm.models.beit.Block",
+    "timm.models.cait.LayerScaleBlock",
+)
 SETTINGS = {  # options of timm's constructors that have a key of their own
     "num_classes": "MODEL.NUM_CLASSES",
     "in_chans": "MODEL.TIMM.IN_CHANS",
@@ -266,11 +273,12 @@ def exchange_attention(net: nn.Module, name: str, spec: AttentionSpec) -> None:
         )
     for path, module in found.items():
         parent, _, leaf = path.rpartition(".")
-        setattr(
-            net.get_submodule(parent),
-            leaf,
-            replacement(module)(module, tuple(grid), getattr(net, "num_prefix_tokens", 0), spec),
-        )
+        block = net.get_submodule(parent)
+        prefix = getattr(net, "num_prefix_tokens", 0)
+        attention = replacement(module)(module, tuple(grid), prefix, spec)
+        if isinstance(attention, SoftmaxAttention) and full_name(block) in PRE_NORM_BLOCKS:
+            attention.ends_branch = not attention.reads_stream()
+        setattr(block, leaf, attention)
 
 
 def _similar(name: str) -> str:

@@ -2,6 +2,8 @@
 a head.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -91,9 +93,10 @@ class VisionTransformer(TokenTransformer):
             prefix=self.prefix,
             head_dim=head_dim or 0,
         )
+        rates = drop_path_rates(drop_path_rate, depth, drop_path_profile)
         self.blocks = nn.ModuleList(
             token_block(
-                geometry,
+                replace(geometry, block=number),
                 attention or AttentionSpec(),
                 mlp_ratio,
                 qkv_bias=qkv_bias,
@@ -102,7 +105,7 @@ class VisionTransformer(TokenTransformer):
                 layer_scale=layer_scale,
                 norm_eps=norm_eps,
             )
-            for rate in drop_path_rates(drop_path_rate, depth, drop_path_profile)
+            for number, rate in enumerate(rates)
         )
         self.norm = nn.LayerNorm(embed_dim, norm_eps) if pool == "token" else nn.Identity()
         self.fc_norm = nn.LayerNorm(embed_dim, norm_eps) if pool == "mean" else nn.Identity()

@@ -23,6 +23,8 @@ class Geometry:
     prefix: leading tokens that have no place on the grid (class tokens). For attention over a whole
         image the window is its grid.
     head_dim: channels of a head; 0 is dim / num_heads.
+    block: its place, from 0, in a chain of blocks that hand the values of the first one down; None
+        where blocks hand nothing down.
     """
 
     dim: int
@@ -31,6 +33,7 @@ class Geometry:
     pretrained_window: Size = (0, 0)
     prefix: int = 0
     head_dim: int = 0
+    block: int | None = None
 
     @property
     def head_channels(self) -> int:

@@ -47,10 +47,11 @@ class GlobalAttention(SoftmaxAttention):
         """scale (1, heads); no bias."""
         return OffsetTerms(self.window_size, self.uniform_scale, prefix=self.geometry.prefix)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+    def forward(self, x: Tensor, first_v: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, N, C) -> (B, N, C); with the values of a chain's first block see the base."""
         x, layout = self.as_window(x)
-        return super().forward(x, layout).flatten(1, 2)
+        y = super().forward(x, layout, first_v)
+        return (y[0].flatten(1, 2), y[1]) if isinstance(y, tuple) else y.flatten(1, 2)
 
     def as_window(self, x: Tensor) -> tuple[Tensor, WindowLayout]:
         """(B, N, C) as one window (B, rows, columns, C), and its layout."""

@@ -60,6 +60,14 @@ class Modified(nn.Module):
         """
         return ()
 
+    def names_of(self, kind: type[Modifier]) -> list[str]:
+        """The config's modifiers that consist of, or contain, one of this kind."""
+        return [
+            name
+            for name, modifier in self.modifiers.items()
+            if any(isinstance(part, kind) for part in _members(modifier))
+        ]
+
     def _stage(self, kind: type[Modifier]) -> list[Modifier]:
         built_in = zip(self.built_in(), self.built_in_kinds, strict=False)
         return [part for part, its in built_in if issubclass(its, kind)] + self._configured(kind)

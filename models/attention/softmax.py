@@ -49,6 +49,7 @@ class SoftmaxAttention(Projection):
     """
 
     cosine = False
+    ends_branch = False  # whether the branch modifiers act at its end, not in the block
 
     def __init__(self, geometry: Geometry, spec: AttentionSpec):
         super().__init__()
@@ -73,6 +74,8 @@ class SoftmaxAttention(Projection):
         self.proj_drop = nn.Dropout(proj_drop)
         self.add_modifiers(self.spec.modifiers, self.geometry)
         self._check_output_modifiers()
+        parts = [*self._configured(TokenModifier), *self._configured(OutputModifier)]
+        self.reads_first_v = _any_reads(parts, "first_v")
         self.logit_tap = nn.Identity()
         self.map_tap = nn.Identity()
 
@@ -120,16 +123,35 @@ class SoftmaxAttention(Projection):
                 terms = modifier(terms)
         return terms
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 3C): the projected tokens as attention takes them."""
+    def tokens(self, x: Tensor, first_v: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., 3C): the projected tokens as attention takes them.
+
+        first_v: v of the first block of the chain, (..., C).
+        Raises: ValueError where a modifier needs it and it was not handed down.
+        """
+        if self.reads_first_v and self.geometry.block and first_v is None:
+            raise ValueError(
+                f"attention of block {self.geometry.block}: {list(self.spec.modifiers)} need the"
+                " values of the first block of its chain; call the blocks through the model, with"
+                " the first one's attention in its place"
+            )
         qkv = self.project(x)
         for modifier in self._stage(TokenModifier):
-            qkv = modifier(qkv)
+            qkv = modifier(qkv, first_v=first_v) if "first_v" in modifier.reads else modifier(qkv)
         return qkv
 
-    def forward(self, x: Tensor, layout: WindowLayout) -> Tensor:
-        """x: (B, H, W, C) with the grid of `layout` -> (B, H, W, C)."""
-        qkv = self.tokens(x)
+    def forward(
+        self, x: Tensor, layout: WindowLayout, first_v: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: (B, H, W, C) with the grid of `layout` -> (B, H, W, C).
+
+        In the first block of a chain whose modifiers read its values also these, (B, H, W, inner);
+        `first_v` are these in the others.
+        """
+        qkv = self.tokens(x, first_v)
+        starts = self.reads_first_v and self.geometry.block == 0
+        if starts:
+            first_v = qkv[..., -self.geometry.inner :]
         layout = self._masked(layout)
         outputs = self._stage(OutputModifier)
         with_lse = _any_reads(outputs, "lse")
@@ -152,7 +174,8 @@ class SoftmaxAttention(Projection):
             if epilogue is not None:
                 y = outputs[0].after_epilogue(y, qkv[..., -self.geometry.inner :], layout)
                 outputs = outputs[1:]
-        return self._result(self._edit(outputs, y, x, layout, qkv, lse), x, qkv)
+        y = self._result(self._edit(outputs, y, x, layout, qkv, lse, first_v), x, qkv)
+        return (y, first_v) if starts else y
 
     def with_map(
         self, x: Tensor, layout: WindowLayout, carried: Tensor | None = None
@@ -193,9 +216,10 @@ class SoftmaxAttention(Projection):
         layout: WindowLayout,
         qkv: Tensor,
         lse: Tensor | None,
+        first_v: Tensor | None = None,
     ) -> Tensor:
         """What the output modifiers make of the heads' results y."""
-        given = {"qkv": qkv, "lse": lse, "attend": partial(self._attend, qkv)}
+        given = {"qkv": qkv, "lse": lse, "first_v": first_v, "attend": partial(self._attend, qkv)}
         v = qkv[..., -self.geometry.inner :]
         for modifier in outputs:
             y = modifier(y, v, x, layout, **{name: given[name] for name in modifier.reads})
@@ -203,15 +227,20 @@ class SoftmaxAttention(Projection):
 
     def _result(self, y: Tensor, x: Tensor, qkv: Tensor) -> Tensor:
         y = run_linear(self.proj, self.before_projection(y, x))
-        return self.finish(self.proj_drop(y), x, qkv)
+        o = self.finish(self.proj_drop(y), x, qkv)
+        return self.on_branch(o, None) if self.ends_branch else o
 
-    def on_branch(self, o: Tensor, stream: Tensor) -> Tensor:
+    def on_branch(self, o: Tensor, stream: Tensor | None) -> Tensor:
         """What the branch modifiers make of o, which the block is about to add to the residual
         stream: both (B, N, C) -> the same.
         """
         for modifier in self._stage(BranchModifier):
             o = modifier(o, stream)
         return o
+
+    def reads_stream(self) -> bool:
+        """Whether a branch modifier needs the residual stream."""
+        return any(modifier.reads_stream for modifier in self._stage(BranchModifier))
 
     def before_projection(self, y: Tensor, x: Tensor) -> Tensor:
         """The heads' results y, given the module's input x; a form that norms or gates them does it
@@ -331,7 +360,7 @@ def _read_by(modules: list[nn.Module]) -> tuple[list[nn.Module], list[Tensor]] |
     return seen, present(read)
 
 
-def _any_reads(outputs: list[OutputModifier], name: str) -> bool:
+def _any_reads(outputs: list[TokenModifier | OutputModifier], name: str) -> bool:
     """Whether one of the modifiers asks for `name`."""
     for modifier in outputs:
         if name in modifier.reads:

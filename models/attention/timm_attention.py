@@ -193,4 +193,9 @@ REPLACEMENTS = {
 
 def replacement(module: nn.Module) -> type[nn.Module] | None:
     """What replaces a timm module; None for one that is no attention of a known class."""
-    return REPLACEMENTS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    return REPLACEMENTS.get(full_name(module))
+
+
+def full_name(module: nn.Module) -> str:
+    """Of its class, as in REPLACEMENTS."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"

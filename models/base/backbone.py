@@ -11,6 +11,8 @@ from models.layers.init import init_linear_and_norm
 from models.layers.pre_mlp import PreMlp
 from registry import Registry
 
+from .attention_block import check_blocks
+
 BACKBONES = Registry("backbone")
 
 
@@ -52,7 +54,10 @@ class Backbone(nn.Module):
     def initialise(self) -> None:
         """Initial values: `initialise_weights`, then each modifier draws its own, whatever else the
         model holds.
+
+        Raises: ValueError for modifiers that no block would call.
         """
+        check_blocks(self)
         self.initialise_weights()
         for name, module in self.named_modules():
             if isinstance(module, Modified):

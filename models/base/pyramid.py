@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec
@@ -18,6 +17,7 @@ from models.layers.patch_embed import PatchEmbed, PatchMerging, resize_positions
 from models.layers.pre_mlp import PLACES, PreMlp
 from registry import check_choice
 
+from .attention_block import run_blocks
 from .backbone import Backbone
 from .options import DEPTH, PYRAMID, pixels
 
@@ -120,10 +120,7 @@ class Stage(nn.Module):
         """Everything before the merging: (B, L, C) -> (B, L, C)."""
         if self.pre_mlp is not None:
             x = self.pre_mlp(x)
-        again = self.use_checkpoint and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, grid, use_reentrant=False) if again else block(x, grid)
-        return x
+        return run_blocks(self.blocks, x, grid, again=self.use_checkpoint)
 
     def forward(self, x: Tensor, grid: Size | None = None) -> Tensor:
         """x: (B, L, C) on `grid` (default: the resolution it was built for)."""
@@ -243,6 +240,7 @@ class PyramidTransformer(Backbone):
             num_heads=options.num_heads[stage],
             window_size=options.window_size,
             shifted=block % 2 == 1,
+            number=block,
             mlp_ratio=options.mlp_ratio,
             drop=options.drop_rate,
             drop_path=drop_path,

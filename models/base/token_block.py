@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from models.layers.drop_path import stochastic_depth
 from models.layers.mlp import Mlp
 
+from .attention_block import BranchEditor
+
 
 class LayerScale(nn.Module):
     """x * gamma, one factor a channel.
@@ -26,7 +28,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class TokenBlock(nn.Module):
+class TokenBlock(BranchEditor):
     """x + drop_path(ls1(attn(norm1(x)))), then x + drop_path(ls2(mlp(norm2(x)))).
 
     Args:
@@ -35,7 +37,9 @@ class TokenBlock(nn.Module):
         drop: dropout in the MLP.
         drop_path: stochastic depth of both branches.
         layer_scale: initial gamma of ls1 and ls2; None leaves them out.
-    Shapes: (B, N, C) -> (B, N, C). State-dict keys are timm's ViT block's.
+    Shapes: (B, N, C) -> (B, N, C). State-dict keys are timm's ViT block's. Branch modifiers edit
+        what ls1 gives. The first block of a chain may hand the values of its attention down: it
+        returns them too, and the others take them as `first_v`.
     """
 
     def __init__(
@@ -53,16 +57,19 @@ class TokenBlock(nn.Module):
         self.hidden = hidden
         self.norm1 = norm_layer(dim)
         self.attn = attn
+        self.note_edits()
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, hidden, drop)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = stochastic_depth(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_v: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """(B, N, C) -> (B, N, C)."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        y, handed = self.attended(self.norm1(x), first_v=first_v)
+        x = x + self.drop_path(self.edited(self.ls1(y), x))
+        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return x if handed is None else (x, handed)
 
     def flops(self, tokens: int) -> int:
         """Multiply-accumulates of the linear layers and the attention products for one image; norms

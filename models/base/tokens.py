@@ -4,15 +4,14 @@ head.
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.window_attention.layout import Size
 from models.attention import AttentionSpec, Geometry
 from models.attention.build import global_attention
 from models.layers.patch_embed import PatchEmbed
 
+from .attention_block import run_blocks
 from .backbone import Backbone, attention_spec
 from .options import DEPTH, SOFTMAX, pixels
 from .token_block import TokenBlock
@@ -81,10 +80,7 @@ class TokenTransformer(Backbone):
         """(B, N, C) through the blocks, whose activations are computed again in the backward if
         `use_checkpoint`.
         """
-        again = self.use_checkpoint and torch.is_grad_enabled()
-        for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        return x
+        return run_blocks(blocks, x, again=self.use_checkpoint)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""

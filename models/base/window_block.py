@@ -11,6 +11,8 @@ from models.layers.init import own_random_numbers
 from models.layers.mlp import Mlp
 from models.layers.sw_mlp import make_sw_mlp
 
+from .attention_block import BranchEditor
+
 
 def clamp_window(resolution: Size, window_size: int | Size, shifted: bool) -> tuple[Size, Size]:
     """(window, shift) of a block on a map of `resolution` tokens: a shift is half the window.
@@ -92,9 +94,12 @@ class WindowBlock(nn.Module):
         return f"{self.input_resolution}, window={self.window_size}, shift={self.shift_size}"
 
 
-class AttentionBlock(WindowBlock):
+class AttentionBlock(WindowBlock, BranchEditor):
     """Base of the Swin and SwinV2 blocks: registers the mask, and builds norms, attention, MLP and
     S.W. MLP in the released order.
+
+    number: its place in the stage, from 0; the first block of a stage may hand the values of its
+        attention down to the others. None: it hands nothing down.
     """
 
     def __init__(
@@ -109,8 +114,10 @@ class AttentionBlock(WindowBlock):
         drop_path: nn.Module,
         norm_layer: type[nn.Module],
         sw_mlp: str,
+        number: int | None = None,
     ):
         super().__init__(dim, input_resolution, num_heads, window_size, shifted, mlp_ratio)
+        self.number = number
         mask = None
         if any(self.shift):
             mask = self.layout(input_resolution, None).mask
@@ -118,6 +125,7 @@ class AttentionBlock(WindowBlock):
         self.register_buffer("attn_mask", mask)
         self.norm1 = norm_layer(dim)
         self.attn = self.make_attention()
+        self.note_edits()
         self.drop_path = drop_path
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
@@ -134,9 +142,15 @@ class AttentionBlock(WindowBlock):
             x = self.sw_mlp(x.unflatten(1, grid), self.layout(grid, x.device)).flatten(1, 2)
         return self.mlp(x)
 
-    def attend(self, x: Tensor, grid: Size) -> Tensor:
-        """The attention branch, (B, L, C) -> (B, L, C)."""
-        return self.attn(x.unflatten(1, grid), self.layout(grid, x.device)).flatten(1, 2)
+    def attend(
+        self, x: Tensor, grid: Size, first_v: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention branch, (B, L, C) -> (B, L, C), and the values that the block hands down,
+        (B, rows, columns, C), if it does.
+        """
+        layout = self.layout(grid, x.device)
+        y, handed = self.attended(x.unflatten(1, grid), layout, first_v=first_v)
+        return y.flatten(1, 2), handed
 
     def flops(self) -> float:
         """Multiply-accumulates for one image by Swin's count (softmax, bias and position
@@ -151,7 +165,8 @@ class AttentionBlock(WindowBlock):
 
 def block_geometry(block: WindowBlock, pretrained_window: Size = (0, 0)) -> Geometry:
     """Where the tokens of a block's attention sit."""
-    return Geometry(block.dim, block.num_heads, block.window, pretrained_window)
+    place = getattr(block, "number", None)
+    return Geometry(block.dim, block.num_heads, block.window, pretrained_window, block=place)
 
 
 __all__ = ["AttentionBlock", "WindowBlock", "block_geometry", "clamp_window", "one_number"]

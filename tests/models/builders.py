@@ -101,12 +101,22 @@ NO_GRADIENT = {
 }
 
 
+# The form of a family that takes what its blocks add to the residual stream or hand down.
+OF_BLOCKS = ("branch_gain", "orthogonal_update", "value_residual", "neutreno")
+CHAINS = {
+    "pit": {"depths": (2, 1)},
+    "t2t": {"modified": "blocks"},
+    "refined_vit": {"share_every": 1, "carry": False},
+}
+
+
 def modified(family: str, *texts: str) -> torch.nn.Module:
     """`small` with modifiers. T2T's token transformers refuse what needs q, k and v as wide as x;
     its blocks take it. Refined ViT's blocks with a shared map refuse what changes the heads'
     results; without sharing they take it.
     """
-    kinds = [MODIFIERS[parse_call(text)[0]] for text in texts]
+    names = [parse_call(text)[0] for text in texts]
+    kinds = [MODIFIERS[name] for name in names]
 
     def any_is(wanted) -> bool:
         return any(isinstance(kind, type) and issubclass(kind, wanted) for kind in kinds)
@@ -116,6 +126,8 @@ def modified(family: str, *texts: str) -> torch.nn.Module:
         changes["modified"] = "blocks"
     if family == "refined_vit" and any_is(OutputModifier):
         changes["share_every"] = 1
+    if not set(names).isdisjoint(OF_BLOCKS):
+        changes |= CHAINS.get(family, {})
     return small(family, attention=AttentionSpec(texts), **changes)
 
 

@@ -82,9 +82,14 @@ WeightModifier = ProjectionModifier  # its former name
 class TokenModifier(Modifier):
     """Changes the projected tokens, after all projection modifiers and before attention; keeps the
     fused kernel.
+
+    reads: what its forward is given besides, by keyword: "first_v", the projected v of the first
+        block of the chain (see Geometry.block), (..., C); None in that block itself.
     """
 
-    def forward(self, qkv: Tensor) -> Tensor:
+    reads: tuple[str, ...] = ()
+
+    def forward(self, qkv: Tensor, **read: Any) -> Tensor:
         """(..., 3C), q, k and v, each split into heads -> the same; not in place."""
         raise NotImplementedError
 
@@ -157,8 +162,9 @@ class OutputModifier(Modifier):
 
     reads: what its forward is given besides, by keyword: "lse", the logarithm of each row's sum of
         exp(logits), (B, H, W, heads), float32; "qkv", the projected tokens (B, H, W, 3C);
-        "attend", a function of terms and layout, which gives what the same tokens receive by them,
-        (B, H, W, inner), with the dropout and the backend of the module.
+        "first_v", the projected v of the first block of the chain (see Geometry.block); "attend", a
+        function of terms and layout, which gives what the same tokens receive by them, (B, H, W,
+        inner), with the dropout and the backend of the module.
     """
 
     reads: tuple[str, ...] = ()
@@ -187,8 +193,14 @@ class OutputModifier(Modifier):
 class BranchModifier(Modifier):
     """Changes the branch of attention where the block adds it to the residual stream: behind the
     projection, SwinV2's norm and ViT's layer scale, in front of stochastic depth.
+
+    reads_stream: whether its forward needs `stream`. One that does not also acts in timm's pre-norm
+        blocks, at the end of the attention module: there `stream` is None, o is (B, H, W, C), and
+        timm's layer scale comes behind it.
     """
 
-    def forward(self, o: Tensor, stream: Tensor) -> Tensor:
+    reads_stream = True
+
+    def forward(self, o: Tensor, stream: Tensor | None) -> Tensor:
         """o, what the block would add to `stream`, both (B, N, C) -> the same."""
         raise NotImplementedError
