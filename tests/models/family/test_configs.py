@@ -96,7 +96,15 @@ def number(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("plain", PLAIN)
+@pytest.mark.parametrize(
+    "plain",
+    [
+        "digits_swin",
+        "swin_tiny_patch4_window7_224",
+        pytest.param("swinv2_tiny_patch4_window8_256", marks=pytest.mark.slow),
+        pytest.param("vit_small_patch16_224", marks=pytest.mark.slow),
+    ],
+)
 def test_each_file_switches_one_arm_on_and_adds_its_parameters(plain):
     base, options = plain_and_options(plain)
     expected, size = to_dict(load_config(base)), number(built(base, options)[0])

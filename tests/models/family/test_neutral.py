@@ -1,0 +1,39 @@
+"""At its neutral value every arm is the plain model, bit for bit: whole models of Swin and ViT."""
+
+import pytest
+import torch
+
+from models.attention.modifiers import MODIFIERS
+from registry import parse_call
+from tests.models.builders import modified, randomise, small
+
+NEUTRAL = [
+    "affine",
+    "self_mix",
+    "shaped",
+    "value_skipinit",
+    "attn_scale",
+    "exclusive(a=0.0)",
+    "exclusive(a=learned)",
+    "self_bias",
+    "self_weight",
+    "head_temperature",
+    "value_residual",
+    "gate",
+    "gate(kind=element)",
+    "branch_gain",
+    "branch_gain(kind=channel)",
+    "sink(init=-30.0)",
+]
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("text", [text for text in NEUTRAL if parse_call(text)[0] in MODIFIERS])
+def test_a_neutral_arm_is_the_plain_model_bit_for_bit(text):
+    for family in ("swin", "vit"):
+        plain = randomise(small(family))
+        arm = modified(family, text)
+        arm.load_state_dict(plain.state_dict(), strict=False)
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                assert torch.equal(arm(IMAGES), plain(IMAGES)), (family, dtype)
