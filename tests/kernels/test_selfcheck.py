@@ -2,33 +2,59 @@
 wrong.
 """
 
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.window_attention import OffsetTerms, explain, fused, selfcheck
-from kernels.window_attention.eager import window_attention_eager
-from kernels.window_attention.reference import window_attention_reference
+from kernels.window_attention import (
+    Epilogue,
+    OffsetTerms,
+    explain,
+    fused,
+    selfcheck,
+    window_attention,
+)
+
+REFERENCE, EAGER = (
+    functools.partial(window_attention, backend=backend) for backend in ("reference", "eager")
+)
 
 
 def test_right_kernels_pass():
-    assert selfcheck.find_fault(window_attention_reference, "cpu") is None
-    assert selfcheck.find_fault(window_attention_eager, "cpu") is None
+    assert selfcheck.find_fault(REFERENCE, "cpu") is None
+    assert selfcheck.find_fault(EAGER, "cpu") is None
     if fused.missing("cpu") is None:
         assert selfcheck.find_fault(fused.window_attention_fused, "cpu") is None
 
 
-@pytest.mark.parametrize("wrong", ["shift", "scale", "bias", "output"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("shift", "scale", "bias", "output"),
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("beta", "exclusion", "log-sum-exp")),
+    ],
+)
 def test_a_wrong_kernel_is_named_with_what_is_off(wrong):
-    def kernel(qkv, terms, layout, heads):
+    def kernel(qkv, terms, layout, heads, epilogue=None, return_lse=False):
+        if wrong == "beta" and epilogue and epilogue.beta is not None:
+            epilogue = Epilogue(epilogue.alpha, epilogue.beta * 1.05)
+        if wrong == "exclusion" and epilogue and epilogue.exclusion is not None:
+            epilogue = Epilogue(exclusion=epilogue.exclusion * 1.05)
         if wrong == "scale":
             terms = terms.replace(scale=terms.scale.flip(0))
         if wrong == "bias":
             terms = terms.replace(bias=terms.bias.roll(1, 0))
         if wrong == "shift":
             qkv = qkv.roll(1, 1)
-        y = window_attention_reference(qkv, terms, layout, heads)
-        return y * 1.05 if wrong == "output" else y
+        options = {"epilogue": epilogue, "return_lse": return_lse}
+        found = REFERENCE(qkv, terms, layout, heads, **options)
+        if wrong == "output" and not return_lse:
+            return found * 1.05
+        if wrong == "log-sum-exp" and return_lse:
+            return found[0], found[1] * 1.05
+        return found
 
     assert "off by" in selfcheck.find_fault(kernel, "cpu")
 
@@ -59,4 +85,4 @@ def tensors_on(device):
 
 def test_the_check_looks_at_values_where_fake_tensors_are_asked_for():
     with FakeTensorMode():
-        assert selfcheck.find_fault(window_attention_eager, "cpu") is None
+        assert selfcheck.find_fault(EAGER, "cpu") is None

@@ -249,10 +249,7 @@ struct Backward : Head<Unit> {
             const int64_t token = this->place.token[i];
             float *const to = grad_v + i * width, *const grad = g + i * packed;
             const float* const value = v + i * packed;
-            if (token < 0) {
-                memset(to, 0, width * sizeof(float));
-                continue;
-            }
+            if (token < 0) continue;  // nothing of it is written
             const T* const from = (const T*)a.out + (token * a.heads + this->head) * this->dim;
             load_row<Floats, T>(from, result, this->dim, width);
             vf products = {}, squares = {};
