@@ -9,7 +9,7 @@ from tests.models.family.dense import (
     Place,
     cases,
     compare,
-    compare_fused,
+    compare_fused_over,
     exact,
     lone_cases,
     visible,
@@ -52,18 +52,17 @@ def test_a_fixed_share_is_the_formula_too(place, spec):
     compare(place.attention(spec), place.x(), place.layout, formula)
 
 
-@pytest.mark.parametrize("kind", ["swin", "swinv2"])
-def test_the_fused_kernel_is_as_near_to_it_as_plain_operations(kind):
-    place = Place(kind, (6, 6), (4, 4), (2, 2))
-    compare_fused(place.attention(LEARNED), place.x(), place.layout, formula)
+def test_the_fused_kernel_is_as_near_to_it_as_plain_operations():
+    compare_fused_over(cases("swin"), [LEARNED], formula)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [LEARNED, "exclusive"])
-@pytest.mark.parametrize("place", cases("swin", "swinv2") + lone_cases(), ids=str)
-def test_it_is_the_formula_everywhere_fused_too(place, spec):
-    compare(place.attention(spec), place.x(), place.layout, formula)
-    compare_fused(place.attention(spec), place.x(), place.layout, formula)
+def test_it_is_the_formula_everywhere_fused_too(spec):
+    places = cases("swin", "swinv2") + lone_cases()
+    compare_fused_over([*places, *cases("vit")[:1]], [spec], formula)
+    for place in places:
+        compare(place.attention(spec), place.x(), place.layout, formula)
 
 
 @every_place
