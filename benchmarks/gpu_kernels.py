@@ -31,8 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import kernel_speed, model_speed
 from benchmarks.machine import environment
 from kernels.library import loader
-from kernels.window_attention import OffsetTerms, window_attention, window_layout
+from kernels.window_attention import Epilogue, OffsetTerms, window_attention, window_layout
+from kernels.window_attention.reference import merge_windows
 from kernels.window_attention.testing import (
+    EPILOGUES,
     SMALL_CASES,
     TILED_CASES,
     Case,
@@ -65,6 +67,13 @@ QUICK = [
     Case((9, 12), (1, 1), scale="table", post=True, dtype=F16),
     Case((16, 16), (1, 1), heads=1),
 ]
+# with an epilogue, and a gradient of the log-sum-exp
+ENDED = [
+    Case((7, 7), missing=(2, 3), shift=(3, 3), epilogue="affine", lse=True),
+    Case((8, 8), (1, 2), cosine=True, epilogue="exclusive", lse=True),
+    Case((9, 12), (1, 1), scale="table", epilogue="exclusive", lse=True),
+    Case((7, 7), dtype=F32, epilogue="affine", lse=True),
+]
 # more windows than there are multiprocessors, so that a block takes several
 LARGE = [
     Case((7, 7), (8, 8), shift=(3, 3), batch=8, heads=3, scale="table"),
@@ -72,6 +81,8 @@ LARGE = [
     Case((16, 16), (4, 4), shift=(8, 8), batch=8, cosine=True),
     Case((24, 24), (2, 2), shift=(12, 12), batch=2, heads=1, scale="table"),
     Case((12, 12), (3, 3), missing=(5, 0), shift=(6, 6), batch=4, dtype=F16, dropout=0.1),
+    Case((7, 7), (8, 8), shift=(3, 3), batch=8, heads=3, epilogue="affine", lse=True),
+    Case((16, 16), (4, 4), shift=(8, 8), batch=8, epilogue="exclusive", lse=True),
 ]
 SANITIZED = [
     Case((7, 7), (2, 2), missing=(2, 3), shift=(3, 3), scale="table"),
@@ -79,6 +90,8 @@ SANITIZED = [
     Case((9, 12), (1, 2), shift=(4, 6), scale="table", post=True),
     Case((10, 10), (1, 1), heads=1, dtype=F32),
     Case((24, 24), (1, 1), heads=1, scale="table"),
+    Case((7, 7), (1, 2), missing=(2, 3), shift=(3, 3), epilogue="exclusive", lse=True),
+    Case((9, 12), (1, 1), heads=1, epilogue="affine", lse=True),
 ]
 
 
@@ -111,7 +124,7 @@ class Run:
             return QUICK
         source = random.Random(2026)
         drawn = [draw_case(source) for _ in range(200)]
-        return [*SMALL_CASES, *TILED_CASES, *LARGE, *drawn]
+        return [*SMALL_CASES, *TILED_CASES, *LARGE, *ENDED, *drawn]
 
 
 def part_build(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
@@ -132,7 +145,7 @@ def part_correctness(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
         tried += 1
     wrong += [
         f"operation, {case}: {text}"
-        for case in QUICK[:1] + QUICK[2:]
+        for case in QUICK[:1] + QUICK[2:] + ENDED
         for text in check_operation(case, run.device)
     ]
     if wrong:
@@ -146,6 +159,7 @@ def part_correctness(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:
 def check_operation(case: Case, device: str) -> list[str]:
     """What errs of the output and gradients of window_attention(backend="fused") with autograd."""
     drawn = Drawn(case)
+    factors = EPILOGUES[case.epilogue]
     inputs = {name: getattr(drawn, name) for name in GRADIENTS}
     leaves = {
         name: t.to(device, copy=True).requires_grad_()
@@ -154,8 +168,16 @@ def check_operation(case: Case, device: str) -> list[str]:
     }
     terms = OffsetTerms(case.window, leaves["scale"], leaves.get("bias"), leaves.get("post"))
     layout = window_layout(case.grid, case.window, case.shift, device=torch.device(device))
-    out = window_attention(leaves["qkv"], terms, layout, case.heads, case.cosine, 0.0, "fused")
-    out.backward(drawn.grad_out.to(device))
+    epilogue = Epilogue(**{name: leaves[name] for name in factors}) if factors else None
+    endings = {"epilogue": epilogue, "return_lse": True}
+    out, lse = window_attention(
+        leaves["qkv"], terms, layout, case.heads, case.cosine, 0.0, "fused", **endings
+    )
+    grads = [drawn.grad_out.to(device), torch.zeros_like(lse)]
+    if case.lse:
+        rows = drawn.grad_lse.nan_to_num(0).flatten(0, 1).unsqueeze(-1).to(device)
+        grads[1] = merge_windows(rows, layout)
+    torch.autograd.backward([out, lse], grads)
     grads = {name: leaf.grad.cpu() for name, leaf in leaves.items()}
     ours = by_part({"out": out.detach().cpu(), **grads}, case)
     exact, plain = by_pytorch(drawn, torch.float64), by_pytorch(drawn, case.dtype)

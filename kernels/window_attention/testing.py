@@ -142,7 +142,7 @@ def real_rows(case: Case) -> Tensor:
     return split_windows(torch.ones(1, *case.grid, 3), layout, 1)[0][:, 0, :, 0] > 0
 
 
-def with_epilogue(y: Tensor, v: Tensor, given: dict[str, Tensor], heads: int) -> Tensor:
+def epilogue_result(y: Tensor, v: Tensor, given: dict[str, Tensor], heads: int) -> Tensor:
     """The epilogue of csrc/args.h in float32 or wider: y and v (B, H, W, C) -> like y.
 
     given: alpha and beta, or exclusion: (heads,), or a value for each element.
@@ -179,7 +179,7 @@ def specification(drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
     out = merge_windows(y, layout)
     if c.epilogue:
         factors = {name: given[name] for name in EPILOGUES[c.epilogue]}
-        out = with_epilogue(out, qkv.chunk(3, -1)[2], factors, c.heads)
+        out = epilogue_result(out, qkv.chunk(3, -1)[2], factors, c.heads)
     results, grads = [out], [drawn.grad_out.to(dtype)]
     if c.lse:
         results.append(masked_logits(q, k, terms, layout.mask, c.cosine).logsumexp(-1))

@@ -27,6 +27,8 @@ CASES = [
     Case((5, 9), dtype=F16, missing=(2, 1), post=True, dropout=0.2),
     Case((8, 8), (1, 1), dtype=F16, magnitude=1e-4),
     Case((12, 12), (1, 1), heads=1, head_dim=24, dtype=BF16, cosine=True),
+    Case(dtype=F32, missing=(2, 1), shift=(3, 2), epilogue="affine", lse=True),
+    Case((4, 4), dtype=BF16, scale="table", epilogue="exclusive", lse=True),
 ]
 
 
