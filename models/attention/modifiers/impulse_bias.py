@@ -45,9 +45,10 @@ class ImpulseBias(Modifier):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"impulse_bias(kernel={kernel}): allowed are odd numbers from 1 on")
         if kernel // 2 >= min(geometry.window):
+            rows, columns = geometry.window
             raise ValueError(
-                f"impulse_bias(kernel={kernel}) reaches {kernel // 2} tokens away, out of a window"
-                f" of {geometry.window[0]}x{geometry.window[1]}; choose a smaller kernel"
+                f"impulse_bias(kernel={kernel}): a window of {rows}x{columns} has no offset of"
+                f" {kernel // 2}; choose a smaller kernel"
             )
         if scale != "auto" and scale <= 0:
             raise ValueError(f"impulse_bias(scale={scale}): allowed are numbers above 0, and auto")

@@ -21,13 +21,15 @@ class Mimetic(Modifier):
     Row vectors, q = x W_q; every Z is drawn anew, entries N(0, 1/C). The factors are U S^1/2 and
     V S^1/2 of the singular value decomposition, for q and k its first D vectors: the best
     approximation of rank D. No parameter is added, nothing is neutral, decay pulls away from it.
-    An initialiser that comes later in the list wins. Drawing takes seconds for Swin-T.
+    An initialiser that comes later in the list wins. Drawing takes 0.1 s or more for each head of
+    768 channels.
 
     Args:
         qk: the factor of q and k, above 0, or none, which leaves them as the family draws them.
         vo: the same for v and the output projection; needs a result as wide as the input.
     Shapes: sets rows of attention.qkv.weight (3 H D, C) and attention.proj.weight (C, C), which
-        are (out, in), so transposed. Biases and CaiT's layers of the class token keep their values.
+        are (out, in), so transposed. Biases, CaiT's layers of the class token and Refined ViT's
+        blocks that share a map keep their values.
         In SwinV2 q and k are normed afterwards: the products there are of directions alone.
     Raises: ValueError for a factor that is not above 0, for both none, and for vo where v is not as
         wide as x and o.

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from checkpoint import load_weights
 from models.attention import AttentionSpec
 from models.attention.report import why_not_fused
 from models.counting import count_macs
 from optimizer import decay_rule
-from tests.models.builders import small
+from tests.models.builders import randomise, small
 from tests.models.family.dense import Place, cases, compare, compare_fused
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -47,10 +48,16 @@ def test_swinv2_and_the_fused_kernel_give_the_same(kind):
     compare_fused(place.attention(text), place.x(), place.layout, formula(text))
 
 
-@both_kinds
-@pytest.mark.parametrize("family", ["swin", "vit"])
-@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
-def test_open_gates_are_the_plain_model_to_the_last_bit(kind, family, low):
+@pytest.mark.parametrize(
+    ("family", "kind", "low"),
+    [
+        ("swin", "head", False),
+        ("swin", "element", True),
+        ("vit", "head", True),
+        ("vit", "element", False),
+    ],
+)
+def test_open_gates_are_the_plain_model_to_the_last_bit(family, kind, low):
     plain, gated = seeded(family), seeded(family, f"gate(kind={kind})")
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         results = plain(IMAGES), gated(IMAGES)
@@ -86,15 +93,21 @@ def test_gates_decay_and_are_as_many_as_said(kind):
     assert all(decays(name, weight) for name, weight in added.items())
 
 
-@both_kinds
-@pytest.mark.parametrize("family", ["swin", "vit"])
-def test_their_product_is_counted_as_a_linear_layer(kind, family):
+@pytest.mark.parametrize(("family", "kind"), [("swin", "head"), ("vit", "element")])
+def test_their_product_is_counted_as_a_linear_layer(family, kind):
     plain, gated = (
         small(family, attention=AttentionSpec(names)) for names in ((), (f"gate(kind={kind})",))
     )
     counted = count_macs(gated, IMAGES) - count_macs(plain, IMAGES)
     assert counted.attention == counted.norm == 0
     assert counted.linear == gated.flops() - plain.flops() > 0
+
+
+def test_released_weights_start_as_the_released_function_behind_open_gates():
+    released = randomise(small("vit"))
+    gated = small("vit", attention=AttentionSpec(("gate(kind=element)",)))
+    report = load_weights(gated, released.state_dict())
+    assert torch.equal(gated(IMAGES), released(IMAGES)) and "modifiers.gate" in report.text
 
 
 def test_gated_attention_stays_on_the_fused_path():

@@ -139,6 +139,7 @@ def test_attention_that_norms_q_and_k_itself_refuses_it(build, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_it_is_timms_qk_norm_without_the_biases():
     ours = randomise(timm_model(TIMM.format(False), 5, 16, attention=SPEC)).state_dict()
     theirs = timm_model(TIMM.format(True), 5, 16)
