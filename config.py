@@ -267,6 +267,8 @@ KEYS: dict[str, Key] = {
         "NORM_EPS": Key(1e-6, ABOVE_0, "added to the variance in every LayerNorm"),
         "LAYER_SCALE": Key(None, optional(ABOVE_0),
             "initial factor of both branches of every block; None = no factors"),
+        "REGISTERS": Key(0, integer(0, limit=2**12),
+            "learned tokens behind the class token, without a position, dropped at the end"),
     }),
     **_section("CAIT", **{
         "PATCH_SIZE": Key(16, PIXELS, "side of a patch, pixels, or (height, width)"),

@@ -14,6 +14,7 @@ from .errors import CheckpointError, check_option, list_keys
 from .fit import HEAD_NAMES, fit, kept_heads
 from .grids import FileGrids, compare_grids, model_grids
 from .initial import check_initial, overwrite
+from .registers import match_registers
 from .report import LoadReport, describe, reasons
 from .residual import (
     OURS,
@@ -29,7 +30,8 @@ from .weights import Weights, unwrap
 
 RULES = ("finetune", "exact")
 RESIZE_METHODS = ("auto", "bicubic", "geometric")
-GROUP = re.compile(r"attn\.modifiers\.\w+|pre_mlp|sw_mlp")  # what a fresh parameter belongs to
+# what a fresh parameter belongs to
+GROUP = re.compile(r"attn\.modifiers\.\w+|pre_mlp|sw_mlp|^reg_token$")
 
 
 def load_weights(
@@ -53,10 +55,10 @@ def load_weights(
     Args:
         state_dict: what `read_weights` returned, or any bare or wrapped state dict.
         rule: 'finetune' fits other windows, image sizes, class counts and a one-channel input, lets
-            a headless file keep the model's head, and lets the parameters that a modifier adds keep
-            their initial values where the file has none of that modifier (a released file cannot
-            have them). 'exact' (resume, evaluation) converts names only: every parameter must be
-            there in its shape.
+            a headless file keep the model's head, and lets the parameters that a modifier adds, and
+            registers, keep their initial values where the file has none of that modifier (a
+            released file cannot have them), or no registers. 'exact' (resume, evaluation) converts
+            names, and the positions of registers, only: every parameter must be there in its shape.
         head: see `heads.fit_head` ('auto', 'reset', 'keep', 'evaluate'); only under 'finetune'.
         allow_partial: load what fits although keys are missing, unexpected or of another shape.
         source_residual: one of residual.SOURCES: which function the file's qkv weights stand for.
@@ -80,6 +82,9 @@ def load_weights(
     kept = [] if head == "reset" and rule == "finetune" else kept_heads(model, state)
     state = match_classes(weights, state, kept, classes, report, remedy(rule, head))
     grids = FileGrids(weights, state)
+    own = model_grids(model).get("pos_embed")
+    state, note = match_registers(state, model.state_dict(), own, grids["pos_embed"])
+    report.notes += [note] if note else []
     if note := stretched(state, model.state_dict()):
         note_transfer(note, rule, weights, report)
     if rule == "finetune":
@@ -247,6 +252,6 @@ def refuse_without_head(model: nn.Module, weights: Weights, report: LoadReport, 
 
 
 def is_fresh(key: str, given: Mapping[str, Tensor]) -> bool:
-    """A parameter that this project adds, of a kind the file has nothing of."""
-    group = GROUP.search(key) if OURS.search(key) else None
+    """A parameter that this project adds, or registers, of a kind the file has nothing of."""
+    group = GROUP.search(key) if OURS.search(key) or key == "reg_token" else None
     return group is not None and not any(group[0] in other for other in given)

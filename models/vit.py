@@ -13,7 +13,7 @@ from models.base.backbone import BACKBONES
 from models.base.options import pixels
 from models.base.tokens import TokenTransformer, token_block
 from models.layers.drop_path import drop_path_rates
-from models.layers.init import trunc_normal
+from models.layers.init import own_random_numbers, trunc_normal
 from registry import check_choice
 
 
@@ -28,9 +28,13 @@ class VisionTransformer(TokenTransformer):
         pool: token (the class token after `norm`) or mean (over the patches, then `fc_norm`).
         drop_path_profile: linear from 0 to drop_path_rate, or constant.
         layer_scale: initial gamma of both branches of every block; None leaves it out.
+        registers: learned tokens behind the class token, without a position; they attend and are
+            attended to as it is, and are dropped at the end.
         attention: what is modified or used instead.
     Shapes: (B, in_chans, H, W) -> (B, num_classes), or pooled features (B, embed_dim) where
-        num_classes is 0. State-dict keys are timm's.
+        num_classes is 0. State-dict keys are timm's; pos_embed is (1, class token + patches,
+        embed_dim), reg_token (1, registers, embed_dim).
+    Source: arXiv:2010.11929; registers: Vision Transformers Need Registers, arXiv:2309.16588.
     """
 
     section = "VIT"
@@ -49,6 +53,7 @@ class VisionTransformer(TokenTransformer):
             class_token=node.CLASS_TOKEN,
             pool=node.POOL,
             layer_scale=node.LAYER_SCALE,
+            registers=node.REGISTERS,
         )
 
     def __init__(
@@ -71,6 +76,7 @@ class VisionTransformer(TokenTransformer):
         drop_path_rate: float = 0.1,
         drop_path_profile: str = "linear",
         layer_scale: float | None = None,
+        registers: int = 0,
         use_checkpoint: bool = False,
         attention: AttentionSpec | None = None,
     ):
@@ -82,9 +88,12 @@ class VisionTransformer(TokenTransformer):
                 "vit: pool=token needs class_token=True; without a class token use pool=mean"
             )
         self.pool = pool
-        self.prefix = int(class_token)
+        if registers < 0:
+            raise ValueError(f"vit: registers is {registers}; it must be at least 0")
+        self.prefix = class_token + registers
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        tokens = self.prefix + self.patch_embed.num_patches
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
+        tokens = class_token + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         geometry = Geometry(
             embed_dim,
@@ -113,11 +122,14 @@ class VisionTransformer(TokenTransformer):
         self.initialise()
 
     def initialise_weights(self) -> None:
-        """The general rule; position embedding and class token as timm's."""
+        """The general rule; position embedding, class token and registers as timm's."""
         super().initialise_weights()
         trunc_normal(self.pos_embed, 0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
+        if self.reg_token is not None:
+            with own_random_numbers("registers"):  # those of other parts stay the same
+                nn.init.normal_(self.reg_token, std=1e-6)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> tokens after the last block and `norm`, (B, prefix + L,
@@ -126,7 +138,16 @@ class VisionTransformer(TokenTransformer):
         x = self.patch_embed(x)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        return self.norm(self.run(self.blocks, self.pos_drop(x + self.pos_embed)))
+        x = self._with_registers(x + self.pos_embed)
+        return self.norm(self.run(self.blocks, self.pos_drop(x)))
+
+    def _with_registers(self, x: Tensor) -> Tensor:
+        """The registers behind the class token: (B, class token + L, C) -> (B, prefix + L, C)."""
+        if self.reg_token is None:
+            return x
+        registers = self.reg_token.expand(len(x), -1, -1)
+        front = self.prefix - registers.shape[1]
+        return torch.cat([x[:, :front], registers, x[:, front:]], dim=1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> pooled features (B, embed_dim)."""
@@ -136,7 +157,7 @@ class VisionTransformer(TokenTransformer):
 
     def flops(self) -> int:
         """Multiply-accumulates for one image, attention products included."""
-        tokens = self.pos_embed.shape[1]
+        tokens = self.prefix + self.patch_embed.num_patches
         return (
             self.embed_flops()
             + sum(block.flops(tokens) for block in self.blocks)
@@ -144,5 +165,5 @@ class VisionTransformer(TokenTransformer):
         )
 
     def position_names(self) -> set[str]:
-        """Position embedding and class token."""
-        return {"pos_embed", "cls_token"}
+        """Position embedding, class token and registers."""
+        return {"pos_embed", "cls_token", "reg_token"}

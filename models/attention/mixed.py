@@ -56,7 +56,8 @@ class MixerAttention(nn.Module):
         if geometry.prefix and self.mixer.needs_places:
             raise ValueError(
                 f"mixer {spec.mixer} gives every token its neighbours on the grid, and a class"
-                " token has none: leave it out (CLASS_TOKEN False and POOL mean)"
+                " token or register has none: leave it out (CLASS_TOKEN False and POOL mean,"
+                " REGISTERS 0)"
             )
         self.proj_drop = nn.Dropout(proj_drop)
 

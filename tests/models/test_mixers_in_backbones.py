@@ -199,7 +199,8 @@ def test_a_pooling_mixer_takes_the_class_token_as_a_token_like_others():
 
 def test_local_attention_refuses_a_class_token_and_says_what_to_do():
     with pytest.raises(
-        ValueError, match="a class token has none: leave it out .CLASS_TOKEN False and POOL mean"
+        ValueError,
+        match="a class token or register has none: leave it out .CLASS_TOKEN False and POOL mean",
     ):
         small("vit", attention=AttentionSpec(mixer="local"))
 

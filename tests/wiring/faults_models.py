@@ -7,6 +7,7 @@ HIDDEN = ON_MODELS.format("muon_takes_the_matrices_of_all_blocks_and_no_others[{
 
 MODEL_MUTANTS = [
     *dropped("models/vit.py", ARGUMENT.format("vit"), "layer_scale=node.LAYER_SCALE"),
+    *dropped("models/vit.py", ARGUMENT.format("vit"), "registers=node.REGISTERS"),
     *dropped("models/vit.py", ARGUMENT.format("vit"), "pool=node.POOL", "head_dim=node.HEAD_DIM"),
     *dropped(
         "models/base/tokens.py",

@@ -53,8 +53,9 @@ class GatedPositionalAttention(OutputModifier):
         super().__init__(geometry)
         if geometry.prefix:
             raise ValueError(
-                f"gpsa: {geometry.prefix} class token(s) have no offset from the patches; leave"
-                " them out, on ViT by MODEL.VIT.CLASS_TOKEN False and POOL mean"
+                f"gpsa: {geometry.prefix} class tokens or registers have no offset from the"
+                " patches; leave them out, on ViT by MODEL.VIT.CLASS_TOKEN False, POOL mean and"
+                " REGISTERS 0"
             )
         if not 0 < locality < math.inf or not -math.inf <= init < math.inf:
             raise ValueError(
