@@ -32,7 +32,8 @@ const char* why_not(const WindowAttentionArgs& a) {
         if (reinterpret_cast<uintptr_t>(tensor) % 16)
             return "the tensors must start at a multiple of 16 bytes";
     if (!(a.dropout >= 0.f && a.dropout < 1.f)) return "dropout must be in [0, 1)";
-    if (a.alpha || a.beta || a.exclusion) return "the CUDA kernels have no epilogue";
+    if (!a.alpha != !a.beta || (a.alpha && a.exclusion))
+        return "an epilogue has alpha and beta, or exclusion";
     return nullptr;
 }
 

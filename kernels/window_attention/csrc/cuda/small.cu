@@ -1,6 +1,7 @@
 // Chooses and launches the kernels for windows of up to 64 tokens.
 #include "small.h"
 
+#include "epilogue_sums.h"
 #include "small_launch.h"
 #include "small_reduce.h"
 
@@ -14,8 +15,8 @@ constexpr int MOST_SPLITS = 65535;  // of a grid's y
 int blocks_at_a_time(const SmallProblem& p, bool backward) {
     const bool table = p.a.scale_rows > 1;
     if (!is_lean(p)) return 2;
-    if (!backward) return table || p.tokens > 56 ? 3 : 4;
-    return table || p.a.cosine || p.a.grad_scale || with_epilogue(p.a) ? 2 : 3;
+    if (!backward) return table || p.tokens > 56 || has_epilogue(p.a) ? 3 : 4;
+    return table || p.a.cosine || p.a.grad_scale || has_epilogue(p.a) ? 2 : 3;
 }
 
 SmallProblem problem_of(const WindowAttentionArgs& a, bool backward) {
@@ -39,7 +40,8 @@ SmallProblem problem_of(const WindowAttentionArgs& a, bool backward) {
         const int64_t size = (int64_t)p.splits * a.heads * p.offsets;
         if (a.grad_bias) { p.bias_parts = parts; parts += size; }
         if (a.grad_scale) { p.scale_parts = parts; parts += size; }
-        if (a.grad_post) p.post_parts = parts;
+        if (a.grad_post) { p.post_parts = parts; parts += size; }
+        p.own_sums = own_sums(a, p.windows, parts);
     }
     return p;
 }
@@ -94,7 +96,8 @@ int wa_small_forward(const WindowAttentionArgs* args, void* stream) {
 
 int wa_small_backward(const WindowAttentionArgs* args, void* stream) {
     const SmallProblem p = problem_of(*args, true);
-    const int code = run_any(p, true, stream);
+    int code = run_any(p, true, stream);
+    if (!code) code = launch_own_sums(p.a, p.own_sums, p.windows, stream);
     if (code || !(p.bias_parts || p.scale_parts || p.post_parts)) return code;
     SmallTables t{};
     t.parts[0] = p.bias_parts; t.parts[1] = p.scale_parts; t.parts[2] = p.post_parts;
@@ -111,5 +114,6 @@ int64_t wa_small_workspace(const WindowAttentionArgs* args, int backward) {
     const SmallProblem p = problem_of(*args, true);
     const int tables = (args->grad_bias != nullptr) + (args->grad_scale != nullptr) +
                        (args->grad_post != nullptr);
-    return (int64_t)tables * p.splits * p.a.heads * p.offsets * 4;
+    return ((int64_t)tables * p.splits * p.a.heads * p.offsets +
+            own_sums_count(*args, p.windows)) * 4;
 }

@@ -11,6 +11,9 @@
 //   d scale = Σ dS (q kᵀ)
 //   d post = Σ P G keep
 //
+// With an epilogue (epilogue.h) dO is the gradient of P v, and dv has a part of its own; in the
+// affine one dO stays that of the result, and dS, dv and d post are multiplied by beta.
+//
 // P comes from the forward's log-sum-exp, read a window ahead. A warp computes 16 query rows of dS
 // and P keep post, takes dq from its own registers, leaves both in shared memory in 16 bits, and
 // takes 16 key rows of them transposed for dk and dv. The three leave one after another through the
@@ -121,6 +124,8 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
         unsigned char* v = k + K::TILE;
         unsigned char* dout = v + K::TILE;
         cp_wait<0>();
+        if (K::EPILOGUE && p.a.exclusion)
+            exclude_rows<T, D>(dout, v, rows, p.a.exclusion[head]);
         __syncthreads();
         if (K::STAGES > 1 && index + 1 < last) {
             int there[CopyRows<D>::SLOTS];
@@ -211,12 +216,22 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
                     kept[2 * h], kept[2 * h + 1]);
         }
         float inner[2] = {across_quad_sum(part[0] + part[1]), across_quad_sum(part[2] + part[3])};
-        if (K::EPILOGUE && p.a.grad_lse) {
-            float of_lse[2];
-            read_rows(of_lse, p, window, places,
-                      p.a.grad_lse + ((int64_t)index * heads + head) * p.tokens, row, 0.f);
-            inner[0] -= of_lse[0];
-            inner[1] -= of_lse[1];
+        const float beta = K::EPILOGUE && p.a.beta ? p.a.beta[head] : 1.f;
+        int own_token[2] = {};
+        if (K::EPILOGUE) {
+            if (p.own_sums.beta && warp < p.own_sums.tiles) {
+                const float sum = sum_of_warp(lane % 4 ? 0.f : inner[0] + inner[1]);
+                if (lane == 0) p.own_sums.beta[p.own_sums.place(index, heads, head, warp)] = sum;
+            }
+            float of_lse[2] = {};
+            if (p.a.grad_lse)
+                read_rows(of_lse, p, window, places,
+                          p.a.grad_lse + ((int64_t)index * heads + head) * p.tokens, row, 0.f);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                inner[h] = beta * inner[h] - of_lse[h];
+                own_token[h] = token_of(p, window, places, row + 8 * h);
+            }
         }
 
         // x: dS; dS w to shared memory, and kept in pairs of 16 bits
@@ -231,7 +246,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
             const float by[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                x[n][e] *= g[n][e] - inner[e / 2];
+                x[n][e] *= (K::EPILOGUE ? beta * g[n][e] : g[n][e]) - inner[e / 2];
                 if (K::LEAN) bias_sum[K::LEAN ? n : 0][e] += x[n][e];
                 if (K::LEAN && K::W) scale_sum[K::LEAN && K::W ? n : 0][e] += x[n][e] * s[n][e];
                 if (K::ONE_SCALE_SUM) with_s[e] += x[n][e] * s[n][e];
@@ -282,6 +297,15 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
             ldsm4t(of_keys, pairs_p + across + i * (32 * ROWS));
             times_rows<T, D>(gradient[2], of_keys, dout, i, sixteen);
         }
+        if (K::EPILOGUE && (p.a.alpha || p.a.exclusion)) {
+            const float sum = add_own_gradient<T, D>(
+                gradient[2], p, v, own_token,
+                p.a.along + ((int64_t)index * heads + head) * p.tokens, row, column, head);
+            if (p.own_sums.own && warp < p.own_sums.tiles) {
+                const float all = sum_of_warp(sum);
+                if (lane == 0) p.own_sums.own[p.own_sums.place(index, heads, head, warp)] = all;
+            }
+        }
         uint4 words[3][CopyRows<D>::SLOTS];
         unsigned char* way_out = v;  // nobody else reads this warp's rows of it any more
 #pragma unroll
@@ -331,7 +355,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
                              p.scale_parts + slot, thread);
         if (p.post_parts)
             sum_by_offset<K>(p, reinterpret_cast<float*>(post_sums - fragment), p.post_parts + slot,
-                             thread);
+                             thread, K::EPILOGUE && p.a.beta ? p.a.beta[head] : 1.f);
         return;
     }
     float4* staged = reinterpret_cast<float4*>(shared) + fragment;

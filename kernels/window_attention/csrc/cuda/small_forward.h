@@ -5,11 +5,12 @@
 // rows of S, of P and of O, all keys at once, so the softmax needs no second pass; O leaves through
 // the rows of q, which only this warp reads.
 #pragma once
-#include "small_layout.h"
+#include "small_epilogue.h"
 
 // W: scale table (else one number a head). COSINE: norms. EXTRA: factor after the softmax, dropout.
-// All three serve arguments without them too.
-template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool EXTRA_> struct ForwardKind {
+// EPILOGUE: that of args.h. All serve arguments without them too.
+template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool EXTRA_, bool EPILOGUE_ = false>
+struct ForwardKind {
     using T = T_;
     static constexpr int D = D_;
     static constexpr int NT = NT_;
@@ -18,8 +19,10 @@ template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool EXTRA_> stru
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int TILE = ROWS * D * 2, STAGE = 3 * TILE;
     static constexpr bool W = W_, COSINE = COSINE_, EXTRA = EXTRA_;
+    static constexpr bool EPILOGUE = EPILOGUE_;
+    using WithEpilogue = ForwardKind<T_, D_, NT_, W_, COSINE_, EXTRA_, true>;
     // a multiprocessor, as far as registers go
-    static constexpr int BLOCKS = EXTRA ? 1 : W || NT == 8 ? 3 : 4;
+    static constexpr int BLOCKS = EXTRA ? 1 : W || NT == 8 || EPILOGUE ? 3 : 4;
     static constexpr int PLACES = 2 * STAGE;
     static constexpr int NORMS = PLACES + ROWS * 4;
     static constexpr int POST = NORMS + (COSINE ? 2 * ROWS * 4 : 0);
@@ -163,8 +166,16 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
         }
 
         const float keep_scale = K::EXTRA ? p.keep_scale : 1.f;
-        const float by[2] = {keep_scale * reciprocal(row_sum[0]),
-                             keep_scale * reciprocal(row_sum[1])};
+        float by[2] = {keep_scale * reciprocal(row_sum[0]), keep_scale * reciprocal(row_sum[1])};
+        if (K::EPILOGUE && (p.a.alpha || p.a.exclusion)) {
+            float ratio[2];
+            add_own_value<T, D>(out, by, ratio, p, v, row, column, head);
+            if (p.a.along && lane % 4 == 0)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    if (is_query(p, window, places, row + 8 * h))
+                        p.a.along[base + row + 8 * h] = ratio[h];
+        }
         __syncwarp();  // every lane has read its rows of q
 #pragma unroll
         for (int n = 0; n < D / 8; ++n)

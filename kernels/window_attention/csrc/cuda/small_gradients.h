@@ -3,11 +3,12 @@
 #pragma once
 #include <type_traits>
 
-#include "small_layout.h"
+#include "small_epilogue.h"
 
 // LEAN: tables as fragments in shared memory, sums in registers, two stages; no factor after the
 // softmax, no dropout. Otherwise: tables as they are and sums in shared memory, one stage; does
-// everything. EPILOGUE: the gradient of the log-sum-exp, too; serves arguments without it.
+// everything. EPILOGUE: that of args.h, and the gradient of the
+// log-sum-exp; serves arguments without them.
 template <typename T_, int D_, int NT_, bool W_, bool COSINE_, bool LEAN_, bool EPILOGUE_ = false>
 struct BackwardKind {
     using T = T_;
@@ -56,7 +57,8 @@ WA_DEVICE float4 gather(const float* table, const int (&from)[2], uint2 keys) {
 // (offsets) sums over the pairs of each offset of a matrix in fragment order; one thread an entry,
 // pairs by rising query
 template <class K> WA_DEVICE void sum_by_offset(const SmallProblem& p, const float* pairs,
-                                                float* out, int thread) {
+                                                float* out, int thread,
+                                                float factor = 1.f) {
     const int height = p.a.window[0], width = p.a.window[1];
     for (int t = thread; t < p.offsets; t += K::THREADS) {
         const int dy = t / (2 * width - 1) - (height - 1), dx = t % (2 * width - 1) - (width - 1);
@@ -69,7 +71,7 @@ template <class K> WA_DEVICE void sum_by_offset(const SmallProblem& p, const flo
                                  2 +
                              j % 2];
             }
-        out[t] = sum;
+        out[t] = sum * factor;
     }
 }
 

@@ -8,19 +8,20 @@ inline bool is_lean(const SmallProblem& p) {
     return p.a.head_dim == 32 && p.tokens > 48 && !p.a.post && !p.threshold;
 }
 
-// Whether the backward has more to do than that of attention alone
-inline bool with_epilogue(const WindowAttentionArgs& a) { return a.grad_lse != nullptr; }
-
-template <class K> int run_forward(const SmallProblem& p, void* stream) {
+template <class K> int launch_forward(const SmallProblem& p, void* stream) {
     return launch(small_forward<K>, dim3(p.a.heads, p.splits), dim3(K::THREADS), K::SHARED, stream,
                   p);
+}
+template <class K> int run_forward(const SmallProblem& p, void* stream) {
+    return has_epilogue(p.a) ? launch_forward<typename K::WithEpilogue>(p, stream)
+                              : launch_forward<K>(p, stream);
 }
 template <class K> int launch_backward(const SmallProblem& p, void* stream) {
     return launch(small_backward<K>, dim3(p.a.heads, p.splits), dim3(K::THREADS), K::shared(p.a),
                   stream, p);
 }
 template <class K> int run_backward(const SmallProblem& p, void* stream) {
-    return with_epilogue(p.a) ? launch_backward<typename K::WithEpilogue>(p, stream)
+    return has_epilogue(p.a) ? launch_backward<typename K::WithEpilogue>(p, stream)
                               : launch_backward<K>(p, stream);
 }
 

@@ -5,8 +5,7 @@
 // every tile: it loads them, stores them, and holds their scores. Tiles are ROWS x D of 16 bits in
 // shared memory, ROWS = 16 WARPS >= N; rows from N on, and padding, are zeros.
 #pragma once
-#include "../args.h"
-#include "port.h"
+#include "epilogue.h"
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float NORM_FLOOR = 1e-12f;  // of cosine attention
@@ -24,6 +23,7 @@ struct SmallProblem {
     float keep_scale;                    // 1 / (1 - dropout)
     // backward: (splits, heads, offsets) each, or null
     float *bias_parts, *scale_parts, *post_parts;
+    OwnSums own_sums;
 };
 
 // Byte of 16-byte chunk `chunk` of row `row` in a tile of rows of D 16-bit numbers, so that

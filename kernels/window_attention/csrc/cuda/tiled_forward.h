@@ -2,7 +2,7 @@
 // Keys and values of the window stay in shared memory where they fit, else two blocks of them take
 // turns.
 #pragma once
-#include "tiled_window.h"
+#include "tiled_epilogue.h"
 
 namespace tiled {
 
@@ -136,8 +136,8 @@ template <typename T, int D, int Mode> struct Attend {
     }
 };
 
-template <typename T, int D, int Mode>
-__global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>())
+template <typename T, int D, int Mode, bool Epilogue>
+__global__ void __launch_bounds__(kMaxThreads, Epilogue ? 1 : blocks_wanted<T, D, Mode>())
     forward_kernel(const Args p) {
     WA_DYN_SMEM(memory);
     const int lane = threadIdx.x & 31;
@@ -215,17 +215,31 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_wanted<T, D, Mode>())
                 if (!p.resident) __syncthreads();
             }
             if (!active) continue;
-            float total[2];
+            float total[2], by[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 total[r] = sum_of_row(attend.row_sum[r]);
+                by[r] = 1.f / total[r];
                 const int i = tile * 16 + (lane >> 2) + 8 * r;
                 if (p.a.lse && (lane & 3) == 0 && !(attend.word[r] & kOutside))
                     p.a.lse[first_row + i] = (attend.row_max[r] + Unit<T>::logarithm(total[r])) *
                                              Unit<T>::in_natural;
             }
             __syncwarp();  // the queries' rows are read, and take the output
-            store_fragment<T, D>(own, attend.o, 1.f / total[0], 1.f / total[1], lane);
+            if (Epilogue) {  // by way of the values
+                load_rows<T, D>(shared.token + tile * 16, 16, v, heads.stride, own, v, 0, nullptr,
+                                lane, 32);
+                cp_commit();
+                cp_wait<0>();
+                __syncwarp();
+                float ratio[2];
+                add_own_value<T, D>(attend.o, by, ratio, p, own, head, lane);
+#pragma unroll
+                for (int r = 0; r < 2; ++r)
+                    if (p.a.along && (lane & 3) == 0 && !(attend.word[r] & kOutside))
+                        p.a.along[first_row + tile * 16 + (lane >> 2) + 8 * r] = ratio[r];
+            }
+            store_fragment<T, D>(own, attend.o, by[0], by[1], lane);
             __syncwarp();
             write_rows<T, D>(shared.token + tile * 16, own, static_cast<T*>(p.a.out) + heads.offset,
                              heads.width, lane);

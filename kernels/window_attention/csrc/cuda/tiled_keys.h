@@ -2,6 +2,7 @@
 // window: the tiles are those of the first kernel transposed, so that P and dS stand in registers
 // as the left operand of both products.
 #pragma once
+#include "tiled_epilogue.h"
 #include "tiled_pairs.h"
 
 namespace tiled {
@@ -9,7 +10,8 @@ namespace tiled {
 // Two products at a time want many registers a thread: 16 warps on a multiprocessor leave them 128,
 // 12 warps 168, 8 warps 255.
 constexpr int kKeyThreads = 128;
-template <typename T, int D, int Mode> constexpr int key_blocks() {
+template <typename T, int D, int Mode, bool Epilogue = false> constexpr int key_blocks() {
+    if (Epilogue) return D == 32 && Mode == kUniform ? 3 : 2;
     return D == 64 || (D == 32 && Mode == kFull && sizeof(T) == 2) ? 2 : Mode == kUniform ? 4 : 3;
 }
 
@@ -31,7 +33,7 @@ template <typename T, int D, int Mode> struct KeyShared : Shared<Mode> {
     }
 };
 
-template <typename T, int D, int Mode> struct KeyTile {
+template <typename T, int D, int Mode, bool Epilogue> struct KeyTile {
     const Args& p;
     const KeyShared<T, D, Mode>& shared;
     int lane;
@@ -79,6 +81,7 @@ template <typename T, int D, int Mode> struct KeyTile {
         k.times_transposed(x.product, q, at);
         v.times_transposed(x.grad, grads, at);
         const int c = (at.lane & 3) * 2;
+        const float beta = Epilogue && p.a.beta ? p.a.beta[blockIdx.x] : 1.f;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int i = first + n * 8 + c;
@@ -97,7 +100,8 @@ template <typename T, int D, int Mode> struct KeyTile {
                                                      first_row + i + (e & 1),
                                                      first_key + (at.lane >> 2) + 8 * r);
                 const float delta = e & 1 ? sums.w : sums.y;
-                x.grad[n][e] = x.map[n][e] * (kept * x.grad[n][e] - delta);
+                const float scaled = Epilogue ? kept * beta : kept;
+                x.grad[n][e] = x.map[n][e] * (scaled * x.grad[n][e] - delta);
                 if (!scale_late<T, Mode>) x.grad[n][e] *= x.scale[n][e];
                 x.map[n][e] *= kept;
             }
@@ -109,8 +113,8 @@ template <typename T, int D, int Mode> struct KeyTile {
     }
 };
 
-template <typename T, int D, int Mode> __global__ void __launch_bounds__(kKeyThreads,
-                                                                         key_blocks<T, D, Mode>())
+template <typename T, int D, int Mode, bool Epilogue>
+__global__ void __launch_bounds__(kKeyThreads, key_blocks<T, D, Mode, Epilogue>())
     key_kernel(const Args p) {
     WA_DYN_SMEM(memory);
     const int lane = threadIdx.x & 31;
@@ -123,7 +127,7 @@ template <typename T, int D, int Mode> __global__ void __launch_bounds__(kKeyThr
     const Heads<T> heads(p, head);
     unsigned char* own_k = shared.k + warp * 16 * Row<T, D>::bytes;
     unsigned char* own_v = shared.v + warp * 16 * Row<T, D>::bytes;
-    KeyTile<T, D, Mode> own{p,
+    KeyTile<T, D, Mode, Epilogue> own{p,
                             shared,
                             lane,
                             p.a.scale[head] * Unit<T>::of_natural,
@@ -145,10 +149,14 @@ template <typename T, int D, int Mode> __global__ void __launch_bounds__(kKeyThr
                             shared.grads + at * Row<T, D>::bytes, threadIdx.x, blockDim.x);
             cp_commit();
         };
-        auto rows_arrived = [&](int count, int at) {
+        auto rows_arrived = [&](int first, int count, int at) {
             if (p.a.cosine)
                 normalise_rows<T, D>(shared.q + at * Row<T, D>::bytes, nullptr, count, threadIdx.x,
                                      blockDim.x);
+            if (Epilogue && p.a.exclusion)
+                exclude_rows<T, D>(shared.grads + at * Row<T, D>::bytes, shared.token + first,
+                                   count, heads.part(p.a.qkv, 2), heads.stride,
+                                   p.a.exclusion[head], threadIdx.x, blockDim.x);
         };
         if (p.resident) fetch_rows(0, 0);
         for (int i = threadIdx.x; i < p.rows; i += blockDim.x) {
@@ -161,7 +169,7 @@ template <typename T, int D, int Mode> __global__ void __launch_bounds__(kKeyThr
         }
         if (p.resident) {
             cp_wait<0>();
-            rows_arrived(p.rows, 0);
+            rows_arrived(0, p.rows, 0);
         }
         __syncthreads();
         for (int pass = blockIdx.z; pass < p.passes; pass += gridDim.z) {
@@ -181,7 +189,7 @@ template <typename T, int D, int Mode> __global__ void __launch_bounds__(kKeyThr
                         fetch_rows(first + p.block, place_of_block(p, first + p.block, turn + 1));
                     else cp_commit();
                     cp_wait<1>();
-                    rows_arrived(count, at);
+                    rows_arrived(first, count, at);
                     __syncthreads();
                 } else if (first == 0) {
                     cp_wait<0>();
@@ -201,6 +209,15 @@ template <typename T, int D, int Mode> __global__ void __launch_bounds__(kKeyThr
             }
             if (!active) continue;
             if (p.a.cosine) through_norm<T, D>(own.dk, own_k, shared.inverse + warp * 16, lane);
+            if (Epilogue && (p.a.alpha || p.a.exclusion)) {
+                const float sum = add_own_gradient<T, D>(own.dv, p, own_v, shared.token + tile * 16,
+                                                         own.first_row + tile * 16, head, lane);
+                if (p.own_sums.own) {
+                    const float all = sum_of_warp(sum);
+                    if (lane == 0)
+                        p.own_sums.own[p.own_sums.place(index, p.a.heads, head, tile)] = all;
+                }
+            }
             __syncwarp();
             store_fragment<T, D>(own_k, own.dk, dk_factor, dk_factor, lane);
             store_fragment<T, D>(own_v, own.dv, 1.f, 1.f, lane);

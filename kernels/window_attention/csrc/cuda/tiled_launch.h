@@ -1,5 +1,6 @@
 // Host side of the tiled kernels for one data type: picks the instance, plans it, launches it.
 #pragma once
+#include "epilogue_sums.h"
 #include "tiled.h"
 #include "tiled_plan.h"
 
@@ -42,8 +43,9 @@ template <typename T, int D, int Mode> struct Kernels {
 
     static int forward(const WindowAttentionArgs& a, void* stream) {
         const Plan plan = for_call(remembered<plan_forward>(a), a);
-        return plan.bytes ? launch(forward_kernel<T, D, Mode>, plan.grid, plan.block, plan.bytes,
-                                   stream, plan.p)
+        const auto kernel = has_epilogue(a) ? forward_kernel<T, D, Mode, true>
+                                            : forward_kernel<T, D, Mode, false>;
+        return plan.bytes ? launch(kernel, plan.grid, plan.block, plan.bytes, stream, plan.p)
                           : kNothingFits;
     }
 
@@ -55,15 +57,18 @@ template <typename T, int D, int Mode> struct Kernels {
                           (a.grad_post ? kGradPost : 0);
         Runs runs;
         p.grads = pairs | uniform;
-        runs.plan[0] = plan_queries<T, Queries>(p, registers, query_threads<T, D, Mode>());
+        const bool epilogue = has_epilogue(a);
+        const int each = epilogue ? 255 : registers;
+        const int threads = epilogue ? query_threads<T, D, Mode, true>()
+                                     : query_threads<T, D, Mode, false>();
+        runs.plan[0] = plan_queries<T, Queries>(p, each, threads);
         if (runs.plan[0].bytes) {
             runs.count = 1;
         } else {
             for (int bit = 0; bit < 3; ++bit)
                 if (pairs >> bit & 1) {
                     p.grads = 1 << bit | (runs.count == 0 ? uniform : 0);
-                    runs.plan[runs.count] = plan_queries<T, Queries>(p, registers,
-                                                                     query_threads<T, D, Mode>());
+                    runs.plan[runs.count] = plan_queries<T, Queries>(p, each, threads);
                     if (!runs.plan[runs.count++].bytes) return Runs{};
                 }
         }
@@ -74,7 +79,9 @@ template <typename T, int D, int Mode> struct Kernels {
 
     static int64_t workspace(const WindowAttentionArgs& a) {
         const Args p = describe(a);
-        return (queries_of(p) * (sizeof(T) == 4 ? 2 : 1) + remembered<plan_runs>(a).partial) * 4;
+        return (queries_of(p) * (sizeof(T) == 4 ? 2 : 1) + own_sums_count(a, p.total) +
+                remembered<plan_runs>(a).partial) *
+               4;
     }
 
     static int sum_tables(const Plan& plan, void* stream) {
@@ -97,21 +104,29 @@ template <typename T, int D, int Mode> struct Kernels {
         Runs runs = remembered<plan_runs>(a);
         Plan keys = for_call(remembered<plan_keys>(a), a);
         if (!runs.count || !keys.bytes) return kNothingFits;
+        const bool epilogue = has_epilogue(a);
+        const auto queries = epilogue ? query_kernel<T, D, Mode, true>
+                                      : query_kernel<T, D, Mode, false>;
+        const auto of_keys = epilogue ? key_kernel<T, D, Mode, true>
+                                      : key_kernel<T, D, Mode, false>;
         float* const delta = static_cast<float*>(a.workspace);
         float* const map_rescale = sizeof(T) == 4 ? delta + queries_of(keys.p) : nullptr;
+        float* const own = delta + queries_of(keys.p) * (map_rescale ? 2 : 1);
+        keys.p.own_sums = own_sums(a, keys.p.total, own);
         for (int run = 0; run < runs.count; ++run) {
             Plan plan = for_call(runs.plan[run], a);
             plan.p.delta = delta;
             plan.p.map_rescale = map_rescale;
-            plan.p.partial = delta + queries_of(keys.p) * (map_rescale ? 2 : 1);
-            int code = launch(query_kernel<T, D, Mode>, plan.grid, plan.block, plan.bytes, stream,
-                              plan.p);
+            plan.p.own_sums = keys.p.own_sums;
+            plan.p.partial = own + own_sums_count(a, keys.p.total);
+            int code = launch(queries, plan.grid, plan.block, plan.bytes, stream, plan.p);
             if (!code) code = sum_tables(plan, stream);
             if (code) return code;
         }
         keys.p.delta = delta;
         keys.p.map_rescale = map_rescale;
-        return launch(key_kernel<T, D, Mode>, keys.grid, keys.block, keys.bytes, stream, keys.p);
+        const int code = launch(of_keys, keys.grid, keys.block, keys.bytes, stream, keys.p);
+        return code ? code : launch_own_sums(a, keys.p.own_sums, keys.p.total, stream);
     }
 };
 

@@ -47,7 +47,7 @@ inline Args describe(const WindowAttentionArgs& a) {
 // Make(a), or what it returned for a call of the same shape on such a device: planning takes longer
 // than a launch. For each thread.
 template <auto Make> auto remembered(const WindowAttentionArgs& a) -> decltype(Make(a)) {
-    using Shape = std::array<int, 19>;
+    using Shape = std::array<int, 20>;
     thread_local std::map<Shape, decltype(Make(a))> known;
     const Shape shape{a.batch,
                       a.height,
@@ -66,6 +66,7 @@ template <auto Make> auto remembered(const WindowAttentionArgs& a) -> decltype(M
                       a.grad_bias != nullptr,
                       a.grad_scale != nullptr,
                       a.grad_post != nullptr,
+                      has_epilogue(a),
                       multiprocessors(),
                       shared_bytes_max()};
     const auto found = known.find(shape);

@@ -2,6 +2,7 @@
 // keys of P dP, less the gradient of the row's log-sum-exp), dq, and the gradients of the tables, whose N x N entries stay in shared memory
 // over all windows of the block: each is owned by one thread, so nothing is atomic.
 #pragma once
+#include "tiled_epilogue.h"
 #include "tiled_pairs.h"
 #include "tiled_tables.h"
 
@@ -33,7 +34,7 @@ template <typename T, int D, int Mode> struct QueryShared : Shared<Mode> {
     }
 };
 
-template <typename T, int D, int Mode> struct QueryTile {
+template <typename T, int D, int Mode, bool Epilogue> struct QueryTile {
     const Args& p;
     const QueryShared<T, D, Mode>& shared;
     const Lane<T, D> at;
@@ -130,13 +131,15 @@ template <typename T, int D, int Mode> struct QueryTile {
     // Adds the tile's part of dq and of the tables' gradients.
     WA_DEVICE void add_grads(Pairs& x, const unsigned char* k, int first) {
         Operand<T> of_dot;
+        const float beta = Epilogue && p.a.beta ? p.a.beta[blockIdx.x] : 1.f;
         const int entry = ((tile * p.tiles + first / 16) * 2) * 32 + at.lane;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             float of_bias[4], of_product[4], of_post[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                of_bias[e] = x.map[n][e] * (x.kept[n][e] * x.grad[n][e] - delta[e >> 1]);
+                const float kept = Epilogue ? x.kept[n][e] * beta : x.kept[n][e];
+                of_bias[e] = x.map[n][e] * (kept * x.grad[n][e] - delta[e >> 1]);
                 of_product[e] = of_bias[e] * x.product[n][e];
                 of_window += of_product[e];
             }
@@ -151,6 +154,7 @@ template <typename T, int D, int Mode> struct QueryTile {
                     const bool keep = p.drop_below == 0 || wa_keep(seed, (uint64_t)row[e >> 1],
                                                                    (uint32_t)j, p.drop_below);
                     of_post[e] = keep ? x.map[n][e] * x.grad[n][e] * p.keep_factor : 0.f;
+                    if (Epilogue) of_post[e] *= beta;
                 }
                 accumulate(shared.sums[2] + entry + n * 32, of_post);
             }
@@ -175,8 +179,9 @@ template <typename T, int D, int Mode> struct QueryTile {
     }
 };
 
-template <typename T, int D, int Mode>
-__global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(const Args p) {
+template <typename T, int D, int Mode, bool Epilogue>
+__global__ void __launch_bounds__(query_threads<T, D, Mode, Epilogue>(), 1)
+    query_kernel(const Args p) {
     WA_DYN_SMEM(memory);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x;
     Carve carve{memory};
@@ -191,7 +196,7 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
     const T* grad_out = static_cast<const T*>(p.a.grad_out) + heads.offset;
     const int first_query = blockIdx.z * p.strip * 16;
     const int queries = p.strip * 16 < p.rows - first_query ? p.strip * 16 : p.rows - first_query;
-    QueryTile<T, D, Mode> own{p,
+    QueryTile<T, D, Mode, Epilogue> own{p,
                               shared,
                               Lane<T, D>(lane),
                               p.a.scale[head] * Unit<T>::of_natural,
@@ -236,6 +241,9 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
         } else {
             cp_wait<1>();
         }
+        if (Epilogue && p.a.exclusion)
+            exclude_rows<T, D>(shared.grads, shared.token + first_query, queries, v, heads.stride,
+                               p.a.exclusion[head], threadIdx.x, blockDim.x);
         __syncthreads();
         if (active) own.start();
         int turn = 0;
@@ -286,6 +294,7 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
                     }
                 }
             }
+            float of_tile = 0.f;  // the lane's rows' part of the gradient of beta
             for (int r = 0; r < 2; ++r) {
                 const bool inside = active && !(own.word[r] & kOutside);
                 const bool writes = inside && own.group == 0 && (lane & 3) == 0;
@@ -294,8 +303,16 @@ __global__ void __launch_bounds__(query_threads<T, D, Mode>(), 1) query_kernel(c
                     own.delta[r] *= own.map_rescale[r];
                     if (writes) p.map_rescale[own.row[r]] = own.map_rescale[r];
                 }
-                if (inside && p.a.grad_lse) own.delta[r] -= p.a.grad_lse[own.row[r]];
+                if (Epilogue && inside) of_tile += own.delta[r];
+                if (Epilogue && p.a.beta) own.delta[r] *= p.a.beta[head];
+                if (Epilogue && inside && p.a.grad_lse) own.delta[r] -= p.a.grad_lse[own.row[r]];
                 if (writes) p.delta[own.row[r]] = own.delta[r];
+            }
+            if (Epilogue && p.own_sums.beta && active && own.group == 0) {
+                const float sum = sum_of_warp(lane & 3 ? 0.f : of_tile);
+                if (lane == 0)
+                    p.own_sums.beta[p.own_sums.place(index, p.a.heads, head,
+                                                     first_query / 16 + own.tile)] = sum;
             }
         }
         own.of_scale += own.of_window;

@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "../args.h"
+#include "epilogue.h"
 #include "tiled_tile.h"
 
 namespace tiled {
@@ -30,8 +30,8 @@ constexpr int kMaxThreads = 256;
 template <typename T, int D, int Mode> constexpr int blocks_wanted() {
     return (D == 32 && Mode != kFull) || (D == 16 && sizeof(T) == 2) ? 2 : 1;
 }
-template <typename T, int D, int Mode> constexpr int query_threads() {
-    return kMaxThreads * blocks_wanted<T, D, Mode>();
+template <typename T, int D, int Mode, bool Epilogue> constexpr int query_threads() {
+    return kMaxThreads * (Epilogue ? 1 : blocks_wanted<T, D, Mode>());
 }
 // Tables whose gradients are summed pair by pair (kPairs: an N x N strip of each in shared memory);
 // the uniform scale's is one number.
@@ -73,6 +73,7 @@ struct Args {
                                // be multiplied by for rows that sum to 1
     float* partial;  // this table's sums of each block: (blocks of a head, heads, T or 1), per bit
                      // of `grads` in turn
+    OwnSums own_sums;          // of the epilogue
     uint32_t drop_below;       // an entry is dropped where its hash is below
     float keep_factor;         // 1 / (1 - dropout)
 };
