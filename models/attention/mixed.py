@@ -131,9 +131,9 @@ def refuse_softmax_options(spec: AttentionSpec) -> None:
     """
     if spec.modifiers:
         raise ValueError(
-            f"attention modifiers {list(spec.modifiers)} change the weights, logits or map of"
-            f" softmax attention, which mixer {spec.mixer} does not form; set"
-            " MODEL.ATTENTION.MODIFIERS [] or MODEL.ATTENTION.MIXER softmax"
+            f"attention modifiers {list(spec.modifiers)} change parts of softmax attention, which"
+            f" mixer {spec.mixer} does not form; set MODEL.ATTENTION.MODIFIERS [] or"
+            " MODEL.ATTENTION.MIXER softmax"
         )
     neutral = AttentionSpec()
     _refuse(

@@ -110,7 +110,7 @@ CHAINS = {
 }
 
 
-def modified(family: str, *texts: str) -> torch.nn.Module:
+def modified(family: str, *texts: str, **options) -> torch.nn.Module:
     """`small` with modifiers. T2T's token transformers refuse what needs q, k and v as wide as x;
     its blocks take it. Refined ViT's blocks with a shared map refuse what changes the heads'
     results; without sharing they take it.
@@ -128,7 +128,7 @@ def modified(family: str, *texts: str) -> torch.nn.Module:
         changes["share_every"] = 1
     if not set(names).isdisjoint(OF_BLOCKS):
         changes |= CHAINS.get(family, {})
-    return small(family, attention=AttentionSpec(texts), **changes)
+    return small(family, attention=AttentionSpec(texts), **{**changes, **options})
 
 
 def randomise(model: torch.nn.Module, std: float = 0.3, seed: int = 0) -> torch.nn.Module:
