@@ -21,7 +21,8 @@ class Exclusive(OutputModifier):
     equal values, an identical map and a token that sees itself alone give 0.
 
     Args:
-        a: a fixed number, 1 in the paper, neutral only at 0; or "learned", a = tanh(p) per head.
+        a: a fixed number, 1 in the paper, neutral only at 0; or "learned", a = tanh(p) per head,
+            which pretrained weights need: with a = 1 they start as another function.
         init: the start of p, for a=learned alone; 0 is neutral.
     Shapes: y, v (B, H, W, C) -> the same; p is (H,) without weight decay. v has its bias. A class
         token counts as any token.

@@ -22,16 +22,17 @@ class Shaped(Coefficients):
     Args:
         preset: "neutral" starts at 0, 1, 0: the unmodified function. "paper" starts at 1, 1, 1 and
             sets W_q, its bias and Swin's table of position biases to 0, so that A = U and A' = I
-            exactly, unless another modifier adds to the logits or changes the map (as CaiT's and
-            Refiner's do); it has no neutral value, and is refused over pretrained weights.
+            exactly, unless another modifier adds to the logits, sets these weights after it or
+            changes the map (as CaiT's and Refiner's do); it has no neutral value, and is refused
+            over pretrained weights.
     Shapes: y, v (B, H, W, C) -> the same; alpha, beta, gamma are (H,) without weight decay. A class
         token counts as any token and is part of U.
     Raises: ValueError for "paper" on cosine attention (SwinV2), which has no gradient at q = 0,
         and beside a modifier that adds to W_q (qk_residual).
     Source: Noci et al., arXiv:2306.17759; He and Hofmann, arXiv:2311.01906, and
         github.com/bobby-he/simplified_transformers, whose block besides has no skip around
-        attention, identical value and output weights and a causal U. Here the skip is kept, and of
-        the temperature of the former nothing is.
+        attention, identical value and output weights and a causal U. Here the skip is kept, and
+        the width-dependent temperature of the former left out.
     """
 
     def __init__(self, geometry: Geometry, preset: Literal["neutral", "paper"] = "neutral"):

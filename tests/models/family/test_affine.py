@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from checkpoint.errors import CheckpointError
-from checkpoint.initial import check_initial
+from checkpoint import CheckpointError, load_weights
 from kernels.window_attention import window_layout
 from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS
 from models.attention.regions import visible_mean
-from tests.models.builders import small
+from tests.models.builders import randomise, small
 from tests.models.family.dense import (
     Dense,
     Place,
@@ -168,11 +167,18 @@ def test_shaped_attention_of_the_paper_is_refused_where_q_does_not_start_or_lear
     small("swin", attention=AttentionSpec(("shaped(preset=paper)", "qk_residual(which=k)")))
 
 
-def test_shaped_attention_of_the_paper_is_refused_over_pretrained_weights():
-    model = small("vit", attention=AttentionSpec(("shaped(preset=paper)",)))
+def test_shaped_attention_of_the_paper_goes_over_pretrained_weights_with_consent_alone():
+    model = small("swin", attention=AttentionSpec(("shaped(preset=paper)",)))
+    weights = randomise(small("swin")).state_dict()
     with pytest.raises(CheckpointError, match="shaped sets initial values"):
-        check_initial(model, consent=False, weights="--pretrained")
-    check_initial(small("vit", attention=AttentionSpec(("shaped",))), False, "--pretrained")
+        load_weights(model, weights)
+    load_weights(model, weights, init_over=True)
+    attention = model.layers[0].blocks[0].attn
+    queries = attention.qkv.weight[:8], attention.qkv.bias[:8]
+    assert not any(part.any() for part in (*queries, attention.relative_position_bias_table))
+    key = "layers.0.blocks.0.attn.qkv.weight"
+    assert torch.equal(attention.qkv.weight[8:], weights[key][8:])
+    load_weights(small("swin", attention=AttentionSpec(("shaped",))), weights)
 
 
 @every_place

@@ -1,5 +1,7 @@
 """Exclusive self-attention: z_i = y_i - a (y_i . v_i) / max(|v_i|^2, 1e-8) v_i."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,6 +68,18 @@ def test_it_is_the_formula_everywhere_fused_too(spec):
 
 
 @every_place
+def test_of_two_edits_the_second_gets_what_the_first_gives(place):
+    def mixed(dense):
+        g = dense.modifier("self_mix").g[:, None, None]
+        y = g * dense.v + (1 - g) * dense.y
+        norm = dense.v.square().sum(-1, keepdim=True)
+        return y - 0.5 * (y * dense.v).sum(-1, keepdim=True) / norm * dense.v
+
+    attention = place.attention("self_mix", "exclusive(a=0.5)")
+    compare(attention, place.x(), place.layout, mixed)
+
+
+@every_place
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_the_learned_share_starts_as_the_plain_model_to_the_last_bit(autocast, place):
     plain, edited = place.attention(), fresh(place, "exclusive(a=learned)")
@@ -109,17 +123,19 @@ def test_equal_values_leave_nothing(place):
     torch.testing.assert_close(result, attention.proj.bias.expand_as(result), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("place", lone_cases("swin"), ids=str)
+@pytest.mark.parametrize("backend", ["reference", "eager", "fused"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-def test_a_lone_token_gets_nothing_and_gradients_are_finite(place, autocast):
-    attention = fresh(place, "exclusive")
-    alone = visible(place.grid, place.window, place.shift).sum(1) == 1
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        result = call(attention, place).flatten(1, 2)
-    left = result[:, alone] - attention.proj.bias.to(result.dtype)
-    assert left.abs().max() < (2e-2 if autocast else 1e-6)
-    result.float().square().sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in attention.parameters())
+def test_a_lone_token_gets_nothing_and_gradients_are_finite(autocast, backend):
+    for place in lone_cases("swin"):
+        attention = fresh(place, "exclusive")
+        attention.spec = replace(attention.spec, backend=backend)
+        alone = visible(place.grid, place.window, place.shift).sum(1) == 1
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            result = call(attention, place).flatten(1, 2)
+        left = result[:, alone] - attention.proj.bias.to(result.dtype)
+        assert left.abs().max() < (2e-2 if autocast else 1e-6)
+        result.float().square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in attention.parameters())
 
 
 def test_a_value_of_zero_removes_nothing_and_has_finite_gradients():
