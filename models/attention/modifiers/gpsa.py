@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.window_attention import OffsetTerms, WindowLayout, window_layout
+from kernels.window_attention import OffsetTerms, WindowLayout
 from models.attention.geometry import Geometry
 from models.layers.init import trunc_normal
 
@@ -92,7 +92,7 @@ class GatedPositionalAttention(OutputModifier):
         attend: Callable[[OffsetTerms, WindowLayout], Tensor],
     ) -> Tensor:
         """y (B, H, W, inner) -> the same, mixed in float32 or wider."""
-        z = attend(self.positions(), strict(layout, y.device))
+        z = attend(self.positions(), layout.forbidding())  # p has no bound that -100 could beat
         wide = torch.promote_types(y.dtype, torch.float32)
         heads = (self.geometry.num_heads, -1)
         g = torch.sigmoid(self.l.to(wide))[:, None]
@@ -125,10 +125,3 @@ def centres(num_heads: int) -> Tensor:
     along = 2 * torch.arange(side) - (side - 1.0)  # 2 m
     mx, my = torch.meshgrid(along, along, indexing="ij")
     return torch.stack([mx, my, -torch.ones_like(mx)], -1).flatten(0, 1)
-
-
-def strict(layout: WindowLayout, device: torch.device) -> WindowLayout:
-    """The same layout with forbidden pairs at -inf: p is not bounded, and -100 would not do."""
-    if layout.mask is None or layout.mask_value == -math.inf:
-        return layout
-    return window_layout(layout.grid, layout.window, layout.shift, -math.inf, device)

@@ -22,7 +22,8 @@ class Sink(OutputModifier):
         y    <- y * sigmoid(L - b)        L = log sum_j exp(S_ij), over the keys that i may see
 
     S is what the softmax takes, mixers of the logits included; the factor multiplies whatever the
-    map gave, edits of the softmaxed map included. Padding is no sink.
+    map gave, edits of the softmaxed map included. Padding is no sink. Beside `self_mask` a token
+    that sees no other gives all to the sink, and gets 0.
 
     Args:
         learned: b is a parameter; False fixes it, with b = 0 as softmax-1.

@@ -95,7 +95,7 @@ def test_other_heads_than_a_square_number_start_at_random_and_differ_from_layer_
     assert third[:4].tolist() == grid and third[4:].abs().max() < 0.4
 
 
-@pytest.mark.parametrize("locality", [1.0, 60.0])
+@pytest.mark.parametrize("locality", [1.0, 400.0])
 def test_no_strength_reaches_a_forbidden_key(locality):
     attention, x = only_positions(SHIFTED, locality=locality), SHIFTED.x(1, 16).double()
     x.requires_grad_()

@@ -70,6 +70,16 @@ def test_no_sink_at_all_has_no_gradient_and_no_effect():
     assert torch.equal(sink.b.grad, torch.zeros(2)) and torch.equal(lse.grad, torch.zeros_like(lse))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_the_product_is_rounded_once(dtype):
+    layout, sink = window_layout((4, 4), (4, 4)), Sink(Geometry(8, 2, (4, 4)), init=1.0)
+    y, lse = torch.randn(2, 4, 4, 8).to(dtype), torch.randn(2, 4, 4, 2)
+    found = sink(y, y, y, layout, lse=lse)
+    exact = y.double().unflatten(-1, (2, 4)) * torch.sigmoid(lse.double() - 1)[..., None]
+    assert found.dtype == dtype
+    assert distance(found, exact.flatten(-2)) <= 0.51 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("b", [-10.0, 0.0, 3.0])
 @torch.no_grad()
 def test_equal_logits_leave_n_over_n_plus_exp_b_of_the_mean(b):
@@ -103,6 +113,16 @@ def test_the_factor_follows_what_modifiers_make_of_logits_and_map(other):
     kept = kept.transpose(1, 2).unflatten(0, (2, -1)).flatten(1, 2)[:, layout.tokens.argsort()]
     kept = kept.view(2, *layout.padded, 2)[:, :6, :6]
     torch.testing.assert_close(found, y * kept[..., None])
+
+
+@torch.no_grad()
+def test_beside_a_masked_diagonal_a_lone_token_gives_all_to_the_sink():
+    place = lone_cases("swin")[0]
+    attention = place.attention("self_mask(temperature=False)", "sink")
+    attention.proj = torch.nn.Identity()
+    y = attention(place.x(), place.layout)
+    lone = Dense(exact(attention), place.x().double(), place.layout).count.view(8, 8) == 1
+    assert lone.sum() == 1 and not y[:, lone].any() and y[:, ~lone].all()
 
 
 def test_the_start_is_near_plain_or_noise_of_its_own():
