@@ -10,7 +10,7 @@ from kernels.modes import autocast_dtype
 
 from . import operations, selfcheck
 from .arguments import check_arguments, check_epilogue
-from .epilogue import FACTORS, Epilogue, apply_epilogue
+from .epilogue import FACTORS, Epilogue
 from .layout import WindowLayout
 from .reference import merge_windows, window_attention_reference, with_endings
 from .terms import OffsetTerms
@@ -18,7 +18,6 @@ from .terms import OffsetTerms
 # What the kernel of a device takes: channels of a head; tokens along a side of a window and in all
 # of it. Other devices have no kernel.
 HEAD_DIMS = {"cuda": (16, 32, 64), "cpu": tuple(range(8, 257, 8))}
-WITH_EPILOGUE = ("cpu",)  # elsewhere the plain formula follows the kernel
 MOST_TOKENS = {"cuda": (576, 576), "cpu": (32, 1024)}
 
 
@@ -139,12 +138,6 @@ def window_attention_fused(
         y = window_attention_reference(qkv, terms, layout, num_heads, cosine, dropout)
         return with_endings(y, qkv, terms, layout, num_heads, cosine, epilogue, return_lse)
     check_epilogue(epilogue, qkv, num_heads)
-    if epilogue is not None and qkv.device.type not in WITH_EPILOGUE:
-        y, lse = window_attention_fused(
-            qkv, terms, layout, num_heads, cosine, dropout, return_lse=True
-        )
-        y = apply_epilogue(y, qkv[..., -y.shape[-1] :], epilogue, num_heads)
-        return (y, lse) if return_lse else y
     tables = (terms.scale, terms.bias, terms.post)
     scale, bias, post = (
         None if table is None else table.float().expand(-1, num_heads) for table in tables

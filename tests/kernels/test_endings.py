@@ -128,17 +128,6 @@ def test_every_backend_gives_the_dense_formula_and_its_gradients(layout, kind):
         close(found, right, tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_where_a_kernel_has_no_epilogue_the_plain_formula_follows(monkeypatch, kind):
-    outcomes = []
-    for kinds in (fused.WITH_EPILOGUE, ()):
-        monkeypatch.setattr(fused, "WITH_EPILOGUE", kinds)
-        leaves = draw(LAYOUTS[2])
-        results = attend(LAYOUTS[2], leaves, kind, "fused", return_lse=True)
-        outcomes.append(with_gradients(results, leaves))
-    close(*outcomes, 5e-6)
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_neutral_factors_are_no_epilogue_bit_for_bit(kind, dtype):

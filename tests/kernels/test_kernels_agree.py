@@ -21,6 +21,8 @@ CASES = [
     Case((9, 12), missing=(1, 5), shift=(4, 6), scale="table", post=True, dropout=0.1),
     Case((12, 12), (1, 2), shift=(6, 6), cosine=True, head_dim=16, dtype=torch.float32),
     Case((16, 16), (1, 1), heads=1, scale="table", head_dim=64, post=True),
+    Case((7, 7), (1, 2), missing=(2, 3), shift=(3, 3), epilogue="exclusive", lse=True),
+    Case((9, 12), (1, 1), heads=1, dtype=torch.float32, epilogue="affine", lse=True),
 ]
 
 
