@@ -1,5 +1,6 @@
-"""The diagonal of the map taken out by the tables, in the CUDA kernels run by the emulator: masked
-(bias -1e4, forbidden pairs at -inf) or excluded (post 0). A token alone keeps itself, or gets 0.
+"""The diagonal of the map taken out by the tables, in the CPU kernel of every instruction set and
+in the emulated CUDA kernels: masked (bias -1e4, forbidden pairs at -inf) or excluded (post 0). A
+token alone keeps itself, or gets 0.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from kernels.window_attention.testing import BF16, F16, F32, Case, Drawn
 from kernels.window_attention.testing_accuracy import problems
 from kernels.window_attention.testing_call import Kernel
+from tests.kernels.cpu_kernels import INSTRUCTIONS, available
 from tests.kernels.emulated import build, load
 from tests.kernels.small_kernels import Small, check_accuracy
 from tests.kernels.small_kernels import library as small_library
@@ -58,7 +60,7 @@ def products(*dtypes: torch.dtype) -> list:
 
 
 @pytest.mark.parametrize(("case", "edit"), products(BF16, F16))
-def test_small_windows_of_16_bits(case, edit):
+def test_cuda_of_small_windows_in_16_bits(case, edit):
     drawn = draw(case, edit)
     results = Small(small_library()).run(drawn).results()
     check_accuracy(results, drawn)
@@ -66,8 +68,20 @@ def test_small_windows_of_16_bits(case, edit):
 
 
 @pytest.mark.parametrize(("case", "edit"), products(F32))
-def test_float32(case, edit):
+def test_cuda_in_float32(case, edit):
     drawn = draw(case, edit)
     results = Kernel(load(build(SOURCES)), "wa_emu").run(drawn)
+    assert problems(results, drawn) == []
+    assert_alone(results, drawn, edit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("edit", ["masked", "excluded"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", [SHIFTED.but(**FORMS[1]), PADDED], ids=str)
+def test_cpu(case, dtype, edit, instructions):
+    drawn = draw(case.but(dtype=dtype), edit)
+    results = available(instructions).run(drawn)
     assert problems(results, drawn) == []
     assert_alone(results, drawn, edit)
