@@ -20,6 +20,7 @@ LAYOUTS = [
     ((8, 8), (7, 7), (1, 1)),
     ((8, 8), (4, 4), (1, 1)),  # and alone among forbidden ones
 ]
+QUICK = LAYOUTS[2:4] + LAYOUTS[5:6]
 # each with what its result must come near to, over the largest number
 BACKENDS = {
     "reference": (torch.float64, 1e-12),
@@ -27,6 +28,11 @@ BACKENDS = {
     "sdpa": (torch.float64, 1e-12),
     "fused": (torch.float32, 2e-5),
 }
+
+
+LAYOUT_TIERS = [
+    pytest.param(layout, marks=() if layout in QUICK else pytest.mark.slow) for layout in LAYOUTS
+]
 
 
 def draw(layout, tables, seed=0):
@@ -98,7 +104,7 @@ def operation(layout, cosine, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUT_TIERS, ids=str)
 def test_value_and_gradients_are_the_formulas_in_every_backend(layout, backend):
     dtype, tolerance = BACKENDS[backend]
     for tables, cosine, used in ((False, False, "L"), (True, False, "yL"), (True, True, "L")):

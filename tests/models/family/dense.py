@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +100,13 @@ def lone_cases(*kinds: str) -> list[Place]:
         for kind in kinds or ("swin", "swinv2")
         for side, by in ((7, 0), (7, 1), (4, 1))
     ]
+
+
+def in_tiers(places: list[Place]) -> list:
+    """Places as parameters: SwinV2's are slow ones, but for the padded and shifted."""
+    quick = [p for p in places if p.kind != "swinv2" or (p.grid, p.shift) == ((6, 6), (2, 2))]
+    marks = [() if place in quick else pytest.mark.slow for place in places]
+    return [pytest.param(p, marks=m, id=str(p)) for p, m in zip(places, marks, strict=True)]
 
 
 def visible(grid: Size, window: Size, shift: Size = (0, 0)) -> Tensor:

@@ -17,13 +17,13 @@ from tests.models.family.dense import (
     compare,
     compare_fused_over,
     exact,
+    in_tiers,
     lone_cases,
 )
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 PLACES = [place for place in cases() + lone_cases("swin") if not place.prefix]
 SHIFTED = Place("swin", (6, 6), (4, 4), (2, 2))
-NO_CLASS_TOKEN = dict(class_token=False, pool="mean")
 
 
 def positional(dense):
@@ -48,13 +48,13 @@ def only_positions(place, heads=4, locality=1.0):
     return exact(attention)
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("place", in_tiers(PLACES))
 def test_two_maps_each_over_the_visible_keys_are_mixed(place):
     compare(place.attention("gpsa"), place.x(), place.layout, mixed)
 
 
 def test_the_fused_kernel_errs_no_more_than_plain_operations():
-    compare_fused_over(PLACES[:-3], ["gpsa"], mixed)
+    compare_fused_over(PLACES[:-3:2], ["gpsa"], mixed)
 
 
 @pytest.mark.parametrize("place", [SHIFTED, cases("vit")[0]], ids=str)
@@ -107,12 +107,11 @@ def test_no_strength_reaches_a_forbidden_key(locality):
         assert reached.any()
 
 
-@pytest.mark.parametrize("family", [*WINDOW_FAMILIES, "vit"])
+@pytest.mark.parametrize("family", [*WINDOW_FAMILIES, "cait"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_closed_gates_are_the_plain_model_to_the_last_bit(family, dtype):
-    changes = NO_CLASS_TOKEN if family == "vit" else {}
-    plain = randomise(small(family, **changes))
-    gated = small(family, attention=AttentionSpec(("gpsa(init=-200)",)), **changes)
+    plain = randomise(small(family))
+    gated = small(family, attention=AttentionSpec(("gpsa(init=-200)",)))
     gated.load_state_dict({**gated.state_dict(), **plain.state_dict()})
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         assert torch.equal(gated(IMAGES), plain(IMAGES))
