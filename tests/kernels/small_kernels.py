@@ -40,6 +40,9 @@ PROBES = [
         scale="table",
     ),
     Case(window=(8, 7), windows=(2, 1), post=True, dropout=0.2, cosine=True, magnitude=3.0),
+    Case(windows=(1, 2), missing=(2, 3), shift=(3, 3), scale="table", epilogue="affine", lse=True),
+    Case(window=(8, 8), windows=(1, 2), cosine=True, epilogue="exclusive", tiny_values=True),
+    Case(window=(3, 5), post=True, dropout=0.2, epilogue="affine"),
 ]
 
 

@@ -15,9 +15,11 @@ from tests.kernels.small_kernels import FEW, library
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FLAGS = (FEW, "-O0")
-FORWARD, BACKWARD, GRADIENTS, LAYOUT, REDUCE = (
-    "cuda/small_" + name + ".h" for name in "forward backward gradients layout reduce".split()
+FORWARD, BACKWARD, GRADIENTS, LAYOUT, REDUCE, EPILOGUE = (
+    "cuda/small_" + name + ".h"
+    for name in "forward backward gradients layout reduce epilogue".split()
 )
+BOTH, SUMS = "cuda/epilogue.h", "cuda/epilogue_sums.h"
 
 # name: (file, what stands there, what a slip would have written)
 MUTANTS = {
@@ -205,6 +207,64 @@ MUTANTS = {
     ),
     "the reduction's tree lacks its barrier": (
         REDUCE,
+        "        __syncthreads();\n        if (thread < half)",
+        "        if (thread < half)",
+    ),
+    "the gradient of the log-sum-exp has the other sign": (
+        BACKWARD,
+        "inner[h] = beta * inner[h] - of_lse[h];",
+        "inner[h] = beta * inner[h] + of_lse[h];",
+    ),
+    "padding reads a gradient of the log-sum-exp": (
+        BACKWARD,
+        "row, 0.f);\n#pragma",
+        "row, NAN);\n#pragma",
+    ),
+    "dS lacks beta": (BACKWARD, "(K::EPILOGUE ? beta * g[n][e] : g[n][e])", "g[n][e]"),
+    "the gradient of post lacks beta": (
+        BACKWARD,
+        "K::EPILOGUE && p.a.beta ? p.a.beta[head] : 1.f);",
+        "1.f);",
+    ),
+    "beta's gradient counts a row for each of its lanes": (
+        BACKWARD,
+        "sum_of_warp(lane % 4 ? 0.f : inner[0] + inner[1])",
+        "sum_of_warp(inner[0] + inner[1])",
+    ),
+    "rows are excluded before they have arrived": (
+        BACKWARD,
+        """        cp_wait<0>();
+        if (K::EPILOGUE && p.a.exclusion)
+            exclude_rows<T, D>(dout, v, rows, p.a.exclusion[head]);
+""",
+        """        if (K::EPILOGUE && p.a.exclusion)
+            exclude_rows<T, D>(dout, v, rows, p.a.exclusion[head]);
+        cp_wait<0>();
+""",
+    ),
+    "dv lacks beta": (EPILOGUE, "beta * g[n][2 * h] + alpha", "g[n][2 * h] + alpha"),
+    "the exclusive ratio is that of a result not yet normalised": (
+        EPILOGUE,
+        "across_quad_sum(along) * by[h] /",
+        "across_quad_sum(along) /",
+    ),
+    "the gradient keeps its part along the value": (
+        EPILOGUE,
+        "dz[j].x - by * own[j].x",
+        "dz[j].x",
+    ),
+    "below the floor the length still has a gradient": (
+        BOTH,
+        "(length > LENGTH_FLOOR ? 2.f : 0.f)",
+        "2.f",
+    ),
+    "sums of the epilogue are read where another head's are": (
+        SUMS,
+        "i / tiles * heads + head",
+        "i / tiles + head",
+    ),
+    "the epilogue's tree lacks its barrier": (
+        SUMS,
         "        __syncthreads();\n        if (thread < half)",
         "        if (thread < half)",
     ),

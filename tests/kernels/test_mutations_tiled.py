@@ -10,8 +10,10 @@ import pytest
 from tests.kernels.emulated import CSRC
 from tests.kernels.tiled_kernels import judge
 
-NAMES = ("forward", "queries", "keys", "window", "tile", "pairs", "tables")
-FORWARD, QUERIES, KEYS, WINDOW, TILE, PAIRS, TABLES = (f"cuda/tiled_{name}.h" for name in NAMES)
+NAMES = ("forward", "queries", "keys", "window", "tile", "pairs", "tables", "epilogue")
+FORWARD, QUERIES, KEYS, WINDOW, TILE, PAIRS, TABLES, EPILOGUE = (
+    f"cuda/tiled_{name}.h" for name in NAMES
+)
 
 # name: (file, what stands there, what a slip would have written)
 MUTANTS = {
@@ -154,6 +156,35 @@ MUTANTS = {
         "__syncwarp();\n            write_rows",
         "write_rows",
     ),
+    "values are read before they have arrived": (
+        FORWARD,
+        "cp_wait<0>();\n                __syncwarp();\n                float ratio",
+        "float ratio",
+    ),
+    "the gradient of the log-sum-exp has the other sign": (
+        QUERIES,
+        "own.delta[r] -= p.a.grad_lse[own.row[r]];",
+        "own.delta[r] += p.a.grad_lse[own.row[r]];",
+    ),
+    "delta lacks beta": (QUERIES, "own.delta[r] *= p.a.beta[head];", ";"),
+    "a strip's sums are laid where the first one's are": (
+        QUERIES,
+        "first_query / 16 + own.tile)] = sum;",
+        "own.tile)] = sum;",
+    ),
+    "the gradient of post lacks beta": (QUERIES, "of_post[e] *= beta;", ";"),
+    "dk lacks beta": (KEYS, "Epilogue ? kept * beta : kept", "kept"),
+    "a block's rows are excluded by the first one's values": (
+        KEYS,
+        "shared.token + first,\n",
+        "shared.token,\n",
+    ),
+    "the exclusive ratio is kept a tile too early": (
+        FORWARD,
+        "p.a.along[first_row + tile * 16 +",
+        "p.a.along[first_row +",
+    ),
+    "the own gradient lacks the result": (EPILOGUE, "by.result * o.x + ", ""),
 }
 
 

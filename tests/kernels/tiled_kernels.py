@@ -41,6 +41,12 @@ TRIALS = [
     ),
     (Case((8, 13), (3, 2), heads=1, scale="table", post=True), 20000, 1),
     (Case((4, 18), (1, 1), heads=1, cosine=True, shift=(2, 0), missing=(0, 1)), 232448, 132),
+    (
+        Case((9, 11), missing=(3, 4), shift=(4, 5), post=True, epilogue="affine", lse=True),
+        232448,
+        1,
+    ),
+    (Case((8, 13), (3, 2), heads=1, cosine=True, epilogue="exclusive", tiny_values=True), 20000, 1),
 ]
 
 
