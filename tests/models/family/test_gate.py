@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from checkpoint import load_weights
-from models.attention import AttentionSpec
+from models.attention import AttentionSpec, Geometry
+from models.attention.modifiers import MODIFIERS
 from models.attention.report import why_not_fused
 from models.counting import count_macs
 from optimizer import decay_rule
@@ -80,6 +81,18 @@ def test_the_start_of_the_paper_is_near_one_half_and_other_in_each_layer():
     torch.testing.assert_close(
         attention(place.x()) - attention.proj.bias, (plain(place.x()) - plain.proj.bias) / 2
     )
+
+
+@both_kinds
+def test_a_gate_near_one_is_not_rounded_away_in_bfloat16(kind):
+    """1.003 is 1 in bfloat16; on the products of many numbers it shows in the mean."""
+    gate = MODIFIERS.create(f"gate(kind={kind})", Geometry(16, 2, (4, 4)))
+    torch.nn.init.constant_(gate.linear.weight, 0.006 / 16)
+    y = (1 + torch.rand(4, 8, 8, 16, generator=torch.Generator().manual_seed(0))).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        gated = gate(y, None, torch.ones(4, 8, 8, 16), None)
+    assert gated.dtype == torch.bfloat16
+    assert (gated.float() / y.float()).mean().item() == pytest.approx(1.003, abs=5e-4)
 
 
 @both_kinds

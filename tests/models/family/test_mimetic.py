@@ -69,6 +69,13 @@ def test_v_and_the_projection_give_noise_minus_the_identity(kind):
     assert noise.diagonal().std().item() == pytest.approx(1, abs=4 / (2 * 96) ** 0.5)
 
 
+def test_a_result_of_another_width_than_the_input_is_refused():
+    spec = AttentionSpec(("mimetic",))
+    attention = GlobalAttention(Geometry(12, 3, SIDE), spec, out_dim=8)
+    with pytest.raises(ValueError, match="v 12 and the result 8.*set vo=none"):
+        attention.initialise_modifiers("test")
+
+
 def test_factors_scale_the_products():
     weak, strong = (products(started(f"mimetic(qk={n}, vo={n})", 12)) for n in (0.5, 1.0))
     for half, whole in zip(weak, strong, strict=True):
