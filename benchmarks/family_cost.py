@@ -4,12 +4,13 @@
     python benchmarks/family_cost.py --dtype bfloat16 --arms self_mix exclusive --json FILE
     python benchmarks/family_cost.py --table FILE ... > benchmarks/results/family_cost.md
 
-A step is forward, cross entropy, backward and the program's AdamW with its two groups. A round does
-all arms once in random order, with a step of the plain model before and after every four of them;
-an arm's ratio is its time over the mean of these two. The median over rounds is reported, with the
+A step is forward, cross entropy, backward and the program's AdamW with its two groups. Four arms at
+a time: a round does them once in random order, with a step of the plain model before and after; an
+arm's ratio is its time over the mean of these two. The median over rounds is reported, with the
 middle half. "plain" among the arms is a second plain model: the noise.
 
-Arms are the files of configs/identity/family for Swin-T, or modifiers as in a config. A run that is
+Arms are the files of configs/identity/family for Swin-T, or modifiers as in a config; by default
+all whose steps differ. A run that is
 repeated with the same file goes on where it stopped; runs of different arms may go on side by side,
 one core each, into files of their own.
 """
@@ -39,13 +40,16 @@ PREFIX = "swin_tiny_patch4_window7_224_"
 PLAIN = ROOT / "configs/identity/swin_tiny_patch4_window7_224.yaml"
 NOISE = "plain"
 TOGETHER = 4  # arms between two steps of the plain model
+# Files whose steps do what those of another file do, from other values.
+ALIKE = ("mimetic_qk", "mimetic_vo", "orthogonal_random", "orthogonal_unmatched", "shaped_paper")
+ALIKE += ("value_skipinit_paper", "gate_paper", "branch_gain_0", "qkres_exclusive", "qkres_qk_norm")
 Step = Callable[[], None]
 
 
 def all_arms() -> list[str]:
     """The noise, and the arms that have a file for Swin-T."""
     names = [path.stem.removeprefix(PREFIX) for path in sorted(CONFIGS.glob(f"{PREFIX}*.yaml"))]
-    return [NOISE, *names]
+    return [NOISE, *(name for name in names if name not in ALIKE)]
 
 
 def settings(arm: str):
@@ -86,46 +90,47 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - begin
 
 
-def one_round(plain: Step, steps: dict[str, Step], order: list[str]) -> dict[str, list[float]]:
-    """{arm: [its seconds, mean seconds of the plain steps before and after its group]}."""
-    found, before = {}, seconds(plain)
-    for first in range(0, len(order), TOGETHER):
-        group = order[first : first + TOGETHER]
-        times = {arm: seconds(steps[arm]) for arm in group}
-        after = seconds(plain)
-        found |= {arm: [own, (before + after) / 2] for arm, own in times.items()}
-        before = after
-    return found
-
-
 def measure(given: argparse.Namespace) -> None:
     """Rounds until every arm has `given.rounds`, each written to the file at once."""
     done = json.loads(given.json.read_text()) if given.json.is_file() else {"arms": {}}
     conditions = {"dtype": given.dtype, "batch": given.batch}
     if done.setdefault("conditions", conditions) != conditions:
         raise SystemExit(f"{given.json} holds {done['conditions']}, not {conditions}")
-    arms = done["arms"]
-    short = [name for name in given.arms if rounds_of(arms, name) < given.rounds]
-    dtype = getattr(torch, given.dtype)
-    plain, base = training_step(NOISE, given.batch, dtype)
-    steps = {}
-    for name in short:
-        steps[name], count = training_step(name, given.batch, dtype)
+    done["versions"] = environment("cpu")
+    short = [name for name in given.arms if rounds_of(done["arms"], name) < given.rounds]
+    plain = training_step(NOISE, given.batch, getattr(torch, given.dtype))
+    for first in range(0, len(short), TOGETHER):
+        measure_group(short[first : first + TOGETHER], plain, done, given)
+
+
+def measure_group(
+    names: list[str], plain: tuple[Step, int], done: dict, given: argparse.Namespace
+) -> None:
+    """The same for a few arms, whose models are given up afterwards.
+
+    Written are, for each arm and round, its seconds and the mean of the two plain steps around.
+    """
+    base, arms, steps = plain[1], done["arms"], {}
+    for name in names:
+        steps[name], count = training_step(name, given.batch, getattr(torch, given.dtype))
         arms.setdefault(name, {"pairs": []})["parameters added"] = count - base
     for _ in range(2):  # buffers, caches and AdamW's moments
-        for step in [plain, *steps.values()]:
+        for step in [plain[0], *steps.values()]:
             step()
-    done["versions"] = environment("cpu")
-    shuffled = random.Random(0)
+    shuffled, before = random.Random(0), seconds(plain[0])
     while order := [name for name in steps if rounds_of(arms, name) < given.rounds]:
         shuffled.shuffle(order)
-        for name, pair in one_round(plain, steps, order).items():
-            arms[name]["pairs"].append(pair)
+        times = {name: seconds(steps[name]) for name in order}
+        after = seconds(plain[0])
+        for name, own in times.items():
+            arms[name]["pairs"].append([own, (before + after) / 2])
+        before = after
         draft = given.json.with_suffix(".part")
         draft.write_text(json.dumps(done, indent=1) + "\n")
         os.replace(draft, given.json)
-        ahead = min(rounds_of(arms, name) for name in given.arms)
-        print(f"{ahead} of {given.rounds} rounds", flush=True)
+    for name in names:
+        middle, low, high = summary(arms[name]["pairs"])
+        print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
 
 
 def rounds_of(arms: dict[str, dict], name: str) -> int:

@@ -216,17 +216,6 @@ def test_what_a_family_has_no_place_for_is_refused_in_one_line(family, name):
     assert "\n" not in str(caught.value)
 
 
-def train_or_refuse(*texts: str) -> None:
-    """A training step of Swin with these modifiers, or a refusal of one line."""
-    torch.manual_seed(0)
-    try:
-        model = modified("swin", *texts)
-    except ValueError as error:
-        assert "\n" not in str(error) and ";" in str(error)
-        return
-    train(model, 1)
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_modifiers_that_are_compared_work_together(pair):
     torch.manual_seed(0)
@@ -235,7 +224,8 @@ def test_modifiers_that_are_compared_work_together(pair):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MODIFIER_NAMES)
-def test_every_pair_trains_or_is_refused(name):
+def test_every_pair_trains(name):
     for other in MODIFIER_NAMES:
         if other != name:
-            train_or_refuse(name, other)
+            torch.manual_seed(0)
+            train(modified("swin", name, other), 1)

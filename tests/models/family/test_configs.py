@@ -78,6 +78,7 @@ FILES = {
     for plain in PLAIN
     for path in sorted(FOLDER.glob(f"{plain}_*.yaml"))
 }
+REGISTERS = FILES.pop(("vit_small_patch16_224", "registers"))  # no modifier, and ViT's alone
 
 
 def plain_and_options(plain):
@@ -159,3 +160,13 @@ def test_where_there_is_no_form_of_an_arm_the_model_says_so(plain, arm):
     with pytest.raises(ValueError, match=";") as caught:
         built(base, [*options, "MODEL.ATTENTION.MODIFIERS", list(texts)])
     assert "\n" not in str(caught.value)
+
+
+def test_registers_are_four_tokens_and_nothing_else():
+    base, options = plain_and_options("vit_small_patch16_224")
+    expected, config = to_dict(load_config(base)), to_dict(load_config(REGISTERS))
+    assert config["MODEL"].pop("NAME") == REGISTERS.stem
+    assert config["MODEL"]["VIT"].pop("REGISTERS") == 4
+    del expected["MODEL"]["NAME"], expected["MODEL"]["VIT"]["REGISTERS"]
+    assert config == expected
+    assert number(built(REGISTERS, options)[0]) == number(built(base, options)[0]) + 4 * 384
