@@ -5,7 +5,7 @@ annotated kind, and what is accepted is what was written.
 import inspect
 import random
 from functools import wraps
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -79,8 +79,18 @@ def written_as(annotation, rng) -> tuple[str, Any]:
             }
     if type(None) in getattr(annotation, "__args__", ()):
         known["none"] = None
+    words = words_of(annotation)
+    known |= dict.fromkeys(["other", "1j"] if words else [], WRONG) | {word: word for word in words}
     text = rng.choice(sorted(known))
     return text, known[text]
+
+
+def words_of(annotation) -> list[str]:
+    """Those of a Literal, alone or beside other kinds."""
+    members = (annotation, *getattr(annotation, "__args__", ()))
+    return [
+        word for member in members if get_origin(member) is Literal for word in get_args(member)
+    ]
 
 
 def random_spec(registry, rng) -> tuple[str, str, dict[str, Any]]:
