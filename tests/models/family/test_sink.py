@@ -65,6 +65,22 @@ def test_a_far_sink_is_the_plain_model_to_the_last_bit(family, dtype):
         assert not torch.equal(near(IMAGES), plain(IMAGES))
 
 
+@pytest.mark.parametrize("family", WINDOW_FAMILIES)
+def test_the_start_is_near_the_plain_model_and_has_a_gradient(family):
+    torch.manual_seed(0)
+    model = small(family, attention=AttentionSpec(("sink",)))
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.data.fill_(1)  # SwinV2's start at 0
+    found = model(IMAGES)
+    found.square().sum().backward()
+    own = [p for name, p in model.named_parameters() if name.endswith(".b")]
+    assert len(own) == 3 and all(p.grad.abs().min() > 0 for p in own)
+    for p in own:
+        p.data.fill_(-math.inf)
+    torch.testing.assert_close(found, model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
 def test_no_sink_at_all_has_no_gradient_and_no_effect():
     layout, geometry = window_layout((4, 4), (4, 4)), Geometry(8, 2, (4, 4))
     sink, y, lse = Sink(geometry, init=-math.inf), torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 2)
@@ -130,14 +146,16 @@ def test_beside_a_masked_diagonal_a_lone_token_gives_all_to_the_sink():
 
 
 def test_the_start_is_near_plain_or_noise_of_its_own():
-    def sinks(text):
+    def sinks(text, family="swin"):
         torch.manual_seed(0)
-        model = small("swin", attention=AttentionSpec((text,)))
+        model = small(family, attention=AttentionSpec((text,)))
         return [p for name, p in model.named_parameters() if name.endswith(".b")], model
 
     near, plain = sinks("sink")
     noisy, other = sinks("sink(init=0, std=0.02)")
     assert all((b == -10).all() for b in near) and len(near) == 3
+    assert all((b == 0).all() for b in sinks("sink", "swinv2")[0])
+    assert all((b == -10).all() for b in sinks("sink(init=-10)", "swinv2")[0])
     values = torch.cat(noisy)
     assert 0 < values.abs().max() < 0.1 and len(set(values.tolist())) == len(values)
     for name, value in plain.state_dict().items():
