@@ -45,6 +45,12 @@ from kernels.window_attention.testing import (
 )
 from kernels.window_attention.testing_accuracy import distances, problems
 from kernels.window_attention.testing_call import GRADIENTS, Kernel
+from kernels.window_attention.testing_epilogue import (
+    SMALL_BASES,
+    TILED_BASES,
+    with_epilogue,
+    with_gradient_of_lse,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -124,7 +130,9 @@ class Run:
             return QUICK
         source = random.Random(2026)
         drawn = [draw_case(source) for _ in range(200)]
-        return [*SMALL_CASES, *TILED_CASES, *LARGE, *ENDED, *drawn]
+        bases = [*SMALL_BASES, *TILED_BASES]
+        ended = [*ENDED, *with_epilogue(bases), *with_gradient_of_lse(bases)]
+        return [*SMALL_CASES, *TILED_CASES, *LARGE, *ended, *drawn]
 
 
 def part_build(run: Run, time_is_up: Callable[[], bool]) -> list[dict]:

@@ -299,8 +299,8 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS)
         }
         if (K::EPILOGUE && (p.a.alpha || p.a.exclusion)) {
             const float sum = add_own_gradient<T, D>(
-                gradient[2], p, v, own_token,
-                p.a.along + ((int64_t)index * heads + head) * p.tokens, row, column, head);
+                gradient[2], p, v, own_token, ((int64_t)index * heads + head) * p.tokens, row,
+                column, head);
             if (p.own_sums.own && warp < p.own_sums.tiles) {
                 const float all = sum_of_warp(sum);
                 if (lane == 0) p.own_sums.own[p.own_sums.place(index, heads, head, warp)] = all;

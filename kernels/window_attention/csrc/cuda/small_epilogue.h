@@ -84,11 +84,11 @@ WA_DEVICE void exclude_rows(unsigned char* gradient, const unsigned char* v,
 
 // g, the sum over the rows' queries of P dy, becomes the whole gradient of v; returns this thread's
 // part of the sum over the rows of dz v (affine) or -r (dz v) (exclusive). token: of the rows,
-// negative where there is none; ratios: r of the window's row 0
+// negative where there is none; first_row: the window's, of r
 template <typename T, int D>
 WA_DEVICE float add_own_gradient(float (&g)[D / 8][4], const SmallProblem& p,
                                  const unsigned char* v, const int (&token)[2],
-                                 const float* ratios, int row, int column, int head) {
+                                 int64_t first_row, int row, int column, int head) {
     const int first = at<D>(row, 0) + column * 2;
     float sum = 0.f;
 #pragma unroll
@@ -103,7 +103,7 @@ WA_DEVICE float add_own_gradient(float (&g)[D / 8][4], const SmallProblem& p,
             length += x.x * x.x + x.y * x.y;
         }
         if (p.a.exclusion) {
-            const float ratio = token[h] < 0 ? 0.f : ratios[row + 8 * h];
+            const float ratio = token[h] < 0 ? 0.f : p.a.along[first_row + row + 8 * h];
             sum -= ratio * along;
             const OwnFactors by(p.a.exclusion[head], ratio, across_quad_sum(along),
                                 across_quad_sum(length));
