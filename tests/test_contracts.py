@@ -2,6 +2,7 @@
 it.
 """
 
+import functools
 import inspect
 
 import pytest
@@ -115,16 +116,22 @@ def test_one_file_alone_imports(library):
     } == OUTSIDE[library]
 
 
-def products(compiled: bool = False) -> list:
+@functools.cache
+def text_of(folder: str, pattern: str) -> str:
+    return "\n".join(path.read_text() for path in sorted((ROOT / folder).rglob(pattern)))
+
+
+def products(arms_by_default: bool = True, compiled: bool = False) -> list:
     """(modifier, family) for all that a family takes; by default the first ones on every family and
-    the arms on one, the rest in `make test-long`. Compiling takes seconds each.
+    the arms on one, the rest in `make test-long`.
     """
     found = []
     for name in MODIFIER_NAMES:
         for family in ATTENTION_FAMILIES:
             everywhere = name in EVERYWHERE
             marks = () if everywhere or family == HOME.get(name, "swin") else pytest.mark.long
-            if compiled and not marks and not (everywhere and family in COMPILED):
+            quick = family in COMPILED or not compiled if everywhere else arms_by_default
+            if not marks and not quick:
                 marks = pytest.mark.slow
             if (family, name) not in REFUSED:
                 found.append(pytest.param(name, family, marks=marks))
@@ -159,12 +166,8 @@ class TestEveryModifier:
 
     @pytest.mark.parametrize("name", MODIFIER_NAMES)
     def test_has_a_yaml_a_test_and_a_docstring_with_shapes(self, name):
-        assert any(name in path.read_text() for path in (ROOT / "configs").rglob("*.yaml")), (
-            "no YAML switches it on"
-        )
-        assert any(
-            f'"{name}' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py")
-        ), "no test names it"
+        assert name in text_of("configs", "*.yaml"), "no YAML switches it on"
+        assert f'"{name}' in text_of("tests", "test_*.py"), "no test names it"
         assert "Shapes:" in inspect.getdoc(MODIFIERS[name])
 
     @each_product
@@ -186,14 +189,14 @@ class TestEveryModifier:
         assert all(p.grad.isfinite().all() for p in model.parameters())
         torch.testing.assert_close(low.float(), model(images), rtol=0.05, atol=0.05)
 
-    @each_product
+    @pytest.mark.parametrize(("name", "family"), products(arms_by_default=False))
     def test_its_state_dict_brings_the_same_logits_to_another_model(self, name, family):
         model, images = randomise(modified(family, name), std=0.1).eval(), torch.randn(2, 3, 16, 16)
         other = randomise(modified(family, name), seed=1).eval()
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(images), model(images))
 
-    @pytest.mark.parametrize(("name", "family"), products(compiled=True))
+    @pytest.mark.parametrize(("name", "family"), products(arms_by_default=False, compiled=True))
     def test_compiles_to_one_graph_with_the_same_result(self, name, family):
         # else the names before this one count as recompilations of the same code
         torch.compiler.reset()

@@ -1,5 +1,7 @@
 """At its neutral value every arm is the plain model, bit for bit: whole models of Swin and ViT."""
 
+import functools
+
 import pytest
 import torch
 
@@ -27,10 +29,15 @@ NEUTRAL = [
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+@functools.cache
+def plain_model(family):
+    return randomise(small(family))
+
+
 @pytest.mark.parametrize("text", NEUTRAL)
 def test_a_neutral_arm_is_the_plain_model_bit_for_bit(text):
     for family in ("swin", "vit"):
-        plain = randomise(small(family))
+        plain = plain_model(family)
         arm = modified(family, text)
         arm.load_state_dict(plain.state_dict(), strict=False)
         for dtype in (torch.float32, torch.bfloat16):

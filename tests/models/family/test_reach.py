@@ -22,7 +22,9 @@ FORMS = ["exclusive(a=learned)", "self_mask(temperature=False)", "sink(learned=F
 FORMS += ["gate(kind=element)", "value_residual(preset=svformer)", "branch_gain(kind=channel)"]
 
 
-@pytest.mark.parametrize("family", ONE_STAGE)
+@pytest.mark.parametrize(
+    "family", ["swin", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swinv2", "vit"))]
+)
 def test_no_arm_leaves_the_fused_kernel(family):
     if reason := missing(torch.device("cpu")):
         pytest.skip(reason)
