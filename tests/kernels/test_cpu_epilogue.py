@@ -40,12 +40,15 @@ def cases(shapes) -> list[Case]:
     return [shape.but(dtype=dtype, **ending) for shape, dtype, ending in product]
 
 
+FACTORS_AFTER = [SHAPES[6].but(dtype=F32, **ending) for ending in ENDINGS[:2]]
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether they are equal bit for bit, NaN at padding included."""
     return torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
 
-@pytest.mark.parametrize("case", cases([SMALL]), ids=str)
+@pytest.mark.parametrize("case", [*cases([SMALL]), *FACTORS_AFTER], ids=str)
 def test_an_ending_errs_no_more_than_pytorch_in_the_same_dtype(case):
     drawn = Drawn(case)
     assert not problems(cpu_kernel().run(drawn), drawn)

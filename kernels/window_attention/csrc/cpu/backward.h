@@ -17,17 +17,7 @@
 //
 //   dS = P (G - rowsum(P G) + dL)
 //
-// Epilogues, from the gradient dZ of their result; c = rowsum(dZ v), m = max(|v|^2, 1e-8), r = along:
-//
-//   affine      dO = beta dZ
-//               dv += alpha dZ
-//               d alpha = sum c
-//               d beta = sum P factors (dZ vᵀ)
-//   exclusive   dO = dZ - exclusion c/m v
-//               dv += -exclusion (r dZ + c/m (O - 2 r v)), without the last term where |v|^2 < 1e-8
-//               d exclusion = -sum r c
-//
-// Here O = out + exclusion r v. beta stands outside of all products, because it may be 0.
+// Epilogues: epilogue.h.
 #pragma once
 #include "forward.h"
 
@@ -42,7 +32,8 @@ struct Backward : Head<Unit> {
     float *q, *k, *v, *g, *turned_k, *turned_v, *paired_q, *paired_k, *paired_g;  // g: grad_out
     float *logits, *map, *grads, *left, *map_pairs, *grad_pairs;  // (queries, columns) each
     float *grad_q, *grad_k, *grad_v, *kept, *line, *result;  // result: a row of out
-    float beta;          // of the head at hand; 1 without an affine epilogue
+    float beta;           // of the head at hand; 1 without an affine epilogue
+    bool ended;           // there is such an epilogue, or a gradient of the log-sum-exp
     double *factor_sums;  // gradients of alpha, beta and exclusion for every head of the group
     double *of_factors;   // and for the one at hand
     Dense sum_scale, sum_bias, sum_post;  // of the head at hand
@@ -57,7 +48,7 @@ struct Backward : Head<Unit> {
         const int64_t width = this->width;
         const int64_t packed = rows * this->packed;
         const int64_t paired = PAIRS ? rows / 2 * width : 0;
-        queries = block_of(j->area);
+        queries = block_of(j->area), ended = a.beta || a.grad_lse;
         q = c->take<float>(packed);
         k = c->take<float>(packed);
         v = c->take<float>(packed);
@@ -152,7 +143,7 @@ struct Backward : Head<Unit> {
         this->take((const T*)a.grad_out, 1, 0, g);
         turn(k, packed, turned_k, columns, columns, packed);
         turn(v, packed, turned_v, columns, columns, packed);
-        if (a.grad_alpha) multiply_values();
+        if (a.grad_alpha) of_factors[0] += multiply_rows(*this, g, v);
         if (a.exclusion) differentiate_exclusion<T>(index);
         if (PAIRS) {
             pair_rows(q, packed, paired_q, columns, width);
@@ -195,7 +186,8 @@ struct Backward : Head<Unit> {
         }
         for (int j = 0; j < area; ++j) {
             store_gradient<T>(1, j, grad_k + j * width, k, this->inverse_k, LN2);
-            if (a.alpha) mix_gradient(j);
+            if (a.alpha)
+                mix(*this, a.alpha[this->head], g + j * packed, beta, grad_v + j * width);
             store_gradient<T>(2, j, grad_v + j * width, nullptr, nullptr, 1);
         }
     }
@@ -221,60 +213,19 @@ struct Backward : Head<Unit> {
                   this->dim);
     }
 
-    // Adds sum c of the window to the gradient of alpha.
-    void multiply_values() {
-        vf total = {};
-        for (int i = 0; i < this->job->area; ++i)
-            for (int d = 0; d < this->width; d += W)
-                total += channels(g + i * this->packed, d) * channels(v + i * this->packed, d);
-        of_factors[0] += sum(total);
-    }
-
-    // The gradient of v_j through both parts of the affine epilogue.
-    void mix_gradient(int j) {
-        const vf alpha = all(this->a.alpha[this->head]), by = all(beta);
-        float* const grad = grad_v + j * this->width;
-        for (int d = 0; d < this->width; d += W)
-            store(grad + d, by * load(grad + d) + alpha * channels(g + j * this->packed, d));
-    }
-
     // Turns dZ in `g` into dO, and begins `grad_v` with what v gets besides.
     template <class T>
     void differentiate_exclusion(int64_t index) {
         const WindowAttentionArgs& a = this->a;
-        const int width = this->width, packed = this->packed;
-        const float exclusion = a.exclusion[this->head];
         const float* const ratios = a.along + (index * a.heads + this->head) * this->job->area;
         for (int i = 0; i < this->job->area; ++i) {
-            const int64_t token = this->place.token[i];
-            float *const to = grad_v + i * width, *const grad = g + i * packed;
-            const float* const value = v + i * packed;
+            const int64_t token = this->place.token[i], at = i * this->packed;
             if (token < 0) continue;  // nothing of it is written
             const T* const from = (const T*)a.out + (token * a.heads + this->head) * this->dim;
-            load_row<Floats, T>(from, result, this->dim, width);
-            vf products = {}, squares = {};
-            for (int d = 0; d < width; d += W) {
-                const vf own = channels(value, d);
-                products += own * channels(grad, d), squares += own * own;
-            }
-            const float square = sum(squares), product = sum(products), ratio = ratios[i];
-            const bool large = square > LEAST_SQUARE;
-            const vf share = all(exclusion * (product / (large ? square : LEAST_SQUARE)));
-            const vf taken = all(exclusion * ratio);
-            const vf back = all(exclusion * ratio - (large ? 2 * ratio : 0));
-            for (int d = 0; d < width; d += W) {
-                const vf own = channels(value, d), z = channels(grad, d);
-                store(to + d, -taken * z - share * (load(result + d) + back * own));
-                store_channels(grad, d, z - share * own);
-            }
-            of_factors[2] -= ratio * product;
+            load_row<Floats, T>(from, result, this->dim, this->width);
+            of_factors[2] += exclude_backward(*this, a.exclusion[this->head], ratios[i], v + at,
+                                              result, g + at, grad_v + i * this->width);
         }
-    }
-
-    // Writes channels d .. d + W - 1 of a packed row.
-    static inline void store_channels(float* row, int d, vf x) {
-        if (PAIRS) *(vh_any*)((uint16_t*)row + d) = to_bf16(x);
-        else store(row + d, x);
     }
 
     // From the logits and dO vᵀ of query i: P * factors in `map`, H in `grads`, and the sums of the
@@ -333,6 +284,7 @@ struct Backward : Head<Unit> {
 
     // What all of a row of beta G is lessened by: beta rowsum(P G) - dL. at: of the row in lse.
     inline float taken_off(int64_t at, float mean) {
+        if (!ended) return mean;
         if (this->a.grad_beta) of_factors[1] += mean;
         return beta * mean - (this->a.grad_lse ? this->a.grad_lse[at] : 0);
     }

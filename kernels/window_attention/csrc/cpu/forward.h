@@ -1,6 +1,6 @@
 // Forward of a group of heads of a run of windows. No row of logits outlives its block of queries.
 #pragma once
-#include "windows.h"
+#include "epilogue.h"
 
 namespace wa {
 namespace WA_ISA {
@@ -56,7 +56,6 @@ static inline void softmax_row(float* logits, const float* scale, const float* b
 template <class Unit>
 struct Forward : Head<Unit> {
     using Base = Head<Unit>;
-    using Base::channels;
     float *q, *k, *v, *turned_k, *paired_v, *logits, *out;
     float *row_sums, *row_maxima;  // of the rows of a block
     uint16_t* map;
@@ -90,6 +89,7 @@ struct Forward : Head<Unit> {
         const WindowAttentionArgs& a = this->a;
         const int columns = this->columns, packed = this->packed, area = this->job->area;
         const T* const from = (const T*)a.qkv;
+        const bool ended = a.alpha || a.exclusion;
         this->take(from, 3, 0, q), this->take(from, 3, 1, k), this->take(from, 3, 2, v);
         turn(k, packed, turned_k, columns, columns, packed);
         if (Base::PAIRS) pair_rows(v, packed, paired_v, columns, this->width);
@@ -113,13 +113,11 @@ struct Forward : Head<Unit> {
                           this->keys, false);
             for (int r = 0; r < count; ++r) {
                 const int64_t token = this->place.token[first + r];
+                T* const to = (T*)a.out + (token * a.heads + this->head) * this->dim;
                 if (token < 0) continue;
                 float* const row = out + r * this->width;
-                float factor = 1 / row_sums[r];
-                if (a.alpha) mix(row, v + (first + r) * packed, &factor);
-                else if (a.exclusion) exclude(index, first + r, row, &factor);
-                T* const to = (T*)a.out + (token * a.heads + this->head) * this->dim;
-                store_row((const float*)row, factor, to, this->dim);
+                if (ended) finish(index, first + r, row, 1 / row_sums[r]);
+                store_row((const float*)row, ended ? 1 : 1 / row_sums[r], to, this->dim);
             }
         }
     }
@@ -135,33 +133,15 @@ struct Forward : Head<Unit> {
                           row_maxima[r], row_sums[r]);
     }
 
-    // row = alpha v_i + beta row * factor; the factor becomes 1.
-    void mix(float* row, const float* value, float* factor) const {
-        const vf alpha = all(this->a.alpha[this->head]);
-        const vf beta = all(this->a.beta[this->head] * *factor);
-        for (int d = 0; d < this->width; d += W)
-            store(row + d, alpha * channels(value, d) + beta * load(row + d));
-        *factor = 1;
-    }
-
-    // The exclusive epilogue of query i on row * factor; the factor becomes 1.
-    void exclude(int64_t index, int i, float* row, float* factor) const {
+    // The epilogue of query i, in place, on row * factor.
+    void finish(int64_t index, int i, float* row, float factor) const {
         const WindowAttentionArgs& a = this->a;
         const float* const value = v + i * this->packed;
-        const vf by = all(*factor);
-        vf products = {}, squares = {};
-        for (int d = 0; d < this->width; d += W) {
-            const vf own = channels(value, d), y = load(row + d) * by;
-            store(row + d, y);
-            products += y * own, squares += own * own;
+        if (a.alpha) mix(*this, a.alpha[this->head], value, a.beta[this->head] * factor, row);
+        else {
+            const float ratio = exclude(*this, a.exclusion[this->head], value, factor, row);
+            if (a.along) a.along[(index * a.heads + this->head) * this->job->area + i] = ratio;
         }
-        const float square = sum(squares);
-        const float ratio = sum(products) / (square > LEAST_SQUARE ? square : LEAST_SQUARE);
-        if (a.along) a.along[(index * a.heads + this->head) * this->job->area + i] = ratio;
-        const vf taken = all(a.exclusion[this->head] * ratio);
-        for (int d = 0; d < this->width; d += W)
-            store(row + d, load(row + d) - taken * channels(value, d));
-        *factor = 1;
     }
 
     void store_lse(int64_t index, int first, int count) {

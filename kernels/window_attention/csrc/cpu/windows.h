@@ -10,7 +10,6 @@ namespace wa {
 namespace WA_ISA {
 
 constexpr float NEVER = -1e30f;  // added to a logit, takes its key out of the softmax
-constexpr float LEAST_SQUARE = 1e-8f;  // of |v|^2 in the exclusive epilogue
 
 // Hands out parts of a piece of memory, or with base null only counts.
 struct Carver {
@@ -237,6 +236,11 @@ struct Head {
     static inline vf channels(const float* row, int d) {
         if (!PAIRS) return load(row + d);
         return (vf)(__builtin_convertvector(*(const vh_any*)((const uint16_t*)row + d), vi) << 16);
+    }
+
+    static inline void store_channels(float* row, int d, vf x) {
+        if (PAIRS) *(vh_any*)((uint16_t*)row + d) = to_bf16(x);
+        else store(row + d, x);
     }
 
     // 1 / max(|x|, 1e-12) of packed rows.
