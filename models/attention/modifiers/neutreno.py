@@ -1,5 +1,6 @@
 """The heads' results pulled towards the values of the first block."""
 
+import torch
 from torch import Tensor
 
 from kernels.window_attention import WindowLayout
@@ -38,4 +39,6 @@ class Neutreno(OutputModifier):
         self, y: Tensor, v: Tensor, x: Tensor, layout: WindowLayout, first_v: Tensor
     ) -> Tensor:
         """y, v, first_v (B, H, W, C) -> (B, H, W, C); the first block's y as it is."""
-        return y + self.strength * (first_v - v) if self.geometry.block else y
+        if not self.geometry.block:
+            return y
+        return torch.add(y, first_v - v, alpha=self.strength)

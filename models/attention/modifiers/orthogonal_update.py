@@ -28,7 +28,8 @@ class OrthogonalUpdate(BranchModifier):
     def forward(self, o: Tensor, stream: Tensor) -> Tensor:
         """o, stream (B, N, C) -> (B, N, C), in the wider of their dtypes."""
         wide = torch.promote_types(o.dtype, torch.float32)
-        s = stream.to(wide)
-        along = (o.to(wide) * s).sum(-1, keepdim=True)
-        along = along / s.square().sum(-1, keepdim=True).clamp(min=EPS)
-        return (o - along * s).to(torch.promote_types(o.dtype, stream.dtype))
+        kept = torch.promote_types(o.dtype, stream.dtype)
+        o, s = o.to(wide), stream.to(wide)
+        square = torch.linalg.vector_norm(s, dim=-1, keepdim=True).square()
+        along = (o * s).sum(-1, keepdim=True) / square.clamp(min=EPS)
+        return torch.addcmul(o, along, s, value=-1).to(kept)

@@ -68,7 +68,10 @@ class ValueResidual(TokenModifier):
         if not self.geometry.block:
             return qkv
         inner = self.geometry.inner
-        return torch.cat([qkv[..., : 2 * inner], self.mixed(qkv[..., 2 * inner :], first_v)], -1)
+        qk, v = qkv.split(
+            [2 * inner, inner], -1
+        )  # its backward is one pass, that of two slices four
+        return torch.cat([qk, self.mixed(v, first_v)], -1)
 
     def mixed(self, v: Tensor, first_v: Tensor) -> Tensor:
         """l1 first_v + l2 v, in v's dtype, rounded once."""
@@ -77,4 +80,4 @@ class ValueResidual(TokenModifier):
         if self.fixed is not None:
             return (first_v + v) * self.fixed[0]
         first, own = self.l[:1], self.l[1:]  # not 0-dim: 16-bit values are mixed in float32
-        return (first * first_v + own * v).to(v.dtype)
+        return torch.addcmul(own * v, first, first_v).to(v.dtype)

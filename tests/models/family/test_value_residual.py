@@ -128,9 +128,22 @@ def test_values_are_handed_down_and_kept_nowhere(family):
         torch.testing.assert_close(model(IMAGES), before)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FORMS)
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed_again"])
+COMPILED = {("swin", False), ("vit", True)}  # by `make test-slow`; all by `make test-long`
+
+
+@pytest.mark.parametrize(
+    ("family", "again"),
+    [
+        pytest.param(
+            family,
+            again,
+            marks=pytest.mark.slow if (family, again) in COMPILED else pytest.mark.long,
+            id=f"{family}-{'computed_again' if again else 'kept'}",
+        )
+        for family in FORMS
+        for again in (False, True)
+    ],
+)
 def test_compiles_to_one_graph(family, again):
     torch.compiler.reset()
     model = network(family, "value_residual", "neutreno", use_checkpoint=again)
