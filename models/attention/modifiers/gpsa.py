@@ -32,6 +32,7 @@ class GatedPositionalAttention(OutputModifier):
         locality: c, above 0.
         init: l at the start; 1 gives the positions 73 %.
         value: "identity" starts W_v at I, as the release does; "keep" leaves the family's start.
+            Over pretrained weights, by MODEL.INIT_OVER_PRETRAINED, w starts anew with W_v.
     Shapes: y (B, H, W, inner) -> same; l (heads,), no weight decay; w (heads, 3), with decay.
     Neutral: l -> -inf; no start is.
     Raises: ValueError for class tokens, for `identity` where v is not as wide as x, and for numbers

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from checkpoint import CheckpointError
+from checkpoint.initial import check_initial
 from kernels.window_attention import window_layout
 from models.attention import AttentionSpec, Geometry, WindowAttention, softmax
 from models.attention.modifiers import MODIFIERS
@@ -136,6 +138,8 @@ def test_the_value_projection_starts_at_the_identity_where_asked():
         assert torch.equal(changed, value), name
     blocks = [block.attn for layer in own.layers for block in layer.blocks]
     assert all(block.overwriting == ["gpsa"] for block in blocks)
+    with pytest.raises(CheckpointError, match="gpsa sets initial values"):
+        check_initial(own, False, "pretrained weights")
     assert not any(b.attn.overwriting for layer in kept.layers for b in layer.blocks)
 
 
