@@ -166,18 +166,18 @@ MUTANTS = {
         "own.delta[r] -= p.a.grad_lse[own.row[r]];",
         "own.delta[r] += p.a.grad_lse[own.row[r]];",
     ),
-    "delta lacks beta": (QUERIES, "own.delta[r] *= p.a.beta[head];", ";"),
+    "delta lacks beta": (QUERIES, "own.delta[r] *= p.a.beta[head];", "own.delta[r] *= 1.f;"),
     "a strip's sums are laid where the first one's are": (
         QUERIES,
         "first_query / 16 + own.tile)] = sum;",
         "own.tile)] = sum;",
     ),
-    "the gradient of post lacks beta": (QUERIES, "of_post[e] *= beta;", ";"),
-    "dk lacks beta": (KEYS, "Epilogue ? kept * beta : kept", "kept"),
+    "the gradient of post lacks beta": (QUERIES, "of_post[e] *= beta;", "of_post[e] *= 1.f;"),
+    "dk lacks beta": (KEYS, "kept * beta : kept", "kept * (0.f * beta + 1.f) : kept"),
     "a block's rows are excluded by the first one's values": (
         KEYS,
         "shared.token + first,\n",
-        "shared.token,\n",
+        "shared.token + 0 * first,\n",
     ),
     "the exclusive ratio is kept a tile too early": (
         FORWARD,

@@ -1,4 +1,5 @@
-// Adds up the gradients of the epilogue's factors from the kernels' sums over rows, in a fixed order.
+// Adds up the gradients of the epilogue's factors from the kernels' sums over rows, in a fixed
+// order.
 #pragma once
 #include "epilogue.h"
 

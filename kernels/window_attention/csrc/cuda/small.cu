@@ -15,7 +15,9 @@ constexpr int MOST_SPLITS = 65535;  // of a grid's y
 int blocks_at_a_time(const SmallProblem& p, bool backward) {
     const bool table = p.a.scale_rows > 1;
     if (!is_lean(p)) return 2;
-    if (!backward) return table || p.tokens > 56 || has_epilogue(p.a) ? 3 : 4;
+    const bool epilogue = has_epilogue(p.a);
+    if (!backward)
+        return table && epilogue ? 2 : table || p.tokens > 56 || epilogue ? 3 : 4;
     return table || p.a.cosine || p.a.grad_scale || has_epilogue(p.a) ? 2 : 3;
 }
 

@@ -36,7 +36,8 @@ WA_DEVICE void add_own_value(float (&out)[D / 8][4], float (&by)[2], float (&rat
                 along += x.x * out[n][2 * h] + x.y * out[n][2 * h + 1];
                 length += x.x * x.x + x.y * x.y;
             }
-            ratio[h] = across_quad_sum(along) * by[h] / fmaxf(across_quad_sum(length), LENGTH_FLOOR);
+            ratio[h] = across_quad_sum(along) * by[h] /
+                       fmaxf(across_quad_sum(length), LENGTH_FLOOR);
             of_own = -p.a.exclusion[head] * ratio[h];
         }
         by[h] *= beta;

@@ -22,7 +22,7 @@ struct ForwardKind {
     static constexpr bool EPILOGUE = EPILOGUE_;
     using WithEpilogue = ForwardKind<T_, D_, NT_, W_, COSINE_, EXTRA_, true>;
     // a multiprocessor, as far as registers go
-    static constexpr int BLOCKS = EXTRA ? 1 : W || NT == 8 || EPILOGUE ? 3 : 4;
+    static constexpr int BLOCKS = EXTRA ? 1 : W && EPILOGUE ? 2 : W || EPILOGUE || NT == 8 ? 3 : 4;
     static constexpr int PLACES = 2 * STAGE;
     static constexpr int NORMS = PLACES + ROWS * 4;
     static constexpr int POST = NORMS + (COSINE ? 2 * ROWS * 4 : 0);

@@ -1,5 +1,5 @@
-// The epilogue of args.h and its gradients in the tiled kernels. What belongs to the lane's two rows
-// of a 16-row tile is held in the layout of mma.
+// The epilogue of args.h and its gradients in the tiled kernels. What belongs to the lane's two
+// rows of a 16-row tile is held in the layout of mma.
 #pragma once
 #include "epilogue.h"
 #include "tiled_window.h"

@@ -1,6 +1,7 @@
 // Backward, first kernel: a strip of queries of every window of one head. Forms delta (the sum over
-// keys of P dP, less the gradient of the row's log-sum-exp), dq, and the gradients of the tables, whose N x N entries stay in shared memory
-// over all windows of the block: each is owned by one thread, so nothing is atomic.
+// keys of P dP, less the gradient of the row's log-sum-exp), dq, and the gradients of the tables,
+// whose N x N entries stay in shared memory over all windows of the block: each is owned by one
+// thread, so nothing is atomic.
 #pragma once
 #include "tiled_epilogue.h"
 #include "tiled_pairs.h"
