@@ -246,6 +246,17 @@ def test_factors_of_other_heads_are_refused_in_one_line(backend, factor, message
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(kind):
+    qkv, tables, factors = draw(LAYOUTS[0])
+    leaves = (qkv.detach()[:0].requires_grad_(), tables, factors)
+    y, lse, *grads = with_gradients(
+        attend(LAYOUTS[0], leaves, kind, "fused", return_lse=True), leaves
+    )
+    assert (y.shape, lse.shape) == ((0, 8, 8, HEADS * DIM), (0, 8, 8, HEADS))
+    assert not any(grad.any() for grad in grads)
+
+
 def test_an_epilogue_is_of_one_kind():
     one = torch.ones(HEADS)
     for given in ({"alpha": one}, {}, {"alpha": one, "beta": one, "exclusion": one}):
