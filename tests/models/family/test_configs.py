@@ -88,10 +88,10 @@ def plain_and_options(plain):
     return FOLDER / f"{folder}{plain}.yaml", keys
 
 
-def built(path, options):
+def built(config):
     """The model on no device, and its attention modules."""
     with torch.device("meta"):
-        model = build_model(load_config(path, options))
+        model = build_model(config)
     return model, [module for module in model.modules() if isinstance(module, Modified)]
 
 
@@ -110,15 +110,17 @@ def number(model):
 )
 def test_each_file_switches_one_arm_on_and_adds_its_parameters(plain):
     base, options = plain_and_options(plain)
-    expected, size = to_dict(load_config(base)), number(built(base, options)[0])
+    plain_config = load_config(base, options)
+    expected, size = to_dict(plain_config), number(built(plain_config)[0])
     for (kind, arm), path in FILES.items():
         if kind != plain:
             continue
-        config = to_dict(load_config(path))
+        arm_config = load_config(path, options)
+        config = to_dict(arm_config)
         assert config["MODEL"].pop("NAME") == path.stem
         texts = config["MODEL"]["ATTENTION"].pop("MODIFIERS")
         assert config == without_what_an_arm_changes(expected), path.name
-        model, layers = built(path, options)
+        model, layers = built(arm_config)
         assert number(model) == size + sum(ADDED[arm](layer.geometry) for layer in layers), arm
         decays = decay_rule(model)
         decayed = {
@@ -158,7 +160,7 @@ def test_where_there_is_no_form_of_an_arm_the_model_says_so(plain, arm):
     base, options = plain_and_options(plain)
     texts = load_config(FILES["swin_tiny_patch4_window7_224", arm]).MODEL.ATTENTION.MODIFIERS
     with pytest.raises(ValueError, match=";") as caught:
-        built(base, [*options, "MODEL.ATTENTION.MODIFIERS", list(texts)])
+        built(load_config(base, [*options, "MODEL.ATTENTION.MODIFIERS", list(texts)]))
     assert "\n" not in str(caught.value)
 
 
@@ -169,4 +171,5 @@ def test_registers_are_four_tokens_and_nothing_else():
     assert config["MODEL"]["VIT"].pop("REGISTERS") == 4
     del expected["MODEL"]["NAME"], expected["MODEL"]["VIT"]["REGISTERS"]
     assert config == expected
-    assert number(built(REGISTERS, options)[0]) == number(built(base, options)[0]) + 4 * 384
+    plain, registers = (load_config(path, options) for path in (base, REGISTERS))
+    assert number(built(registers)[0]) == number(built(plain)[0]) + 4 * 384
