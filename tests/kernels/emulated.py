@@ -108,8 +108,8 @@ def counters(library: ctypes.CDLL) -> dict[str, int]:
 
 
 def few_by_default(cases: list) -> list:
-    """The cases as parameters of a test, all but every fifth of them for the slow tier."""
+    """The cases as parameters of a test, all but every ninth of them for the slow tier."""
     return [
-        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if number % 5 else [])
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if number % 9 else [])
         for number, case in enumerate(cases)
     ]
