@@ -77,15 +77,25 @@ def softmax_attention(
     dropout: probability with which an entry of the map is dropped. The softmax runs in float32 or
         wider.
     """
-    attn = masked_logits(q, k, terms, mask, cosine).softmax(-1)
-    if terms.post is not None:
-        attn = attn * terms.dense("post")
-        attn = renormalised(attn) if terms.renormalise else attn
+    attn = softmaxed(masked_logits(q, k, terms, mask, cosine), terms)
     return F.dropout(attn, dropout).to(v.dtype) @ v
 
 
-def renormalised(attn: Tensor) -> Tensor:
-    """A map (..., N, N) with rows that sum to 1; a row of zeros stays one."""
+def softmaxed(logits: Tensor, terms: OffsetTerms) -> Tensor:
+    """softmax(logits) * post, with rows that sum to 1 where the terms ask for it; a row of zeros
+    stays one.
+
+    Renormalised, pairs whose factor is 0 are left out of the softmax: beside a large logit that
+    `post` takes away the others would be numbers too small to be divided by.
+    """
+    if terms.post is None:
+        return logits.softmax(-1)
+    post = terms.dense("post")
+    if not terms.renormalise:
+        return logits.softmax(-1) * post
+    logits = logits.masked_fill(post == 0, -torch.inf)
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    attn = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) * post
     total = attn.sum(-1, keepdim=True)
     return attn / torch.where(total == 0, 1.0, total)
 

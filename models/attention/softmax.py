@@ -17,7 +17,7 @@ from kernels.window_attention import (
 from kernels.window_attention.reference import (
     add_mask,
     merge_windows,
-    renormalised,
+    softmaxed,
     split_windows,
     unit,
 )
@@ -298,11 +298,7 @@ class SoftmaxAttention(Projection):
         """Logits with everything added (B*nW, H, N, N) -> the map that multiplies v, (B*nW, G, N,
         N), modifiers and all in float32.
         """
-        attn = logits.softmax(-1)
-        if terms.post is not None:
-            attn = attn * terms.dense("post")
-            if terms.renormalise:
-                attn = renormalised(attn)
+        attn = softmaxed(logits, terms)
         if carried is not None:
             attn = attn + carried
         for modifier in self._stage(MapModifier):

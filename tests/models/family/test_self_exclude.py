@@ -1,5 +1,7 @@
 """Self-exclusion: the diagonal of the map is taken out, and its mass is lost."""
 
+import copy
+
 import pytest
 import torch
 
@@ -54,3 +56,29 @@ def test_renormalised_it_is_self_mask_but_for_who_is_alone(place):
     for texts in (("self_exclude", renormalise), (renormalise, "self_exclude")):
         attention = place.attention(*texts)
         compare(attention, place.x(), place.layout, formula)
+
+
+@pytest.mark.parametrize("place", PLACES[:3], ids=str)
+def test_renormalised_beside_a_large_logit_of_its_own_the_rest_still_counts(place):
+    """Of a logit 120 above all others float32 leaves them numbers below the normal ones: dividing
+    by their sum gave gradients that are no numbers.
+    """
+    attention = place.attention(
+        "self_bias", "self_exclude", "crpw(source=table, apply=probs, renormalise=True)"
+    )
+    with torch.no_grad():
+        attention.modifiers["self_bias"].b.fill_(120.0)
+    found, expected = (
+        with_gradients(module, place) for module in (attention, copy.deepcopy(attention).double())
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4)
+
+
+def with_gradients(attention, place):
+    """The output, and the gradients of its squares by all parameters but the logit's."""
+    x = place.x().to(attention.proj.weight.dtype)
+    output = attention(x, place.layout) if place.layout else attention(x)
+    parameters = [p for name, p in attention.named_parameters() if not name.endswith("self_bias.b")]
+    return [output, *torch.autograd.grad(output.square().sum(), parameters)]
