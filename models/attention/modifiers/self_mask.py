@@ -23,6 +23,8 @@ class SelfMask(TermModifier):
     A_ii = 1, y_i = v_i. For its sake tokens that a shift brought together get exactly 0 (mask -inf,
     not Swin's -100). Where heads' logits are mixed (talking heads, CaiT) the mask comes after the
     mixing, the temperature before. Modifiers of the map come later and may bring a diagonal back.
+    The mask is a logit of -1e4: it holds while all others lie well above that, so at temperatures
+    below some hundreds.
     `self_bias` and `self_weight` beside it change what is masked, so nothing.
 
     Args:
