@@ -337,7 +337,7 @@ def _title(entry: Any) -> str:
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """ "name(a=1, b=word)" -> ("name", {"a": 1, "b": "word"}); values are Python literals, and a
-    bare word is a string.
+    bare word is a string, in a list too.
 
     Raises: ValueError for anything else.
     """
@@ -360,6 +360,9 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(node: ast.expr) -> Any:
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [_value(item) for item in node.elts]
+        return items if isinstance(node, ast.List) else tuple(items)
     if not isinstance(node, ast.Name):
         return ast.literal_eval(node)
     return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)

@@ -67,6 +67,11 @@ def test_values_are_literals_and_bare_words_are_text():
     )
 
 
+def test_bare_words_are_text_in_lists_too():
+    written = "a(b=[one, 'two', 3], c=(true, -1, none), d=[])"
+    assert parse_call(written)[1] == {"b": ["one", "two", 3], "c": (True, -1, None), "d": []}
+
+
 def test_the_nearest_spelling_ignores_the_case_and_distant_words():
     assert nearest("ROD", ["rod", "wheel"]) == "rod"
     assert nearest("xylophone", ["rod", "wheel"]) is None

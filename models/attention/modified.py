@@ -34,6 +34,7 @@ class Modified(nn.Module):
             name, _ = parse_call(text)
             if name in self.modifiers:
                 raise ValueError(f"attention modifier {name!r} is listed twice in {list(texts)}")
+            modifier.written = text.strip()[len(name) :].strip()[1:-1]
             self.modifiers[name] = modifier
 
     def initialise_modifiers(self, name: str) -> None:

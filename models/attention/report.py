@@ -27,13 +27,22 @@ def why_not_fused(model: nn.Module) -> dict[str, str | None]:
 
 
 def describe_attention(model: nn.Module) -> str:
-    """One line for a log: how many attention modules run fused, and why the others do not."""
+    """One line for a log: how many attention modules run fused, why the others do not, and which
+    modifiers act in them.
+    """
     reasons = Counter(why_not_fused(model).values())
     total, fused = reasons.total(), reasons.pop(None, 0)
     if not total:
         return "attention: the model has none"
     others = "".join(f"; {count} not: {reason}" for reason, count in reasons.most_common())
-    return f"attention: {fused} of {total} modules run as the fused kernel{others}"
+    named = [
+        text
+        for module in model.modules()
+        if isinstance(module, SoftmaxAttention)
+        for text in module.spec.modifiers
+    ]
+    arms = f"; modifiers: {', '.join(dict.fromkeys(named))}" if named else ""
+    return f"attention: {fused} of {total} modules run as the fused kernel{others}{arms}"
 
 
 def check_backends(model: nn.Module) -> None:

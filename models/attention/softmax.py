@@ -21,6 +21,7 @@ from kernels.window_attention.reference import (
     split_windows,
     unit,
 )
+from registry import check_choice
 
 from .geometry import Geometry
 from .map_flops import modifier_flops
@@ -36,6 +37,9 @@ from .modifiers.base import Modifier
 from .projection import Projection, present
 from .regions import zero_masked
 from .spec import AttentionSpec
+
+# what the forward of a modifier can ask for
+READABLE = {TokenModifier: ("first_v",), OutputModifier: ("lse", "qkv", "first_v", "attend")}
 
 
 class SoftmaxAttention(Projection):
@@ -74,6 +78,7 @@ class SoftmaxAttention(Projection):
         self.proj_drop = nn.Dropout(proj_drop)
         self.add_modifiers(self.spec.modifiers, self.geometry)
         self._check_output_modifiers()
+        self._check_reads()
         parts = [*self._configured(TokenModifier), *self._configured(OutputModifier)]
         self.reads_first_v = _any_reads(parts, "first_v")
         self.logit_tap = nn.Identity()
@@ -89,6 +94,13 @@ class SoftmaxAttention(Projection):
                     f" {type(mapped).__name__} makes {mapped.num_maps()} heads of"
                     f" {self.num_heads}; keep the number (refiner: reduce=True), or leave one out"
                 )
+
+    def _check_reads(self) -> None:
+        """Raises: ValueError for a modifier that asks for what its kind is not given."""
+        for kind, given in READABLE.items():
+            for modifier in self._configured(kind):
+                for name in modifier.reads:
+                    check_choice(f"{type(modifier).__name__}.reads", name, given)
 
     def base_terms(self) -> OffsetTerms:
         """The unmodified scale and bias, float32 tables (1, heads) and (T, heads)."""

@@ -97,3 +97,14 @@ def test_the_log_line_counts_and_gives_the_reason(built):
         and "N x N" in line
     )
     assert describe_attention(small("swin_mlp")) == "attention: the model has none"
+
+
+def test_the_log_line_and_the_printed_model_name_the_modifiers(built):
+    texts = ("qk_residual", "exclusive(a=learned, init=0.5)")
+    model = small("swin", attention=AttentionSpec(texts), **WIDE)
+    assert describe_attention(model) == (
+        "attention: 3 of 3 modules run as the fused kernel"
+        "; modifiers: qk_residual, exclusive(a=learned, init=0.5)"
+    )
+    assert "(exclusive): Exclusive(a=learned, init=0.5)" in str(model)
+    assert "(qk_residual): QKResidual()" in str(model)

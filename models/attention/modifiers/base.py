@@ -16,11 +16,19 @@ MODIFIERS = Registry("attention modifier")
 class Modifier(nn.Module):
     """Built as `cls(geometry, **options)`. Its parameters appear in the state dict under
     `attn.modifiers.<name>`.
+
+    written: what the config says between the brackets, "a=1"; "" where it says nothing.
     """
+
+    written = ""
 
     def __init__(self, geometry: Geometry):
         super().__init__()
         self.geometry = geometry
+
+    def extra_repr(self) -> str:
+        """Its options as the config gives them, shown by print(model)."""
+        return self.written
 
     def initialise(self, attention: nn.Module) -> None:
         """Called once after the backbone has initialised `attention`, with random numbers of its
