@@ -22,6 +22,7 @@ def _is_not(*values: Any) -> Callable[[Any], bool]:
 NEEDS: dict[str, Condition] = {
     "MODEL.PRE_MLP.RATIO": ("MODEL.PRE_MLP.WHERE", _is_not("off")),
     "MODEL.PRE_MLP.DROP_PATH": ("MODEL.PRE_MLP.WHERE", _is_not("off")),
+    "MODEL.INIT_OVER_PRETRAINED": ("EVAL_MODE", _is(False)),
     "MODEL.EMA.DECAY": ("MODEL.EMA.ENABLE", _is(True)),
     "MODEL.EMA.EVAL": ("MODEL.EMA.ENABLE", _is(True)),
     "MODEL.REFINED_VIT.COS_PAIRS": ("MODEL.REFINED_VIT.COS_REG", _is_not(0)),

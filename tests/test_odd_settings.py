@@ -163,6 +163,8 @@ def test_a_name_with_a_percent_sign_names_its_log_lines(tmp_path):
         (["MODEL.EMA.DECAY", 0.9], "MODEL.EMA.ENABLE is False"),
         (["AUG.COLOR_JITTER", 0.1], "AUG.AUTO_AUGMENT is 'rand-m9-mstd0.5-inc1'"),
         (["TRAIN.OPTIMIZER.MOMENTUM", 0.5], "TRAIN.OPTIMIZER.NAME is 'adamw'"),
+        (["MODEL.INIT_OVER_PRETRAINED", True, "EVAL_MODE", True], "EVAL_MODE is True"),
+        (["MODEL.INIT_OVER_PRETRAINED", True], ""),
         (["MODEL.PRE_MLP.RATIO", 2, "MODEL.PRE_MLP.WHERE", "stem"], ""),
         (["MODEL.SWIN.EMBED_DIM", 48], ""),
         (["MODEL.SWINV2.EMBED_DIM", 96], ""),  # its default

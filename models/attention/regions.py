@@ -12,15 +12,6 @@ from kernels.window_attention import WindowLayout
 from kernels.window_attention.layout import cache_tensors
 
 
-def visible_mean(v: Tensor, layout: WindowLayout) -> Tensor:
-    """The mean over the tokens that each token sees, itself included: U v with U_ij = 1 / n_i for
-    visible pairs and 0 for others; padding counts nowhere.
-
-    Shapes: (B, H, W, C) with the grid of `layout` -> the same, float32 or wider; may be a view.
-    """
-    return spread_regions(region_means(v, layout), layout)
-
-
 def region_means(v: Tensor, layout: WindowLayout) -> Tensor:
     """The mean of each region: (B, H, W, C) -> (B, R, S, C), float32 or wider, for R regions along
     the rows of the grid and S along its columns.
@@ -40,7 +31,7 @@ def region_means(v: Tensor, layout: WindowLayout) -> Tensor:
 
 def spread_regions(means: Tensor, layout: WindowLayout) -> Tensor:
     """To each token what its region has: (B, R, S, C) -> (B, H, W, C), a view where one region is
-    the grid.
+    the grid. Of `region_means(v)` it makes U v: the mean of what each token sees, itself included.
     """
     axes = [*zip(layout.grid, layout.window, layout.shift, strict=True)]
     for dim in (2, 1):  # the rows last: they copy most

@@ -7,7 +7,7 @@ from checkpoint import CheckpointError, load_weights
 from kernels.window_attention import window_layout
 from models.attention import AttentionSpec
 from models.attention.modifiers import MODIFIERS
-from models.attention.regions import visible_mean
+from models.attention.regions import region_means, spread_regions
 from tests.models.builders import randomise, small
 from tests.models.family.dense import (
     Dense,
@@ -215,11 +215,11 @@ def test_the_visible_mean_is_that_over_the_pairs_without_a_mask(grid, window, sh
     v, layout = torch.randn(2, *grid, 3).double(), window_layout(grid, window, shift)
     seen = visible(grid, window, shift).double()
     means = (seen / seen.sum(1, keepdim=True)) @ v.flatten(1, 2)
-    found = visible_mean(v, layout)
+    found = spread_regions(region_means(v, layout), layout)
     assert distance(found.flatten(1, 2), means) < 1e-14
-    low = visible_mean(v.bfloat16(), layout)
+    low = spread_regions(region_means(v.bfloat16(), layout), layout)
     assert low.dtype == torch.float32
-    assert distance(low, visible_mean(v.bfloat16().double(), layout)) < 1e-6
+    assert distance(low, spread_regions(region_means(v.bfloat16().double(), layout), layout)) < 1e-6
 
 
 def test_the_map_modifiers_of_the_open_path_go_before_it():
