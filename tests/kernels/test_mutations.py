@@ -102,13 +102,13 @@ MUTANTS = {
     "the norm leaves out an element": (LAYOUT, "sum += a.x * a.x + a.y * a.y", "sum += a.x * a.x"),
     "the backward does not wait for its copies": (
         BACKWARD,
-        "cp_wait<0>();\n        __syncthreads();",
-        "__syncthreads();",
+        "cp_wait<0>();\n        if (K::EPILOGUE",
+        "if (K::EPILOGUE",
     ),
     "the backward starts a window before the last is done": (
         BACKWARD,
-        "cp_wait<0>();\n        __syncthreads();",
-        "cp_wait<0>();",
+        "p.a.exclusion[head]);\n        __syncthreads();",
+        "p.a.exclusion[head]);",
     ),
     "one warp passes by a barrier": (
         BACKWARD,

@@ -138,8 +138,8 @@ MUTANTS = {
     ),
     "dk lacks delta": (
         KEYS,
-        "(kept * x.grad[n][e] - delta)",
-        "(kept * x.grad[n][e] - 0.f * delta)",
+        "(scaled * x.grad[n][e] - delta)",
+        "(scaled * x.grad[n][e] - 0.f * delta)",
     ),
     "the backward's dropout mask is another": (
         KEYS,
